@@ -1,0 +1,1 @@
+"""minirlhf: from REINFORCE to InstructGPT."""

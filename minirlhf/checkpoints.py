@@ -1,0 +1,134 @@
+"""Files that appear whole or not at all, and checkpoints that know when they are damaged.
+
+A finished model is a folder in the Hugging Face layout plus ``checksums.json``; it is written beside its place and
+renamed into it. The state of a training that still runs is one safetensors file with a checksum in its header.
+Nothing here reads or writes a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from minirlhf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside, then rename it into its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, then rename it into its place."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    aside: Path | None = None,
+    summary: dict[str, Any] | None = None,
+) -> None:
+    """Save a model and its tokenizer as one folder that appears whole or not at all.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        model: any transformers model; saved as safetensors.
+        tokenizer: saved beside it.
+        aside: the folder to write in before it is renamed; what it already holds (metrics, TensorBoard events) comes
+            along, and a training state in it is deleted last, so that a kill at any instant loses nothing.
+        summary: facts of the training, written as summary.json.
+    """
+    if aside is None:
+        aside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if summary is not None:
+        write_json(aside / SUMMARY, summary)
+    files = [file for file in sorted(aside.iterdir()) if file.is_file() and file.name not in (STATE, CHECKSUMS)]
+    write_json(aside / CHECKSUMS, {file.name: _sha256(file.read_bytes()) for file in files})
+    os.replace(aside, folder)
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def verify_model(folder: Path) -> None:
+    """Compare a checkpoint folder with its checksums; folders without any (made elsewhere) pass.
+
+    Raises:
+        CheckpointError: a file is missing or differs; names it.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    record = folder / CHECKSUMS
+    if not record.is_file():
+        return
+    try:
+        sums = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{record}: damaged (not JSON); delete {folder} and run the same command again") from None
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file() or _sha256(file.read_bytes()) != expected:
+            what = "damaged (its checksum differs)" if file.is_file() else "missing"
+            raise CheckpointError(f"{file}: {what}; delete {folder} and run the same command again")
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write a training state as one safetensors file with its own checksum, aside and then renamed."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    aside = path.with_name(path.name + ".partial")
+    header = {"facts": json.dumps(facts), "sha256": _digest(tensors)}
+    save_file(tensors, aside, metadata=header)
+    os.replace(aside, path)
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a training state back.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    from safetensors import safe_open
+
+    advice = f"delete {path} to begin this step anew, then run the same command again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        facts = json.loads(header["facts"])
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged training state ({error}); {advice}") from error
+    if _digest(tensors) != header.get("sha256"):
+        raise CheckpointError(f"{path}: damaged training state (its checksum differs); {advice}")
+    return tensors, facts
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

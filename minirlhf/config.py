@@ -1,0 +1,72 @@
+"""Every setting of a run in one place: the learners' own configurations side by side, and two presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from minirlhf.language.evaluation import EvaluationConfig
+from minirlhf.language.models import ModelConfig
+from minirlhf.language.pretraining import PretrainingConfig
+from minirlhf.language.reward_model import RewardModelConfig
+from minirlhf.language.rlhf import RLHFConfig
+from minirlhf.language.sft import SFTConfig
+
+PresetName = Literal["fast", "default"]
+
+
+@dataclass
+class RunConfig:
+    """The whole pipeline: base model, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
+
+    data: Path | None = None
+    """Folder of JSON lines; left out: the small world, whose truth is known."""
+    out: Path = Path("runs/default")
+    """Folder of the run. The same command continues a run that was stopped."""
+    model: str | None = None
+    """A pretrained causal model (folder or hub name) in place of the base-model step."""
+    seed: int = 0
+    """Of everything: weights, order, samples."""
+    preset: PresetName = "default"
+    """fast: half a minute, to see that it works; default: a few minutes, for real results."""
+    context_length: int | None = None
+    """Longest sequence in tokens; left out: what the data needs, or what the pretrained model can."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    save_seconds: float = 10.0
+    """Seconds between two saved training states."""
+    model_size: ModelConfig = field(default_factory=ModelConfig)
+    """Size of the base model that is trained from nothing."""
+    base: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """Pretraining of the base model."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Step 1: supervised fine-tuning."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """Step 2: the reward model."""
+    rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(ptx_coef=0.3))
+    """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The measurements at the end."""
+
+
+def preset(name: PresetName) -> RunConfig:
+    """The settings of a preset.
+
+    Example:
+        >>> preset("fast").base.steps < preset("default").base.steps
+        True
+    """
+    config = RunConfig(preset=name)
+    if name == "default":
+        return config
+    return replace(
+        config,
+        out=Path("runs/fast"),
+        model_size=ModelConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, vocab_size=512),
+        base=PretrainingConfig(steps=40, batch_size=32, block_length=32),
+        sft=SFTConfig(epochs=0.5),
+        reward_model=RewardModelConfig(epochs=0.1),
+        rlhf=RLHFConfig(steps=6, batch_size=32, ptx_coef=0.3, ptx_batch_size=4),
+        evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
+    )

@@ -1,0 +1,279 @@
+"""A folder of JSON lines, read strictly: every row is checked before any training starts.
+
+    corpus.jsonl           {"text"}
+    demonstrations.jsonl   {"prompt", "completion"}
+    comparisons.jsonl      {"prompt", "responses": [K], "scores": [K]}  or  "ranking": [K] (1 = best)
+                           {"prompt", "chosen", "rejected"}  or  {"chosen", "rejected"} (whole dialogues)
+    prompts.jsonl          {"prompt"}
+    heldout/               optional: the same names, never trained on; without it a tenth is split off
+    tokenizer.json         optional: a tokenizer that fits the text; without it one is trained on the corpus
+
+Each file may be plain or ``.gz``. A malformed row raises one `DataError` that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minirlhf.errors import DataError
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+HELDOUT_FRACTION = 0.1
+DIALOGUE_MARK = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and a completion that a labeler wrote for it."""
+
+    prompt: str
+    completion: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K responses to one prompt, with a score for each: higher is better, equal scores are ties."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]
+    labeler: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An instruction without an answer."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document of the pretraining corpus."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass
+class DataFolder:
+    """All rows of a data folder, training and held-out apart."""
+
+    path: Path
+    corpus: list[Text]
+    demonstrations: list[Demonstration]
+    comparisons: list[Comparison]
+    prompts: list[Prompt]
+    heldout_corpus: list[Text] = field(default_factory=list)
+    heldout_comparisons: list[Comparison] = field(default_factory=list)
+    heldout_prompts: list[Prompt] = field(default_factory=list)
+    tokenizer_file: Path | None = None
+    world_file: Path | None = None
+
+
+def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
+    """Read and check a data folder.
+
+    Args:
+        path: the folder.
+        seed: chooses the tenth that is held out where the folder has no ``heldout/``.
+
+    Raises:
+        DataError: the folder or a file is missing, a file is empty, or a row is malformed.
+
+    Example:
+        >>> read_folder("no/such/folder")
+        Traceback (most recent call last):
+        minirlhf.errors.DataError: no/such/folder: not a folder; give a folder that holds corpus.jsonl, ...
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: not a folder; give a folder that holds corpus.jsonl, demonstrations.jsonl, "
+            "comparisons.jsonl and prompts.jsonl (each may end in .gz)"
+        )
+    data = DataFolder(
+        path=folder,
+        corpus=_read(folder, "corpus", _text),
+        demonstrations=_read(folder, "demonstrations", _demonstration),
+        comparisons=_read(folder, "comparisons", _comparison),
+        prompts=_read(folder, "prompts", _prompt),
+    )
+    heldout = folder / "heldout"
+    if heldout.is_dir():
+        data.heldout_corpus = _read(heldout, "corpus", _text)
+        data.heldout_comparisons = _read(heldout, "comparisons", _comparison)
+        data.heldout_prompts = _read(heldout, "prompts", _prompt)
+    else:
+        data.corpus, data.heldout_corpus = _split(data.corpus, seed)
+        # Prompts and comparisons are split by the prompt's text, so that no held-out prompt was ever trained on.
+        texts = sorted({row.text for row in data.prompts} | {row.prompt for row in data.comparisons})
+        held = set(_split(texts, seed)[1])
+        data.heldout_prompts = [row for row in data.prompts if row.text in held]
+        data.prompts = [row for row in data.prompts if row.text not in held]
+        data.heldout_comparisons = [row for row in data.comparisons if row.prompt in held]
+        data.comparisons = [row for row in data.comparisons if row.prompt not in held]
+        data.demonstrations = [row for row in data.demonstrations if row.prompt not in held]
+        parts = {name: getattr(data, name) for name in ("demonstrations", "comparisons", "prompts")}
+        parts |= {f"held-out {name}": getattr(data, f"heldout_{name}") for name in ("comparisons", "prompts")}
+        for name, rows in parts.items():
+            if not rows:
+                raise DataError(
+                    f"{folder}: too few rows: after a tenth of the prompts was held out, no {name} are left; "
+                    "add rows, or a heldout/ folder of your own"
+                )
+    for name in ("tokenizer", "world"):
+        file = folder / f"{name}.json"
+        setattr(data, f"{name}_file", file if file.is_file() else None)
+    return data
+
+
+def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
+    if len(rows) < 2:
+        return rows, []
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    held = set(order[: max(1, round(HELDOUT_FRACTION * len(rows)))])
+    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
+
+
+def _read(folder: Path, name: str, parse: Callable[[Row, str], T]) -> list[T]:
+    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
+    if plain.is_file() and packed.is_file():
+        raise DataError(f"{plain}: stands beside {packed.name}; keep one of the two")
+    file = packed if packed.is_file() else plain
+    if not file.is_file():
+        raise DataError(f"{plain}: missing (nor is there a {packed.name}); every data folder needs it")
+    rows = [parse(row, where) for row, where in _json_lines(file)]
+    if not rows:
+        raise DataError(f"{file}:1: the file is empty; expected one JSON object a line")
+    return rows
+
+
+def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
+    opener = gzip.open if file.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                where = f"{file}:{number}"
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where}: not valid UTF-8 (byte {error.start} of the line)") from None
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: expected a JSON object, found {_kind(row)}")
+                yield row, where
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        raise DataError(f"{file}:{number + 1}: can't be read ({error}); write the file again") from None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _string(row: Row, key: str, where: str, allow_empty: bool = False) -> str:
+    if key not in row:
+        raise DataError(f"{where}: field {key!r} is missing; the row has {sorted(row)}")
+    value = row[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {key!r} must be a string, found {_kind(value)}")
+    if not value.strip() and not allow_empty:
+        raise DataError(f"{where}: field {key!r} is empty")
+    return value
+
+
+def _text(row: Row, where: str) -> Text:
+    return Text(_string(row, "text", where), where)
+
+
+def _prompt(row: Row, where: str) -> Prompt:
+    return Prompt(_string(row, "prompt", where), where)
+
+
+def _demonstration(row: Row, where: str) -> Demonstration:
+    return Demonstration(_string(row, "prompt", where), _string(row, "completion", where), where)
+
+
+def _comparison(row: Row, where: str) -> Comparison:
+    labeler = _string(row, "labeler", where) if "labeler" in row else ""
+    if "chosen" in row or "rejected" in row:
+        chosen, rejected = _string(row, "chosen", where), _string(row, "rejected", where)
+        if "prompt" in row:
+            prompt = _string(row, "prompt", where)
+        else:
+            prompt, chosen, rejected = _split_dialogue(chosen, rejected, where)
+        if chosen == rejected:
+            raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so the row prefers nothing")
+        return Comparison(prompt, (chosen, rejected), (1.0, 0.0), labeler, where)
+
+    prompt = _string(row, "prompt", where)
+    responses = row.get("responses")
+    if not isinstance(responses, list):
+        raise DataError(f"{where}: field 'responses' must be a list of strings, or give 'chosen' and 'rejected'")
+    for i, response in enumerate(responses):
+        if not isinstance(response, str) or not response.strip():
+            what = "an empty string" if isinstance(response, str) else _kind(response)
+            raise DataError(f"{where}: responses[{i}] must be a non-empty string, found {what}")
+    if len(responses) < 2:
+        raise DataError(f"{where}: {len(responses)} response; a comparison needs at least two")
+    if ("scores" in row) == ("ranking" in row):
+        raise DataError(f"{where}: give either 'scores' (higher is better) or 'ranking' (1 = best)")
+    key = "scores" if "scores" in row else "ranking"
+    numbers = row[key]
+    if not isinstance(numbers, list) or len(numbers) != len(responses):
+        found = f"a list of {len(numbers)}" if isinstance(numbers, list) else _kind(numbers)
+        raise DataError(f"{where}: field {key!r} must be a list of {len(responses)} numbers, found {found}")
+    for i, number in enumerate(numbers):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise DataError(f"{where}: {key}[{i}] must be a finite number, found {number!r}")
+    if len(set(numbers)) == 1:
+        raise DataError(f"{where}: all {len(numbers)} {key} are equal, so the row prefers nothing; drop it")
+    sign = 1.0 if key == "scores" else -1.0
+    return Comparison(prompt, tuple(responses), tuple(sign * float(n) for n in numbers), labeler, where)
+
+
+def _split_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    """Cut two whole dialogues (the Anthropic HH format) into their common prompt and the two last answers."""
+    start = chosen.rfind(DIALOGUE_MARK)
+    if start < 0 or not rejected.startswith(chosen[: start + len(DIALOGUE_MARK)]):
+        raise DataError(
+            f"{where}: without a 'prompt', 'chosen' and 'rejected' must be dialogues that share everything up to "
+            f"the last {DIALOGUE_MARK.strip()!r}; give the field 'prompt' instead"
+        )
+    cut = start + len(DIALOGUE_MARK)
+    prompt = chosen[:start].strip()
+    if prompt.startswith("Human:") and prompt.count("Human:") == 1:
+        prompt = prompt.removeprefix("Human:").strip()
+    answers = chosen[cut:].strip(), rejected[cut:].strip()
+    if not prompt or not all(answers):
+        raise DataError(f"{where}: the dialogue has an empty prompt or an empty last answer")
+    return prompt, *answers
+
+
+def write_json_lines(path: Path, rows: list[Row]) -> None:
+    """Write rows as JSON lines; a name that ends in ``.gz`` is packed, byte for byte the same each time."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    payload = text.encode("utf-8")
+    if path.suffix == ".gz":
+        payload = gzip.compress(payload, compresslevel=9, mtime=0)
+    path.write_bytes(payload)

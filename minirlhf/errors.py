@@ -1,0 +1,20 @@
+"""The one family of errors that a user can cause and mend."""
+
+
+class UserError(Exception):
+    """Something the user gave can't be used: the message says what was expected, where, and what to do.
+
+    The command line prints it on one line and exits with code 2.
+    """
+
+
+class DataError(UserError):
+    """A row or a file of a data folder is malformed; the message begins with ``file:line``."""
+
+
+class CheckpointError(UserError):
+    """A saved model or training state is missing, damaged, or belongs to another run."""
+
+
+class TrainingError(UserError):
+    """Training can't go on: a loss became NaN or infinite."""

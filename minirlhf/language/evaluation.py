@@ -1,0 +1,231 @@
+"""How good is a model: its answers judged, its distance from the SFT model, and how right a reward model is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.data import Comparison
+from minirlhf.kl import exact_kl
+from minirlhf.language.generation import Samples, sample
+from minirlhf.language.models import response_logits
+from minirlhf.language.tokenization import decode, encode_prompts
+from minirlhf.training import generator_for, micro_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from minirlhf.language.reward_model import RewardFunction
+
+CONFIDENCE = 1.96  # standard errors in a 95 % interval
+CALIBRATION_BINS = 10
+
+
+@dataclass
+class EvaluationConfig:
+    """How the finished models are measured."""
+
+    prompts: int = 600
+    """Held-out prompts to answer (fewer where the folder has fewer)."""
+    temperature: float = 1.0
+    """Of sampling; 1 measures the policy that was trained."""
+    max_response_tokens: int = 40
+    """Answers are cut after so many tokens."""
+    batch_size: int = 256
+    """Prompts answered at once."""
+    corpus_blocks: int = 200
+    """Blocks of held-out text for the corpus loss, at most."""
+    examples: int = 16
+    """Prompts shown with every model's answer in the report."""
+
+
+class Answers(NamedTuple):
+    """One model's answers to a list of prompts."""
+
+    responses: list[str]
+    ended: list[bool]
+    lengths: list[int]
+    """Tokens, EOS included."""
+    kl: list[float]
+    """KL(model || reference) of each answer in nats, summed over its tokens; empty without a reference."""
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: EvaluationConfig,
+    *,
+    reference: PreTrainedModel | None = None,
+    seed: int = 0,
+    greedy: bool = False,
+) -> Answers:
+    """Sample one answer to each prompt.
+
+    Args:
+        model: a causal model.
+        tokenizer: its tokenizer.
+        prompts: texts, without template.
+        config: temperature, length limit, batch size.
+        reference: measure the KL to this model too. At each token of the answer the exact KL over the vocabulary is
+            taken, so that only the sampled prefix is random.
+        seed: of the sampling; the same seed gives the same answers.
+        greedy: take the most likely token instead of sampling.
+    """
+    model.eval()
+    answers = Answers([], [], [], [])
+    encoded = encode_prompts(tokenizer, prompts)
+    for start in range(0, len(prompts), config.batch_size):
+        samples = sample(
+            model,
+            encoded[start : start + config.batch_size],
+            max_new_tokens=config.max_response_tokens,
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
+            generator=generator_for(seed, "answer", start, device=model.device),
+            temperature=config.temperature,
+            greedy=greedy,
+        )
+        answers.responses.extend(decode(tokenizer, samples.responses()))
+        answers.ended.extend(samples.ended.tolist())
+        answers.lengths.extend(samples.lengths.tolist())
+        if reference is not None:
+            answers.kl.extend(sequence_kl(model, reference, samples, config.temperature).tolist())
+    return answers
+
+
+@torch.no_grad()
+def sequence_kl(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    samples: Samples,
+    temperature: float = 1.0,
+    micro_batch_tokens: int = 8192,
+) -> Tensor:
+    """KL(model || reference) along each sampled answer, in nats: -> [B] float32 on the CPU."""
+    kl = torch.zeros(len(samples.ended))
+    for group in micro_batches(samples.mask.sum(dim=1).tolist(), micro_batch_tokens):
+        part = samples.rows(torch.tensor(group))
+        length = part.response_mask.shape[1]
+        logits, ref_logits = (
+            response_logits(m, part.tokens, part.mask, length).float() / temperature for m in (model, reference)
+        )
+        token_kl = exact_kl(logits, ref_logits)
+        kl[group] = torch.where(part.response_mask, token_kl, 0.0).sum(dim=1).cpu()
+    return kl
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error.
+
+    Example:
+        >>> mean_and_error([1.0, 3.0])
+        (2.0, 1.0)
+    """
+    tensor = torch.tensor(values, dtype=torch.float64)
+    error = float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return float(tensor.mean()), error
+
+
+def win_rate(scores: Sequence[float], other: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """How often the first of two models is preferred on the same prompts, ties counted half, and a 95 % interval.
+
+    Example:
+        >>> rate, (low, high) = win_rate([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 1.0, 1.0])
+        >>> rate
+        0.875
+    """
+    outcomes = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, other, strict=True)]
+    rate, error = mean_and_error(outcomes)
+    return rate, (max(0.0, rate - CONFIDENCE * error), min(1.0, rate + CONFIDENCE * error))
+
+
+class Pairs(NamedTuple):
+    """All ordered pairs of some comparisons, as differences better minus worse; each [pairs]."""
+
+    reward: Tensor
+    length: Tensor
+    """In tokens of text split at white space."""
+
+
+def ordered_pairs(comparisons: Sequence[Comparison], rewards: Sequence[Sequence[float]]) -> Pairs:
+    """Differences of reward and of length over every pair that the labeler ordered (ties dropped)."""
+    reward, length = [], []
+    for row, scores in zip(comparisons, rewards, strict=True):
+        words = [len(text.split()) for text in row.responses]
+        for i, a in enumerate(row.scores):
+            for j, b in enumerate(row.scores):
+                if a > b:
+                    reward.append(scores[i] - scores[j])
+                    length.append(float(words[i] - words[j]))
+    return Pairs(torch.tensor(reward, dtype=torch.float64), torch.tensor(length, dtype=torch.float64))
+
+
+def accuracy(differences: Tensor) -> float:
+    """Share of pairs ordered as the labeler did; equal scores count half."""
+    if len(differences) == 0:
+        return float("nan")
+    return float(((differences > 0).double() + 0.5 * (differences == 0).double()).mean())
+
+
+def calibration_error(differences: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error of sigmoid(r_i - r_j) as the probability that i is preferred.
+
+    Every pair is counted in both directions, so that the predictions span 0 to 1; the error is the mean over bins of
+    |predicted - observed|, weighted by the pairs in the bin (Guo et al. 2017).
+    """
+    predicted = torch.cat([differences, -differences]).sigmoid()
+    observed = torch.cat([torch.ones_like(differences), torch.zeros_like(differences)])
+    place = (predicted * bins).long().clamp(max=bins - 1)
+    error = 0.0
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            gap = (predicted[inside].mean() - observed[inside].mean()).abs()
+            error += float(gap) * float(inside.double().mean())
+    return error
+
+
+def score_comparisons(reward: RewardFunction, comparisons: Sequence[Comparison]) -> list[list[float]]:
+    """The reward of every response of every comparison."""
+    prompts = [row.prompt for row in comparisons for _ in row.responses]
+    responses = [text for row in comparisons for text in row.responses]
+    flat = iter(torch.as_tensor(reward(prompts, responses)).tolist())
+    return [[next(flat) for _ in row.responses] for row in comparisons]
+
+
+def evaluate_reward_model(
+    reward: RewardFunction,
+    comparisons: Sequence[Comparison],
+    training_labelers: set[str],
+    gold: RewardFunction | None = None,
+) -> dict[str, float | int | None]:
+    """How right a reward model is on held-out comparisons.
+
+    Args:
+        reward: the reward model as a function.
+        comparisons: rankings that it was not trained on.
+        training_labelers: names of the labelers whose rankings it was trained on; all others are held-out labelers.
+        gold: the true score where it is known; its own accuracy is the ceiling that label noise leaves.
+
+    Returns:
+        accuracy, ceiling, length_baseline, calibration_error, pairs; the first three again for held-out labelers, as
+        accuracy_heldout_labelers and so on (None where there is nothing to measure).
+    """
+    result: dict[str, float | int | None] = {}
+    known = [row for row in comparisons if row.labeler in training_labelers]
+    others = [row for row in comparisons if row.labeler not in training_labelers]
+    for suffix, rows in (("", known), ("_heldout_labelers", others)):
+        pairs = ordered_pairs(rows, score_comparisons(reward, rows)) if rows else None
+        result[f"accuracy{suffix}"] = accuracy(pairs.reward) if pairs else None
+        truth = ordered_pairs(rows, score_comparisons(gold, rows)) if rows and gold else None
+        result[f"ceiling{suffix}"] = accuracy(truth.reward) if truth else None
+        result[f"length_baseline{suffix}"] = accuracy(pairs.length) if pairs else None
+        result[f"pairs{suffix}"] = len(pairs.reward) if pairs else 0
+        if not suffix:
+            result["calibration_error"] = calibration_error(pairs.reward) if pairs else None
+    return result

@@ -1,0 +1,179 @@
+"""Sampling answers: a KV cache, finished rows dropped, and the log-probability of every token kept.
+
+The distribution that is sampled is the one whose log-probability is taken: the whole vocabulary at one temperature,
+no top-k and no top-p (transformers' ``generate`` applies top_k=50 unless told otherwise, and then the ratio of the
+first PPO minibatch is not 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.language.models import pad
+from minirlhf.losses import token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPACT_BELOW = 0.8  # rows still running, as a share of the rows computed, below which finished ones are dropped
+
+
+class Samples(NamedTuple):
+    """Prompts and sampled responses of B rows; P is the longest prompt, T the longest response."""
+
+    prompt_tokens: Tensor
+    """[B, P] int64, left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool, True at real tokens."""
+    response_tokens: Tensor
+    """[B, T] int64, right-padded."""
+    response_mask: Tensor
+    """[B, T] bool, True up to and including EOS, and nothing after."""
+    logprobs: Tensor
+    """[B, T] float32, log-probability under the sampling distribution; 0 where the mask is False."""
+    ended: Tensor
+    """[B] bool, True where the response ended with EOS, False where it was cut at the length limit."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, P + T] prompt and response side by side."""
+        return torch.cat([self.prompt_tokens, self.response_tokens], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, P + T] True at real tokens."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of each response, EOS included."""
+        return self.response_mask.sum(dim=1)
+
+    def rows(self, index: Tensor) -> Samples:
+        """The chosen rows, with columns that hold no real token of any of them cut off on both sides."""
+        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
+        start = self.prompt_mask.shape[1] - int(prompt_mask.sum(dim=1).max())
+        stop = int(response_mask.sum(dim=1).max())
+        return Samples(
+            self.prompt_tokens[index, start:],
+            prompt_mask[:, start:],
+            self.response_tokens[index, :stop],
+            response_mask[:, :stop],
+            self.logprobs[index, :stop],
+            self.ended[index],
+        )
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response without its EOS: what a reader and the reward model see."""
+        lengths = (self.lengths - self.ended.long()).tolist()
+        return [row[:length] for row, length in zip(self.response_tokens.tolist(), lengths, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    eos_id: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    greedy: bool = False,
+) -> Samples:
+    """Answer every prompt.
+
+    Args:
+        model: a causal model of transformers, in eval mode (dropout would make the log-probabilities lie).
+        prompts: B rows of token ids, each at least one token.
+        max_new_tokens: responses are cut after so many tokens.
+        pad_id: fills the gaps; must differ from eos_id.
+        eos_id: ends a response.
+        generator: of the random numbers; not needed when greedy.
+        temperature: logits are divided by it before sampling; the kept log-probabilities are those of that
+            distribution.
+        greedy: take the most likely token instead of sampling.
+
+    Returns:
+        The samples, T being the longest response.
+
+    Raises:
+        ValueError: no prompt, an empty prompt, a temperature that is not positive, pad_id == eos_id, or a model in
+            training mode.
+
+    Example:
+        >>> samples = sample(model, [[5, 6, 7]], max_new_tokens=20, pad_id=0, eos_id=1)  # doctest: +SKIP
+        >>> samples.response_tokens.shape  # doctest: +SKIP
+        torch.Size([1, 13])
+    """
+    if not prompts or not all(len(row) for row in prompts):
+        raise ValueError("sample() needs at least one prompt, and every prompt at least one token")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; use greedy=True for the most likely token")
+    if pad_id == eos_id:
+        raise ValueError(f"pad_id and eos_id are both {pad_id}; give the tokenizer a pad token of its own")
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before sampling")
+    from transformers import DynamicCache
+
+    device = model.device
+    prompt_tokens, prompt_mask = (part.to(device) for part in pad(prompts, pad_id, side="left"))
+    rows, width = prompt_tokens.shape
+    response_tokens = torch.full((rows, max_new_tokens), pad_id, device=device)
+    response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    cache = DynamicCache(config=model.config)
+    alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
+    running = torch.ones(rows, dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
+    attention = torch.cat([prompt_mask.long(), torch.ones(rows, max_new_tokens, dtype=torch.long, device=device)], 1)
+    inputs, positions = prompt_tokens, (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
+
+    for step in range(max_new_tokens):
+        extra = {"position_ids": positions} if takes_positions else {}
+        out = model(
+            inputs,
+            attention_mask=attention[:, : width + step],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        )
+        logits = out.logits[:, -1].float()
+        if greedy:
+            token = logits.argmax(dim=-1)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
+        at = alive[running]
+        response_tokens[at, step] = token[running]
+        response_mask[at, step] = True
+        logprobs[at, step] = token_logprobs(logits, token, temperature=temperature)[running]
+        stopped = running & (token == eos_id)
+        ended[alive[stopped]] = True
+        running = running & ~stopped
+        count = int(running.sum())
+        if count == 0:
+            break
+        if count < COMPACT_BELOW * len(running):
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, attention, positions = alive[keep], attention[keep], positions[keep]
+            token, running = token[keep], running[keep]
+        inputs, positions = token[:, None], positions[:, -1:] + 1
+
+    longest = int(response_mask.sum(dim=1).max())
+    return Samples(
+        prompt_tokens,
+        prompt_mask,
+        response_tokens[:, :longest],
+        response_mask[:, :longest],
+        logprobs[:, :longest],
+        ended,
+    )

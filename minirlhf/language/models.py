@@ -1,0 +1,223 @@
+"""The four models of RLHF are two kinds of transformers models: a causal one, and one with a scalar head.
+
+policy, reference    AutoModelForCausalLM
+reward, value        AutoModelForSequenceClassification with one label; the same head read at one token or at all
+
+Any decoder of transformers will do; `tiny_llama` makes the small one that the course trains from nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.losses import token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class ModelConfig:
+    """The tiny Llama-style base model that is trained where no pretrained one is given."""
+
+    hidden_size: int = 96
+    """Width of the model; a multiple of heads."""
+    layers: int = 3
+    """Number of transformer blocks."""
+    heads: int = 4
+    """Attention heads a block."""
+    intermediate_size: int = 256
+    """Width of the feed-forward layer."""
+    vocab_size: int = 2048
+    """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
+
+
+def tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int):
+    """A fresh Llama-style causal model with tied embeddings.
+
+    Args:
+        config: its size.
+        tokenizer: gives the vocabulary and the special tokens.
+        context_length: the longest sequence it will see, in tokens.
+        seed: of its initial weights.
+
+    Raises:
+        UserError: hidden_size is not a multiple of 2 * heads.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if config.hidden_size % (2 * config.heads):
+        raise UserError(
+            f"--model-size.hidden-size {config.hidden_size} must be a multiple of 2 x heads ({2 * config.heads})"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.heads,
+                max_position_embeddings=context_length,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+
+
+def load_causal_model(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """Load a causal model (a folder or a hub name) in float32; its embedding grows if the tokenizer has more tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if tokenizer is not None:
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_scalar_model(path: str | Path) -> PreTrainedModel:
+    """Load a reward or value model saved by minirlhf, or any one-label sequence classifier of transformers."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    _check_scalar(model)
+    return model
+
+
+def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model with a scalar head on a copy of a causal model's body: the start of a reward model.
+
+    The head is drawn from N(0, 1/(d+1)), so that scores start near unit scale whatever the width d ("The N
+    implementation details of RLHF with PPO", detail 3 of its reward model section).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scalar = AutoModelForSequenceClassification.from_config(config)
+        _check_scalar(scalar)
+        scalar.base_model.load_state_dict(model.base_model.state_dict())
+        nn.init.normal_(scalar.score.weight, std=(scalar.score.in_features + 1) ** -0.5)
+    scalar.config.score_offset = 0.0
+    return scalar
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with the same weights that shares none of them."""
+    twin = type(model)(copy.deepcopy(model.config))
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def _check_scalar(model: PreTrainedModel) -> None:
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1:
+        raise CheckpointError(
+            f"{type(model).__name__} has no scalar head named 'score'; a reward model is a decoder of transformers "
+            "loaded as AutoModelForSequenceClassification with num_labels=1"
+        )
+
+
+def _inputs(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Model inputs for padded tokens. Without position_ids a left-padded GPT-2 is off by whole logits."""
+    inputs = {"input_ids": tokens, "attention_mask": mask.long()}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(mask)
+    return inputs
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones: [B, T] bool or int -> [B, T] int64.
+
+    Example:
+        >>> positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
+        [[0, 0, 0, 1, 2]]
+    """
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_length: int) -> Tensor:
+    """Logits that predict the last ``response_length`` tokens: [B, P + T] -> [B, T, V].
+
+    Column t of the result was computed from the tokens before response token t: the shift by one is made here,
+    once, for everyone.
+    """
+    out = model(**_inputs(model, tokens, mask), use_cache=False, logits_to_keep=response_length + 1)
+    return out.logits[:, -response_length - 1 : -1]
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each response token, teacher-forced, and on request the entropy at it: each [B, T].
+
+    Args:
+        tokens: [B, P + T] prompt (left-padded) and response (right-padded).
+        mask: [B, P + T] True at real tokens.
+        response_mask: [B, T] True at response tokens, EOS included.
+        temperature: the one that the response was sampled with.
+        return_entropy: whether to return the entropy too.
+    """
+    length = response_mask.shape[1]
+    logits = response_logits(model, tokens, mask, length)
+    return token_logprobs(
+        logits, tokens[:, -length:], temperature=temperature, mask=response_mask, return_entropy=return_entropy
+    )
+
+
+def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The scalar head at every token, offset removed: [B, T] -> [B, T] float32."""
+    hidden = model.base_model(**_inputs(model.base_model, tokens, mask), use_cache=False).last_hidden_state
+    return model.score(hidden).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+
+
+def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The scalar head at the last real token, by explicit index: [B, T] -> [B] float32.
+
+    Padding on the left, on the right or on both sides gives the same score.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    last = torch.where(mask.bool(), columns, -1).amax(dim=1)
+    return token_values(model, tokens, mask).gather(1, last[:, None]).squeeze(1)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Pad token rows to one width: -> tokens [B, T] int64 and mask [B, T] bool, True at real tokens.
+
+    Example:
+        >>> tokens, mask = pad([[5, 6], [7]], pad_id=0, side="left")
+        >>> tokens.tolist(), mask.tolist()
+        ([[5, 6], [0, 7]], [[True, True], [False, True]])
+    """
+    width = max(len(row) for row in rows)
+    filled = []
+    for row in rows:
+        gap = [pad_id] * (width - len(row))
+        filled.append([*gap, *row] if side == "left" else [*row, *gap])
+    tokens = torch.tensor(filled, dtype=torch.long).view(len(rows), width)
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    columns = torch.arange(width)[None]
+    return tokens, columns >= width - lengths if side == "left" else columns < lengths

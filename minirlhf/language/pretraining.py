@@ -1,0 +1,127 @@
+"""Before step 1: a base model that continues text, trained to predict the next token of a corpus.
+
+Where a pretrained model is given, this step is skipped and that model takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minirlhf.losses import token_logprobs
+from minirlhf.training import (
+    Recorder,
+    adamw,
+    epoch_batch,
+    learning_rate_factor,
+    set_learning_rate,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class PretrainingConfig:
+    """The base model's training."""
+
+    steps: int = 450
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Blocks a step."""
+    block_length: int = 64
+    """Tokens a block."""
+    lr: float = 4e-3
+    """Peak learning rate (cosine, to a tenth)."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """AdamW's decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+
+def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
+    """Lay documents end to end and cut them into blocks: -> [N, block_length] int64.
+
+    Args:
+        documents: token ids, each closed with EOS.
+        block_length: tokens a block; the rest that fills no block is dropped.
+
+    Raises:
+        ValueError: the documents together are shorter than one block.
+
+    Example:
+        >>> blocks_of([[5, 1], [6, 7, 1]], block_length=2).tolist()
+        [[5, 1], [6, 7]]
+    """
+    flat = torch.tensor([token for document in documents for token in document], dtype=torch.long)
+    count = len(flat) // block_length
+    if count == 0:
+        raise ValueError(
+            f"the corpus has {len(flat)} tokens, less than one block of {block_length}; "
+            "add text or lower --base.block-length"
+        )
+    return flat[: count * block_length].view(count, block_length)
+
+
+def language_model_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Mean negative log-likelihood a token of full blocks: [B, T] -> scalar, in nats."""
+    logits = model(input_ids=blocks, use_cache=False).logits
+    return -token_logprobs(logits[:, :-1], blocks[:, 1:]).mean()
+
+
+def train_base(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    config: PretrainingConfig,
+    *,
+    seed: int = 0,
+    recorder: Recorder | None = None,
+) -> PreTrainedModel:
+    """Train a causal model on blocks of text, in place.
+
+    Args:
+        model: the model to train.
+        blocks: [N, T] int64 token ids without padding.
+        config: the hyper-parameters.
+        seed: of the order of blocks.
+        recorder: where progress and metrics go.
+
+    Returns:
+        The same model, in eval mode.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite.
+    """
+    recorder = recorder or Recorder("base")
+    optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
+    recorder.track({"policy": model}, {"policy": optimizer})
+    model.train()
+    for step in recorder.steps(config.steps):
+        rows = epoch_batch(len(blocks), config.batch_size, step, seed, "base")
+        loss = language_model_loss(model, blocks[rows].to(model.device))
+        recorder.check_finite(loss, f"blocks {rows[:4]}...", "lower --base.lr")
+        lr = config.lr * learning_rate_factor(step, config.steps, config.warmup)
+        set_learning_rate(optimizer, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        recorder.log({"base/loss": loss, "base/grad_norm": norm, "base/lr": lr})
+    return model.eval()
+
+
+@torch.no_grad()
+def corpus_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 64) -> float:
+    """Mean negative log-likelihood a token over all blocks, in nats: how much of language a model still knows."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in blocks.split(batch_size):
+        total += float(language_model_loss(model, batch.to(model.device))) * len(batch)
+        count += len(batch)
+    return total / count

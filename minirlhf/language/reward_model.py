@@ -1,0 +1,187 @@
+"""Step 2: a reward model from K-way rankings (Ouyang et al. 2022, section 3.5, equation 1).
+
+    loss = -1/C(K,2) * sum over pairs (w, l) of log sigmoid(r(x, y_w) - r(x, y_l))
+
+All K answers to a prompt go through the model once and all their pairs are one batch element: K forward passes in
+place of K(K-1), and no answer is seen in more than one update of an epoch (shuffled pairs over-fit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minirlhf.data import Comparison, Demonstration
+from minirlhf.language.models import pad, scalar_model_from, sequence_scores
+from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.losses import pairwise_accuracy, ranking_loss
+from minirlhf.training import (
+    Recorder,
+    adamw,
+    epoch_batch,
+    learning_rate_factor,
+    micro_batches,
+    set_learning_rate,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], "Sequence[float] | Tensor"]
+"""Any callable (prompts, responses) -> one score a response; higher is better."""
+
+
+@dataclass
+class RewardModelConfig:
+    """The reward model's training."""
+
+    epochs: float = 1.0
+    """Passes over the comparisons; more than one over-fits."""
+    batch_size: int = 16
+    """Prompts a step, each with all its answers."""
+    lr: float = 1e-3
+    """Peak learning rate (cosine, to a tenth)."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """AdamW's decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens a forward pass: memory, not mathematics."""
+
+
+def train_reward_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    comparisons: Sequence[Comparison],
+    config: RewardModelConfig,
+    *,
+    demonstrations: Sequence[Demonstration] = (),
+    seed: int = 0,
+    recorder: Recorder | None = None,
+) -> PreTrainedModel:
+    """Train a reward model that starts from the body of a causal model.
+
+    Args:
+        model: the SFT model (left as it is; the reward model is a copy).
+        tokenizer: its tokenizer.
+        comparisons: rankings of K >= 2 answers; equal scores are ties and count for nothing.
+        config: the hyper-parameters.
+        demonstrations: after training a constant is taken off so that these score 0 on average.
+        seed: of the new head and of the order of prompts.
+        recorder: where progress and metrics go.
+
+    Returns:
+        A new sequence classifier with one label, in eval mode.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite.
+    """
+    recorder = recorder or Recorder("reward_model")
+    reward_model = scalar_model_from(model, seed)
+    encoded = encode_comparisons(tokenizer, comparisons)
+    # A prompt takes K rows of its longest answer.
+    sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
+
+    optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
+    recorder.track({"reward_model": reward_model}, {"reward_model": optimizer})
+    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
+    reward_model.train()
+    for step in recorder.steps(total):
+        batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
+        optimizer.zero_grad()
+        loss, correct, pairs = 0.0, 0.0, 0.0
+        for group in micro_batches([sizes[row] for row in batch], config.micro_batch_tokens):
+            chosen = [batch[i] for i in group]
+            rewards, scores, mask = _score_group(
+                reward_model, [encoded[row] for row in chosen], [comparisons[row] for row in chosen], tokenizer
+            )
+            part = ranking_loss(rewards, scores, mask, denominator=len(batch))
+            where = [comparisons[row].where or row for row in chosen[:3]]
+            recorder.check_finite(part, f"comparisons {where}", "lower --reward-model.lr")
+            part.backward()
+            right, count = pairwise_accuracy(rewards.detach(), scores, mask)
+            loss, correct, pairs = loss + float(part.detach()), correct + float(right), pairs + float(count)
+        lr = config.lr * learning_rate_factor(step, total, config.warmup)
+        set_learning_rate(optimizer, lr)
+        norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        recorder.log(
+            {
+                "reward_model/loss": loss,
+                "reward_model/accuracy": correct / max(pairs, 1.0),
+                "reward_model/grad_norm": norm,
+                "reward_model/lr": lr,
+            }
+        )
+    reward_model.eval()
+    if demonstrations:
+        scorer = RewardModelScorer(reward_model, tokenizer)
+        scores = scorer([row.prompt for row in demonstrations], [row.completion for row in demonstrations])
+        reward_model.config.score_offset = float(scores.mean()) + reward_model.config.score_offset
+    return reward_model
+
+
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
+) -> list[list[list[int]]]:
+    """Token ids of prompt + answer + EOS, for each answer of each comparison."""
+    prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
+    responses = iter(encode_responses(tokenizer, [text for row in comparisons for text in row.responses]))
+    return [
+        [prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)
+    ]
+
+
+def _score_group(
+    model: PreTrainedModel,
+    encoded: Sequence[list[list[int]]],
+    comparisons: Sequence[Comparison],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, labels and mask of a few prompts, padded to the largest K: three of [b, K]."""
+    tokens, mask = pad([row for rows in encoded for row in rows], tokenizer.pad_token_id)
+    flat = sequence_scores(model, tokens.to(model.device), mask.to(model.device))
+    counts = [len(rows) for rows in encoded]
+    valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+    valid = valid.to(flat.device)
+    rewards = torch.zeros(valid.shape, device=flat.device).masked_scatter(valid, flat)
+    labels = torch.zeros(valid.shape, device=flat.device)
+    labels[valid] = torch.tensor([s for row in comparisons for s in row.scores], device=flat.device)
+    return rewards, labels, valid
+
+
+class RewardModelScorer:
+    """A reward model as a plain function of texts, which is all that PPO asks of a reward.
+
+    Example:
+        >>> reward = RewardModelScorer(model, tokenizer)  # doctest: +SKIP
+        >>> reward(["write a story about frogs"], ["once upon a time ..."])  # doctest: +SKIP
+        tensor([1.3])
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int = 8192
+    ) -> None:
+        self.model, self.tokenizer, self.micro_batch_tokens = model.eval(), tokenizer, micro_batch_tokens
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Score each response to its prompt: -> [B] float32 on the CPU."""
+        rows = [
+            prompt + response
+            for prompt, response in zip(
+                encode_prompts(self.tokenizer, prompts), encode_responses(self.tokenizer, responses), strict=True
+            )
+        ]
+        scores = torch.zeros(len(rows))
+        for group in micro_batches([len(row) for row in rows], self.micro_batch_tokens):
+            tokens, mask = pad([rows[i] for i in group], self.tokenizer.pad_token_id)
+            device = self.model.device
+            scores[group] = sequence_scores(self.model, tokens.to(device), mask.to(device)).cpu()
+        return scores

@@ -1,0 +1,99 @@
+"""From text to token ids and back: one template between a prompt and its answer, pad never the same as EOS.
+
+transformers is imported when first used, so that ``import minirlhf.language.sft`` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minirlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+# The prompt ends in a line break, then comes the answer. It is stored as the tokenizer's chat template, so that a
+# pretrained chat model brings its own and every saved checkpoint knows how its prompts were written.
+TEMPLATE = "{% for message in messages %}{{ message['content'] + ' \n' }}{% endfor %}"
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint (a folder or a hub name) and make it fit for training.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    return prepare(AutoTokenizer.from_pretrained(path))
+
+
+def tokenizer_from_file(file: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a ``tokenizer.json`` that has the special tokens <pad>, <eos> and <unk>."""
+    from transformers import PreTrainedTokenizerFast
+
+    return prepare(PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token=PAD, eos_token=EOS, unk_token=UNK))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer (any text can be written with it, so <unk> never occurs)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return prepare(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS))
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a tokenizer a pad token of its own, a chat template, and left padding; it must already have an EOS."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token before training")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # GPT-2 has no pad token, and many recipes reuse EOS: then a model never learns when to stop.
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, written in the tokenizer's template, ready to be answered.
+
+    The template writes its own special tokens; none is added twice.
+    """
+    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        for p in unique
+    ]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [list(ids[unique[prompt]]) for prompt in prompts]
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of each response, closed with EOS."""
+    ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if responses else []
+    return [[*row, tokenizer.eos_token_id] for row in ids]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each document of a corpus, closed with EOS."""
+    return encode_responses(tokenizer, texts)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of token rows, without special tokens."""
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,216 @@
+"""Every loss of the course as a pure function of tensors, to be minimised.
+
+Each is a sum over what counts divided by `denominator`: the count of the WHOLE optimizer step (tokens; prompts for the
+reward model), so that the losses and gradients of micro-batches add up. Without it, the count of this call.
+Masks say what counts; what lies under them, NaN too, changes neither loss nor gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from minirlhf_kernels import linear_token_logprobs, ppo_loss, token_logprobs
+from torch import Tensor
+
+__all__ = [
+    "clipped_surrogate",
+    "count_ranked_prompts",
+    "entropy_from_logits",
+    "linear_token_logprobs",
+    "pairwise_accuracy",
+    "policy_gradient_loss",
+    "ppo_loss",
+    "ranking_loss",
+    "sft_loss",
+    "token_logprobs",
+    "value_loss",
+]
+
+
+def _mean_of_counted(x: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
+    if mask is None:
+        return x.sum() / (x.numel() if denominator is None else denominator)
+    if x.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool of shape {tuple(x.shape)}, not {mask.dtype} of {tuple(mask.shape)}")
+    if denominator is None:
+        denominator = mask.sum()
+        if not bool(denominator > 0):
+            raise ValueError("nothing counts: give the denominator of the whole optimizer step")
+    return torch.where(mask, x, 0).sum() / denominator
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    # Before any product or square: behind one, the gradient under the mask would be 0 * NaN.
+    return x if mask is None else torch.where(mask, x, 0)
+
+
+def _check_same_shape(x: Tensor, other: Tensor, names: str) -> None:
+    # Broadcasting [N] against [N, 1] would give an N x N loss without a word.
+    if x.shape != other.shape:
+        raise ValueError(f"{names} must share one shape, not {tuple(x.shape)} and {tuple(other.shape)}")
+
+
+def policy_gradient_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor | None = None,
+    *,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """-sum(logprobs * advantages) / denominator, whose gradient is minus the policy gradient (Williams 1992).
+
+    All [...]. The advantages are constants: returns for REINFORCE, G - V with a baseline, delta for actor-critic, and
+    times gamma^t where the discounted objective is meant to the letter (Sutton & Barto, section 13.3).
+
+    >>> policy_gradient_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 3.0]))
+    tensor(3.5000)
+    """
+    _check_same_shape(logprobs, advantages, "logprobs and advantages")
+    return -_mean_of_counted(
+        _counted(logprobs, response_mask) * _counted(advantages.detach(), response_mask), response_mask, denominator
+    )
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor | None = None,
+    *,
+    clip_range: float = 0.2,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """-min(r A, clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprobs - old_logprobs) (PPO, equation 7).
+
+    All [...]: the policy term of `ppo_loss` alone. clip_range=inf gives the unclipped surrogate of TRPO.
+
+    >>> clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1.0]), torch.tensor([1.0]))  # r = 2.7
+    tensor(-1.2000)
+    """
+    if response_mask is None:
+        response_mask = torch.ones_like(logprobs, dtype=torch.bool)
+    loss, _ = ppo_loss(
+        logprobs, old_logprobs, advantages, response_mask, clip_range=clip_range, denominator=denominator
+    )
+    return loss
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor | None = None,
+    *,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """1/2 (V - R)^2; with `clip_range`, the larger of that and the same with V kept within it of old_values. All [...].
+
+    The returns are constants. Raises ValueError if only one of old_values and clip_range is given.
+
+    >>> value_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    tensor(1.)
+    """
+    _check_same_shape(values, returns, "values and returns")
+    values, returns = _counted(values, response_mask), _counted(returns.detach(), response_mask)
+    error = (values - returns).square()
+    if old_values is not None and clip_range is not None:
+        _check_same_shape(values, old_values, "values and old_values")
+        old = _counted(old_values.detach(), response_mask)
+        near = old + (values - old).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (near - returns).square())
+    elif old_values is not None or clip_range is not None:
+        raise ValueError("old_values and clip_range go together: give both or neither")
+    return _mean_of_counted(0.5 * error, response_mask, denominator)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """The entropy -sum p log p of softmax(logits), in nats: [..., V] gives [...]. -inf logits add nothing.
+
+    Differentiable any number of times (the entropy of `token_logprobs` once, at less cost).
+
+    >>> entropy_from_logits(torch.tensor([0.0, 0.0, -torch.inf]))
+    tensor(0.6931)
+    """
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+
+
+def sft_loss(logprobs: Tensor, response_mask: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
+    """The cross-entropy of the completion's tokens, in nats a token: -sum of counted logprobs / denominator.
+
+    logprobs and response_mask (True on completion tokens, EOS among them; False on prompt and padding) [B, T].
+
+    >>> sft_loss(torch.tensor([[-9.0, -1.0, -3.0]]), torch.tensor([[False, True, True]]))
+    tensor(2.)
+    """
+    return -_mean_of_counted(logprobs, response_mask, denominator)
+
+
+def _ranked_pairs(rewards: Tensor, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Differences r_i - r_j and which of them are pairs (i strictly better than j, both counted), each [B, K, K]."""
+    _check_same_shape(rewards, scores, "rewards and scores")
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be [B, K], a row a prompt, not {tuple(rewards.shape)}")
+    pairs = scores.unsqueeze(2) > scores.unsqueeze(1)
+    if mask is not None:
+        if mask.shape != rewards.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool of shape {tuple(rewards.shape)}, not {mask.dtype}")
+        pairs &= mask.unsqueeze(2) & mask.unsqueeze(1)
+    return rewards.unsqueeze(2) - rewards.unsqueeze(1), pairs
+
+
+def count_ranked_prompts(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many prompts (rows of scores [B, K]) hold at least one pair that is not tied: `ranking_loss`'s denominator.
+
+    >>> count_ranked_prompts(torch.tensor([[2.0, 1.0], [3.0, 3.0]]))
+    tensor(1)
+    """
+    return _ranked_pairs(scores, scores, mask)[1].flatten(1).any(1).sum()
+
+
+def ranking_loss(
+    rewards: Tensor,
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """The reward model's loss over all pairs of each prompt's K answers (Ouyang et al. 2022, equation 1).
+
+        -1/C(K, 2) * sum over pairs (w better than l) of log sigmoid(r_w - r_l),     averaged over prompts
+
+    rewards [B, K] are what the model gives, scores [B, K] what the labeler gave (higher is better; for ranks, 1 the
+    best, pass -ranks), mask [B, K] (True = an answer that is there) lets K differ. A prompt is one batch element.
+    Tied pairs are dropped, and a prompt's sum is divided by the pairs left: 1/C(K, 2) without ties, and a prompt with
+    ties weighs as much as any other. A prompt with no pair left adds 0 and is not counted in the default
+    denominator (`count_ranked_prompts`); pass the count of the whole optimizer step for micro-batches.
+    Raises ValueError if no pair is left at all and no denominator is given.
+
+    >>> ranking_loss(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, 1.0]]))  # two pairs, one tie dropped
+    tensor(0.3133)
+    """
+    differences, pairs = _ranked_pairs(rewards, scores, mask)
+    # The where comes before logsigmoid: its gradient at a NaN under the mask would be 0 * NaN.
+    losses = torch.where(pairs, -F.logsigmoid(torch.where(pairs, differences, 0)), 0).sum((1, 2))
+    counts = pairs.sum((1, 2))
+    if denominator is None:
+        denominator = (counts > 0).sum()
+        if not bool(denominator > 0):
+            raise ValueError("every pair is tied or masked: there is nothing to learn from; drop these prompts")
+    return (losses / counts.clamp(min=1)).sum() / denominator
+
+
+@torch.no_grad()
+def pairwise_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(correct, total) over all pairs that the labeler ordered: add both up over batches, then divide.
+
+    Shapes as in `ranking_loss`. Pairs tied in scores are dropped; pairs tied in rewards are half right.
+
+    >>> correct, total = pairwise_accuracy(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([[3.0, 2.0, 1.0]]))
+    >>> correct.item(), total.item()
+    (2.5, 3)
+    """
+    differences, pairs = _ranked_pairs(rewards, scores, mask)
+    right = (differences > 0).double() + 0.5 * (differences == 0).double()
+    return torch.where(pairs, right, 0).sum(), pairs.sum()

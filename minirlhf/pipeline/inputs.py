@@ -1,0 +1,149 @@
+"""From a data folder to token ids that fit the model: every check is made here, before any training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from minirlhf.config import RunConfig
+from minirlhf.data import DataFolder, read_folder
+from minirlhf.errors import CheckpointError, DataError, UserError
+from minirlhf.language.pretraining import blocks_of
+from minirlhf.language.tokenization import (
+    encode_prompts,
+    encode_responses,
+    encode_texts,
+    load_tokenizer,
+    tokenizer_from_file,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data" / "small_world"
+
+
+@dataclass
+class Inputs:
+    """All that the steps need, checked and tokenized."""
+
+    folder: DataFolder
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+    corpus_blocks: Tensor
+    heldout_blocks: Tensor
+
+
+def find_data(config: RunConfig) -> Path:
+    """The folder to read: the one given, the shipped small world, or a small world made for this run."""
+    if config.data is not None:
+        return config.data
+    if DEFAULT_DATA.is_dir():
+        return DEFAULT_DATA
+    # Installed without the repository: make the same folder (the seed of the shipped one is 0).
+    from minirlhf.world import write_world
+
+    made = config.out / "world"
+    if not made.is_dir():
+        write_world(made, seed=0)
+    return made
+
+
+def load_inputs(config: RunConfig, path: Path) -> Inputs:
+    """Read, check and tokenize a data folder.
+
+    Raises:
+        DataError: a row is malformed or too long for the context, named by file and line.
+        CheckpointError: the pretrained model can't be loaded.
+    """
+    folder = read_folder(path, config.seed)
+    limit = config.context_length
+    if config.model is not None:
+        tokenizer, model_limit = _pretrained(config.model)
+        if limit is not None and model_limit is not None and limit > model_limit:
+            raise UserError(f"--context-length {limit}: {config.model} can read {model_limit} tokens at most")
+        limit = limit or model_limit
+    elif folder.tokenizer_file is not None:
+        tokenizer = _from_file(folder.tokenizer_file)
+    else:
+        tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
+
+    longest = max(config.base.block_length, _longest_row(folder, tokenizer, config, limit))
+    blocks = []
+    for name, rows in (("corpus", folder.corpus), ("held-out corpus", folder.heldout_corpus)):
+        try:
+            blocks.append(blocks_of(encode_texts(tokenizer, [r.text for r in rows]), config.base.block_length))
+        except ValueError as error:
+            raise DataError(f"{path}: {name}: {error}") from None
+    context = limit or -(-longest // 64) * 64
+    return Inputs(folder, tokenizer, context, blocks[0], blocks[1][: config.evaluation.corpus_blocks])
+
+
+def _pretrained(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    from transformers import AutoConfig
+
+    try:
+        return load_tokenizer(name), getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"--model {name}: not a model that transformers can load ({str(error).splitlines()[0]}); give a folder made "
+            "by save_pretrained, tokenizer included, or a hub name"
+        ) from None
+
+
+def _from_file(file: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = tokenizer_from_file(file)
+    except Exception as error:
+        raise DataError(f"{file}: not a tokenizer that can be loaded ({error}); delete it to train one") from None
+    return tokenizer
+
+
+def _longest_row(
+    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, config: RunConfig, limit: int | None
+) -> int:
+    """Tokens of the longest sequence that any step will see; raises DataError where one exceeds the limit."""
+    longest = 0
+
+    def check(what: str, wheres: Iterable[str], lengths: Iterable[int]) -> None:
+        nonlocal longest
+        for where, length in zip(wheres, lengths, strict=True):
+            if limit is not None and length > limit:
+                raise DataError(
+                    f"{where}: {what} takes {length} tokens, the context holds {limit}; shorten the row, "
+                    "or give a longer --context-length where the model allows it"
+                )
+            longest = max(longest, length)
+
+    def lengths(prompts: list[str], answers: list[str]) -> list[int]:
+        pairs = zip(encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers), strict=True)
+        return [len(prompt) + len(answer) for prompt, answer in pairs]
+
+    rows: Any = folder.demonstrations
+    check(
+        "prompt and completion",
+        [row.where for row in rows],
+        lengths([row.prompt for row in rows], [row.completion for row in rows]),
+    )
+    for rows in (folder.comparisons, folder.heldout_comparisons):
+        flat = [(row, text) for row in rows for text in row.responses]
+        check(
+            "prompt and response",
+            [row.where for row, _ in flat],
+            lengths([row.prompt for row, _ in flat], [text for _, text in flat]),
+        )
+    room = max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
+    for rows in (folder.prompts, folder.heldout_prompts):
+        check(
+            f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)",
+            [row.where for row in rows],
+            (len(ids) + room for ids in encode_prompts(tokenizer, [row.text for row in rows])),
+        )
+    if limit is not None and config.base.block_length > limit:
+        raise UserError(f"--base.block-length {config.base.block_length} is longer than the context of {limit}")
+    return longest

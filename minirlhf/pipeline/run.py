@@ -1,0 +1,227 @@
+"""The pipeline, top to bottom: base model, SFT, reward model, PPO, PPO-ptx, evaluation, report.
+
+Each step trains in ``runs/NAME/STEP.partial/`` and is renamed to ``runs/NAME/STEP/`` when it is whole, so what
+stands is finished, and what is finished is never done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minirlhf.checkpoints import save_model, verify_model, write_json
+from minirlhf.config import RunConfig
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.language.models import clone, load_causal_model, load_scalar_model, tiny_llama
+from minirlhf.language.pretraining import train_base
+from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
+from minirlhf.language.rlhf import train_rlhf
+from minirlhf.language.sft import train_sft
+from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
+from minirlhf.training import Recorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
+POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+SHOWN = {
+    "base": ("base/loss",),
+    "sft": ("sft/loss",),
+    "reward_model": ("reward_model/loss", "reward_model/accuracy"),
+    "ppo": ("objective/score", "objective/kl", "objective/gold"),
+    "ppo_ptx": ("objective/score", "objective/kl", "objective/gold"),
+}
+
+
+def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True) -> Path:
+    """Run or continue the whole pipeline.
+
+    Args:
+        config: all settings.
+        command: the command line, for the report.
+        progress: whether to draw progress bars.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        DataError: malformed data; raised before any training.
+        CheckpointError: the folder belongs to another run, or something in it is damaged.
+        TrainingError: a loss became NaN or infinite.
+    """
+    # Here, not at the top: drawing needs matplotlib, which the training doesn't.
+    from minirlhf.pipeline.evaluate import evaluate_run
+    from minirlhf.pipeline.judges import find_judge
+    from minirlhf.report import write_report
+
+    device = find_device(config.device)
+    report = config.out / "report.html"
+    _claim(config)
+    if report.is_file() and (config.out / "report.json").is_file() and all((config.out / s).is_dir() for s in STEPS):
+        for step in STEPS:
+            verify_model(config.out / step)
+        return report
+    began = time.monotonic()
+    inputs = load_inputs(config, find_data(config))
+    prepared = time.monotonic() - began
+
+    for step in STEPS:
+        folder = config.out / step
+        if folder.is_dir():
+            verify_model(folder)
+            continue
+        recorder = Recorder(
+            step,
+            config.out / f"{step}.partial",
+            save_seconds=config.save_seconds,
+            show=SHOWN[step],
+            progress=progress,
+        )
+        model = TRAINERS[step](config, inputs, recorder, device)
+        summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
+        save_model(folder, model, inputs.tokenizer, aside=config.out / f"{step}.partial", summary=summary)
+
+    judge = find_judge(inputs.folder, RewardModelScorer(*load_reward_model(config.out, device)))
+    results = evaluate_run(config, inputs, judge, device, prepared_seconds=prepared, command=command, progress=progress)
+    write_json(config.out / "report.json", results)
+    write_report(config.out)
+    return report
+
+
+def find_device(name: str) -> torch.device:
+    """The device of ``--device``; auto takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from None
+    return device
+
+
+def _claim(config: RunConfig) -> None:
+    """Write the run's settings into its folder, or compare them with those that stand there."""
+    file = config.out / "config.json"
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
+        settings.pop(key)
+    if config.data is not None:
+        settings["data"] = str(config.data.resolve())
+    if not file.is_file():
+        if config.out.is_dir() and any(config.out.iterdir()):
+            raise CheckpointError(f"{config.out}: not empty and not a run of minirlhf; choose another --out")
+        write_json(file, settings)
+        return
+    try:
+        standing = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{file}: damaged (not JSON); delete {config.out} and run again") from None
+    for name, (old, new) in sorted(_differences(standing, settings).items()):
+        raise CheckpointError(
+            f"{config.out}: was started with {name} = {old}, not {new}; choose another --out to begin a new run, "
+            "or give the same settings to continue this one"
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in old.keys() | new.keys():
+            found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return {} if old == new else {name: (old, new)}
+
+
+def load_policy(run: Path, name: str, device: torch.device) -> PreTrainedModel:
+    """A finished policy of a run, in eval mode."""
+    return load_causal_model(run / name).to(device).eval()
+
+
+def load_reward_model(run: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reward model of a run and its tokenizer."""
+    folder = run / "reward_model"
+    return load_scalar_model(folder).to(device).eval(), load_tokenizer(folder)
+
+
+def _base(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
+    if config.model is not None:
+        model = load_causal_model(config.model, inputs.tokenizer)
+        for _ in recorder.steps(0):
+            pass
+        return model.to(device).eval()
+    model = tiny_llama(config.model_size, inputs.tokenizer, inputs.context_length, config.seed).to(device)
+    return train_base(model, inputs.corpus_blocks, config.base, seed=config.seed, recorder=recorder)
+
+
+def _sft(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
+    model = load_policy(config.out, "base", device)
+    rows = inputs.folder.demonstrations
+    return train_sft(model, inputs.tokenizer, rows, config.sft, seed=config.seed, recorder=recorder)
+
+
+def _reward_model(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
+    return train_reward_model(
+        load_policy(config.out, "sft", device),
+        inputs.tokenizer,
+        inputs.folder.comparisons,
+        config.reward_model,
+        demonstrations=inputs.folder.demonstrations,
+        seed=config.seed,
+        recorder=recorder,
+    )
+
+
+def _rlhf(
+    config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device, ptx_coef: float
+) -> PreTrainedModel:
+    from minirlhf.pipeline.judges import find_judge
+
+    reward_model, tokenizer = load_reward_model(config.out, device)
+    sft = load_policy(config.out, "sft", device)
+    reward = RewardModelScorer(reward_model, tokenizer)
+    judge = find_judge(inputs.folder, reward)
+
+    def monitor(prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> dict[str, float]:
+        scores = judge.scores(prompts, responses, ended)
+        return {"objective/gold": sum(scores) / len(scores)}
+
+    return train_rlhf(
+        clone(sft),
+        clone(reward_model),
+        sft,
+        reward,
+        tokenizer,
+        [row.text for row in inputs.folder.prompts],
+        replace(config.rlhf, ptx_coef=ptx_coef),
+        corpus_blocks=inputs.corpus_blocks,
+        seed=config.seed,
+        recorder=recorder,
+        monitor=monitor if judge.is_gold else None,
+    )
+
+
+def _ppo(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
+    return _rlhf(config, inputs, recorder, device, ptx_coef=0.0)
+
+
+def _ppo_ptx(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
+    return _rlhf(config, inputs, recorder, device, ptx_coef=config.rlhf.ptx_coef)
+
+
+Trainer = Callable[[RunConfig, Inputs, Recorder, torch.device], "PreTrainedModel"]
+TRAINERS: dict[str, Trainer] = {
+    "base": _base,
+    "sft": _sft,
+    "reward_model": _reward_model,
+    "ppo": _ppo,
+    "ppo_ptx": _ppo_ptx,
+}

@@ -1,0 +1,178 @@
+"""From rewards to returns and advantages, and the masked statistics that go with them.
+
+Every estimate here is one recursion read at different settings. With delta_t = r_t + gamma V(s_{t+1}) - V(s_t):
+
+    td_errors            A_t = delta_t                                  lam = 0
+    n_step_advantages    A_t = sum over k < n of gamma^k delta_{t+k}
+    gae                  A_t = delta_t + gamma lam A_{t+1}
+    discounted_returns   G_t = r_t + gamma G_{t+1}                      lam = 1 and V = 0
+
+Layout: [N, T], or [T, N] with time_dim=0. `ends` (bool) marks the last step of an episode, terminated or truncated.
+Masks say what counts; what lies under them, NaN too, changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from minirlhf_kernels import gae
+from torch import Tensor
+
+__all__ = [
+    "discounted_returns",
+    "explained_variance",
+    "gae",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "n_step_advantages",
+    "td_errors",
+    "whiten",
+]
+
+
+def discounted_returns(
+    rewards: Tensor,
+    ends: Tensor,
+    gamma: float,
+    *,
+    last_values: Tensor | None = None,
+    truncated_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    time_dim: int = 1,
+) -> Tensor:
+    """The return G_t = r_t + gamma r_{t+1} + ... up to the end of the episode (Sutton & Barto, equation 3.8).
+
+    Shapes and the optional tensors are those of `gae`: without them an episode cut by the last column, or truncated, is
+    worth nothing from there on; `last_values` and `truncated_values` put a value in its place.
+
+    >>> discounted_returns(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[False, True, False]]), 0.5)
+    tensor([[1.5000, 1.0000, 1.0000]])
+    """
+    options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
+    return gae(rewards, torch.zeros_like(rewards), ends, gamma=gamma, lam=1.0, time_dim=time_dim, **options)[0]
+
+
+def td_errors(
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    gamma: float,
+    *,
+    last_values: Tensor | None = None,
+    truncated_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    time_dim: int = 1,
+) -> Tensor:
+    """The one-step errors delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Sutton & Barto, equation 6.5), shapes as in `gae`.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    >>> td_errors(rewards, values, torch.tensor([[False, True]]), gamma=1.0)
+    tensor([[0.0000, 0.5000]])
+    """
+    options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
+    return gae(rewards, values, ends, gamma=gamma, lam=0.0, time_dim=time_dim, **options)[0]
+
+
+def n_step_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    gamma: float,
+    n: int,
+    *,
+    last_values: Tensor | None = None,
+    truncated_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    time_dim: int = 1,
+) -> Tensor:
+    """n real rewards, then the value: r_t + ... + gamma^n V(s_{t+n}) - V(s_t) (Sutton & Barto, equation 7.1).
+
+    Shorter at the end of an episode and of the buffer. n = 1 gives `td_errors`; n >= T gives G - V.
+    Shapes as in `gae`. Raises ValueError for n < 1.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    >>> n_step_advantages(rewards, values, torch.tensor([[False, True]]), gamma=1.0, n=2)
+    tensor([[0.5000, 0.5000]])
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
+    deltas = td_errors(rewards, values, ends, gamma, time_dim=time_dim, **options).movedim(time_dim, 0)
+    hears_next = ~ends if mask is None else ~ends & mask
+    decay = gamma * hears_next.movedim(time_dim, 0)[:-1].to(deltas.dtype)
+    advantages = deltas.clone()
+    for _ in range(min(n, len(deltas)) - 1):
+        # From k steps to k + 1: the error of this step, then the k-step estimate of the next one.
+        advantages[:-1] = deltas[:-1] + decay * advantages[1:]
+    return advantages.movedim(0, time_dim)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The sum over the slots where mask is True. x and mask [...]; over all dimensions or over `dim`.
+
+    >>> masked_sum(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
+    tensor(1.)
+    """
+    if x.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool of shape {tuple(x.shape)}, not {mask.dtype} of {tuple(mask.shape)}")
+    return torch.where(mask, x, 0).sum(dim)  # where, and not x * mask: 0 * NaN is NaN
+
+
+def _counts(mask: Tensor, at_least: int, dim: int | tuple[int, ...] | None) -> Tensor:
+    counts = mask.sum(dim)
+    if bool((counts < at_least).any()):
+        raise ValueError(f"{int(counts.min())} counted values where at least {at_least} are needed: look at the mask")
+    return counts
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The mean over the slots where mask is True. Raises ValueError where nothing counts.
+
+    >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    return masked_sum(x, mask, dim) / _counts(mask, 1, dim)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """The biased variance (divided by the count) of the slots where mask is True. ValueError if nothing counts.
+
+    >>> masked_var(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False]))
+    tensor(1.)
+    """
+    x = torch.where(mask, x, 0)  # before the square, whose gradient would be 0 * NaN
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
+    """x scaled to variance 1 over the counted slots; shift_mean=True REMOVES the mean, False keeps it as it was.
+
+    x and mask [...] (default: everything counts); slots that do not count give 0. The variance is the biased one, with
+    1e-8 added. Raises ValueError with fewer than two counted values. (Ziegler et al. 2019's code.)
+
+    >>> whiten(torch.tensor([1.0, 3.0]))
+    tensor([-1.,  1.])
+    >>> whiten(torch.tensor([1.0, 3.0]), shift_mean=False)
+    tensor([1., 3.])
+    """
+    if mask is None:
+        mask = torch.ones_like(x, dtype=torch.bool)
+    _counts(mask, 2, None)
+    x = torch.where(mask, x, 0)
+    mean = masked_mean(x, mask)
+    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The share of the returns' variance that the values explain: 1 - Var(returns - values) / Var(returns).
+
+    1 is perfect, 0 no better than a constant, below 0 worse; NaN where all returns are equal. Shapes [...].
+
+    >>> explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    tensor(1.)
+    """
+    if mask is None:
+        mask = torch.ones_like(returns, dtype=torch.bool)
+    total = masked_var(returns, mask)
+    return torch.where(total > 0, 1 - masked_var(returns - values, mask) / total, torch.nan)

@@ -1,0 +1,305 @@
+"""What every learner's loop needs around its algorithm: steps that can be killed and resumed, metrics, batches.
+
+All randomness of a step is drawn from a generator made of (seed, name of the learner, step), so a resumed run needs
+no saved random state: weights, optimizer moments and the step are all there is, and they give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.checkpoints import STATE, load_state, save_state
+from minirlhf.errors import CheckpointError, TrainingError
+
+Metrics = dict[str, float]
+
+
+class Stateful(Protocol):
+    """Something with a few numbers to save: the adaptive KL controller, for one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Recorder:
+    """Walks a learner through its steps, keeps its metrics, and lets a killed run continue where it was.
+
+    Without a folder it keeps the metrics in memory (for notebooks and small projects); with one it also writes
+    ``metrics.jsonl``, TensorBoard events and, every few seconds, ``state.safetensors``.
+
+    Args:
+        name: of the learner: the label of the progress bar.
+        folder: where to write, or None.
+        save_seconds: time between two saved states; 0 saves after every step.
+        show: the metrics to show in the progress bar.
+        progress: whether to draw the progress bar.
+
+    Example:
+        >>> recorder = Recorder("demo", progress=False)
+        >>> for step in recorder.steps(2):
+        ...     recorder.log({"demo/loss": 1.0 / (step + 1)})
+        >>> [row["demo/loss"] for row in recorder.history]
+        [1.0, 0.5]
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None = None,
+        *,
+        save_seconds: float = 10.0,
+        show: Sequence[str] = (),
+        progress: bool = True,
+    ) -> None:
+        self.name, self.folder, self.show, self.progress = name, folder, tuple(show), progress
+        self.save_seconds = save_seconds
+        self.history: list[Metrics] = []
+        self.first_step = 0
+        self.seconds = 0.0  # of training, over all the sessions of this run
+        self._models: dict[str, nn.Module] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._extras: dict[str, Stateful] = {}
+        self._step = 0
+        self._bar: Any = None
+        self._board: Any = None
+
+    def track(
+        self,
+        models: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        extras: dict[str, Stateful] | None = None,
+    ) -> None:
+        """Name what belongs to the state, and load it if a killed run left one.
+
+        Raises:
+            CheckpointError: the state is damaged or belongs to other models.
+        """
+        self._models, self._optimizers, self._extras = models, optimizers, extras or {}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / STATE
+        if state.is_file():
+            self._load(state)
+        metrics = self.folder / "metrics.jsonl"
+        # Rows that were logged after the saved state will be logged again: cut them off.
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        self.history = [row for row in map(_row, lines) if row is not None and row["step"] < self.first_step]
+        aside = metrics.with_name(metrics.name + ".partial")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        os.replace(aside, metrics)
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps that are left, saving the state in between."""
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(
+            total=total,
+            initial=self.first_step,
+            desc=self.name,
+            disable=not self.progress,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        began, saved = time.monotonic(), time.monotonic()
+        before = self.seconds
+        try:
+            for step in range(self.first_step, total):
+                self._step = step
+                yield step
+                self._bar.update()
+                now = time.monotonic()
+                self.seconds = before + now - began
+                if self.folder is not None and now - saved >= self.save_seconds and step + 1 < total:
+                    self._save(step + 1)
+                    saved = now
+        finally:
+            self._bar.close()
+            if self._board is not None:
+                self._board.close()
+                self._board = None
+        if self.folder is not None:
+            self._save(total)
+
+    def log(self, metrics: dict[str, float | Tensor]) -> None:
+        """Keep one row of metrics for the current step (and write it, where there is a folder)."""
+        row: Metrics = {"step": self._step}
+        row |= {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in metrics.items()}
+        self.history.append(row)
+        if self._bar is not None:
+            shown = {key.split("/")[-1]: f"{row[key]:.3g}" for key in self.show if key in row}
+            self._bar.set_postfix(shown, refresh=False)
+        if self.folder is not None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            for key, value in row.items():
+                if key != "step":
+                    self._writer().add_scalar(key, value, self._step)
+
+    def check_finite(self, loss: Tensor, batch: str, advice: str = "") -> None:
+        """Stop before a NaN or infinite loss reaches the weights.
+
+        Raises:
+            TrainingError: names the step, the batch and what to try.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            kept = f" The last good state is in {self.folder}." if self.folder is not None else ""
+            hint = advice or "lower the learning rate (--help names it) or look at that batch for odd rows"
+            raise TrainingError(f"{self.name}: the loss is {value} at step {self._step}, {batch}; {hint}.{kept}")
+
+    def _writer(self) -> Any:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder), purge_step=self.first_step)
+        return self._board
+
+    def _save(self, step: int) -> None:
+        assert self.folder is not None
+        tensors: dict[str, Tensor] = {}
+        for name, model in self._models.items():
+            tensors |= {f"model/{name}/{key}": value for key, value in _own_tensors(model).items()}
+        for name, optimizer in self._optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{name}/{index}/{key}": value for key, value in moments.items()}
+        extras = {name: extra.state_dict() for name, extra in self._extras.items()}
+        facts = {"name": self.name, "step": step, "seconds": self.seconds, "extras": extras}
+        save_state(self.folder / STATE, tensors, facts)
+
+    def _load(self, path: Path) -> None:
+        tensors, facts = load_state(path)
+        for name, model in self._models.items():
+            own = _own_tensors(model)
+            saved = {key: tensors.get(f"model/{name}/{key}") for key in own}
+            wrong = [key for key, value in saved.items() if value is None or value.shape != own[key].shape]
+            if wrong:
+                raise CheckpointError(f"{path}: belongs to another model ({name} has no fitting {wrong[0]}); delete it")
+            with torch.no_grad():
+                for key, value in saved.items():
+                    own[key].copy_(value)
+        for name, optimizer in self._optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer/{name}/"):
+                    _, _, index, moment = key.split("/")
+                    state.setdefault(int(index), {})[moment] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, extra in self._extras.items():
+            extra.load_state_dict(facts["extras"][name])
+        self.first_step, self.seconds = facts["step"], facts["seconds"]
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    seen: set[int] = set()
+    own = {}
+    for key, value in model.state_dict().items():
+        if value.data_ptr() not in seen or value.numel() == 0:
+            seen.add(value.data_ptr())
+            own[key] = value
+    return own
+
+
+def _row(line: str) -> Metrics | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # the last line of a killed run may be cut short
+
+
+def generator_for(seed: int, *keys: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that depends on the seed and the keys alone: ``generator_for(0, "rlhf", step)``.
+
+    Example:
+        >>> a, b = generator_for(0, "sft", 3), generator_for(0, "sft", 3)
+        >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=b))
+        True
+    """
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) -> list[int]:
+    """The rows of one step: epochs of shuffled rows laid end to end and cut into batches of one size.
+
+    Every row is seen once before any is seen again, also where batch_size does not divide count.
+    """
+    rows = []
+    begin = step * batch_size
+    orders: dict[int, list[int]] = {}
+    for position in range(begin, begin + batch_size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(count, generator=generator_for(seed, name, "epoch", epoch)).tolist()
+        rows.append(orders[epoch][place])
+    return rows
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group rows of like length so that each group, padded to its longest row, holds at most max_tokens.
+
+    The gradient of an optimizer step is the sum over its micro-batches; each loss is divided by a count of the whole
+    step, so how the rows are grouped changes speed and memory and nothing else.
+
+    Example:
+        >>> micro_batches([3, 10, 4, 9], max_tokens=20)
+        [[1, 3], [2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        # The first row of a group is its longest.
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def learning_rate_factor(step: int, total: int, warmup: int = 0, final: float = 0.1) -> float:
+    """Linear warm-up, then a cosine down to ``final`` of the peak (InstructGPT, appendix C: 10 %).
+
+    Example:
+        >>> [round(learning_rate_factor(s, 100, warmup=10), 2) for s in (0, 9, 55, 100)]
+        [0.1, 1.0, 0.55, 0.1]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def adamw(
+    model: nn.Module,
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.AdamW:
+    """AdamW over all parameters; matrices decay, gains and biases don't."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
