@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,7 +132,7 @@ class Recorder:
         if self.folder is not None:
             self._save(total)
 
-    def log(self, metrics: dict[str, float | Tensor]) -> None:
+    def log(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Keep one row of metrics for the current step (and write it, where there is a folder)."""
         row: Metrics = {"step": self._step}
         row |= {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in metrics.items()}
@@ -182,13 +182,14 @@ class Recorder:
         tensors, facts = load_state(path)
         for name, model in self._models.items():
             own = _own_tensors(model)
-            saved = {key: tensors.get(f"model/{name}/{key}") for key in own}
-            wrong = [key for key, value in saved.items() if value is None or value.shape != own[key].shape]
+            prefix = f"model/{name}/"
+            saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            wrong = [key for key, value in own.items() if key not in saved or saved[key].shape != value.shape]
             if wrong:
                 raise CheckpointError(f"{path}: belongs to another model ({name} has no fitting {wrong[0]}); delete it")
             with torch.no_grad():
-                for key, value in saved.items():
-                    own[key].copy_(value)
+                for key, value in own.items():
+                    value.copy_(saved[key])
         for name, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():

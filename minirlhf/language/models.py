@@ -41,7 +41,9 @@ class ModelConfig:
     """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
 
 
-def tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int):
+def tiny_llama(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int
+) -> PreTrainedModel:
     """A fresh Llama-style causal model with tied embeddings.
 
     Args:
@@ -165,27 +167,29 @@ def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, respon
 
 
 def response_logprobs(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    mask: Tensor,
-    response_mask: Tensor,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each response token, teacher-forced, and on request the entropy at it: each [B, T].
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each response token, teacher-forced: [B, T] float32, 0 where response_mask is False.
 
     Args:
+        model: a causal model.
         tokens: [B, P + T] prompt (left-padded) and response (right-padded).
         mask: [B, P + T] True at real tokens.
         response_mask: [B, T] True at response tokens, EOS included.
         temperature: the one that the response was sampled with.
-        return_entropy: whether to return the entropy too.
     """
     length = response_mask.shape[1]
     logits = response_logits(model, tokens, mask, length)
-    return token_logprobs(
-        logits, tokens[:, -length:], temperature=temperature, mask=response_mask, return_entropy=return_entropy
-    )
+    return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask)
+
+
+def response_logprobs_and_entropy(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`response_logprobs`, and the entropy in nats of the distribution each token was drawn from; both [B, T]."""
+    length = response_mask.shape[1]
+    logits = response_logits(model, tokens, mask, length)
+    return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask, return_entropy=True)
 
 
 def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -127,15 +127,11 @@ def train_reward_model(
     return reward_model
 
 
-def encode_comparisons(
-    tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
-) -> list[list[list[int]]]:
+def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
     """Token ids of prompt + answer + EOS, for each answer of each comparison."""
     prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
     responses = iter(encode_responses(tokenizer, [text for row in comparisons for text in row.responses]))
-    return [
-        [prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)
-    ]
+    return [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
 
 
 def _score_group(

@@ -29,7 +29,7 @@ from torch import Tensor
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
 from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import clone, response_logprobs, token_values
+from minirlhf.language.models import clone, response_logprobs, response_logprobs_and_entropy, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction
 from minirlhf.language.tokenization import decode, encode_prompts
@@ -39,6 +39,8 @@ from minirlhf.training import Recorder, adamw, epoch_batch, generator_for, micro
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WORST = ("policy/ratio_max", "policy/ratio_error")  # logged as the largest of a step; all else as the mean
 
 Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, float]]
 """Called with prompts, responses and whether each ended; what it returns is logged and never trained on."""
@@ -202,7 +204,16 @@ def train_rlhf(
         sampled = time.monotonic()
 
         metrics = _update(
-            policy, value_model, experience, policy_optimizer, value_optimizer, config, corpus_blocks, seed, recorder, step
+            policy,
+            value_model,
+            experience,
+            policy_optimizer,
+            value_optimizer,
+            config,
+            corpus_blocks,
+            seed,
+            recorder,
+            step,
         )
         if average is not None and config.ema_decay is not None:
             _average(average, policy, config.ema_decay)
@@ -326,8 +337,8 @@ def _update(
         for group in _groups(experience.samples, index, config):
             part = experience.rows(group)
             samples = part.samples
-            logprobs, entropy = response_logprobs(
-                policy, samples.tokens, samples.mask, samples.response_mask, config.temperature, return_entropy=True
+            logprobs, entropy = response_logprobs_and_entropy(
+                policy, samples.tokens, samples.mask, samples.response_mask, config.temperature
             )
             loss, metrics = ppo_loss(
                 logprobs,
@@ -344,13 +355,15 @@ def _update(
                 entropy_coef=config.entropy_coef,
                 denominator=counted,
             )
-            recorder.check_finite(loss, f"rows {group[:4].tolist()}... of the batch", "lower --rlhf.lr or raise --rlhf.beta")
+            recorder.check_finite(
+                loss, f"rows {group[:4].tolist()}... of the batch", "lower --rlhf.lr or raise --rlhf.beta"
+            )
             loss.backward()
             error = ((logprobs.detach() - samples.logprobs).exp() - 1).abs()
             totals["policy/ratio_error"] = max(totals["policy/ratio_error"], float(error.max()))
-            for key, value in metrics.items():
+            for key, metric in metrics.items():
                 old = totals.get(key, 0.0)
-                totals[key] = max(old, float(value)) if key == "policy/ratio_max" else old + float(value)
+                totals[key] = max(old, float(metric)) if key == "policy/ratio_max" else old + float(metric)
         if config.ptx_coef > 0 and corpus_blocks is not None:
             # PPO-ptx: the pretraining gradient is added to PPO's before the one optimizer step.
             rows = epoch_batch(len(corpus_blocks), config.ptx_batch_size, step * updates + update, seed, "rlhf/ptx")
@@ -368,16 +381,16 @@ def _update(
             # Nothing has moved yet: the ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
             names = ("policy/ratio_error", "policy/approx_kl", "policy/clip_fraction")
             first = {key.replace("policy/", "policy/first_"): totals[key] for key in names}
-        for key, value in totals.items():
-            sums[key] = sums.get(key, 0.0) + value / updates
-    del sums["policy/ratio_error"]
+        for key, total in totals.items():
+            old = sums.get(key, 0.0)
+            sums[key] = max(old, total) if key in WORST else old + total / updates
     return sums | first
 
 
 @torch.no_grad()
 def _average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
-    for mean, weight in zip(average.parameters(), policy.parameters(), strict=True):
-        mean.lerp_(weight, 1 - decay)
+    for own, weight in zip(average.parameters(), policy.parameters(), strict=True):
+        own.lerp_(weight, 1 - decay)
 
 
 def _measure(experience: Experience, beta: float, config: RLHFConfig) -> dict[str, float]:

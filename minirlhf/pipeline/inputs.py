@@ -91,8 +91,8 @@ def _pretrained(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
         return load_tokenizer(name), getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"--model {name}: not a model that transformers can load ({str(error).splitlines()[0]}); give a folder made "
-            "by save_pretrained, tokenizer included, or a hub name"
+            f"--model {name}: not a model that transformers can load ({str(error).splitlines()[0]}); "
+            "give a folder made by save_pretrained, tokenizer included, or a hub name"
         ) from None
 
 
@@ -104,9 +104,7 @@ def _from_file(file: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _longest_row(
-    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, config: RunConfig, limit: int | None
-) -> int:
+def _longest_row(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, config: RunConfig, limit: int | None) -> int:
     """Tokens of the longest sequence that any step will see; raises DataError where one exceeds the limit."""
     longest = 0
 

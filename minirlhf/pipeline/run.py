@@ -17,21 +17,21 @@ import torch
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
 from minirlhf.config import RunConfig
-from minirlhf.errors import CheckpointError, UserError
-from minirlhf.language.models import clone, load_causal_model, load_scalar_model, tiny_llama
+from minirlhf.errors import CheckpointError
+from minirlhf.language.models import clone, load_causal_model, tiny_llama
 from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
-from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.pipeline.evaluate import evaluate_run
+from minirlhf.pipeline.folder import STEPS, find_device, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
+from minirlhf.pipeline.judges import find_judge
 from minirlhf.training import Recorder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
-POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 SHOWN = {
     "base": ("base/loss",),
     "sft": ("sft/loss",),
@@ -58,8 +58,6 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
         TrainingError: a loss became NaN or infinite.
     """
     # Here, not at the top: drawing needs matplotlib, which the training doesn't.
-    from minirlhf.pipeline.evaluate import evaluate_run
-    from minirlhf.pipeline.judges import find_judge
     from minirlhf.report import write_report
 
     device = find_device(config.device)
@@ -89,23 +87,14 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
         summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
         save_model(folder, model, inputs.tokenizer, aside=config.out / f"{step}.partial", summary=summary)
 
-    judge = find_judge(inputs.folder, RewardModelScorer(*load_reward_model(config.out, device)))
-    results = evaluate_run(config, inputs, judge, device, prepared_seconds=prepared, command=command, progress=progress)
+    proxy = RewardModelScorer(*load_reward_model(config.out, device))
+    judge = find_judge(inputs.folder, proxy)
+    results = evaluate_run(
+        config, inputs, judge, proxy, device, prepared_seconds=prepared, command=command, progress=progress
+    )
     write_json(config.out / "report.json", results)
     write_report(config.out)
     return report
-
-
-def find_device(name: str) -> torch.device:
-    """The device of ``--device``; auto takes CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from None
-    return device
 
 
 def _claim(config: RunConfig) -> None:
@@ -114,8 +103,7 @@ def _claim(config: RunConfig) -> None:
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
         settings.pop(key)
-    if config.data is not None:
-        settings["data"] = str(config.data.resolve())
+    settings["data"] = str(find_data(config).resolve())
     if not file.is_file():
         if config.out.is_dir() and any(config.out.iterdir()):
             raise CheckpointError(f"{config.out}: not empty and not a run of minirlhf; choose another --out")
@@ -139,17 +127,6 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any
             found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         return found
     return {} if old == new else {name: (old, new)}
-
-
-def load_policy(run: Path, name: str, device: torch.device) -> PreTrainedModel:
-    """A finished policy of a run, in eval mode."""
-    return load_causal_model(run / name).to(device).eval()
-
-
-def load_reward_model(run: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reward model of a run and its tokenizer."""
-    folder = run / "reward_model"
-    return load_scalar_model(folder).to(device).eval(), load_tokenizer(folder)
 
 
 def _base(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
@@ -183,8 +160,6 @@ def _reward_model(config: RunConfig, inputs: Inputs, recorder: Recorder, device:
 def _rlhf(
     config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device, ptx_coef: float
 ) -> PreTrainedModel:
-    from minirlhf.pipeline.judges import find_judge
-
     reward_model, tokenizer = load_reward_model(config.out, device)
     sft = load_policy(config.out, "sft", device)
     reward = RewardModelScorer(reward_model, tokenizer)

@@ -16,7 +16,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORED_TOKEN = -100
 """A token that never counts (torch's own convention for `cross_entropy`)."""
@@ -48,6 +47,12 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be above 0, not {temperature}")
 
 
+def _refuse_second_derivative() -> None:
+    # Only create_graph=True runs a backward with gradients on; torch's once_differentiable would let some cases pass.
+    if torch.is_grad_enabled():
+        raise RuntimeError("token_logprobs is differentiable once: for a second derivative use logits.log_softmax(-1)")
+
+
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -76,13 +81,13 @@ def _forward(p: Tensor, logits: Tensor, tokens: Tensor, temperature: float) -> t
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.linalg.vecdot(p, _log(p))
+    return -_log(p).mul_(p).sum(-1)
 
 
 def _backward(
-    p: Tensor, rest: Tensor, entropy: Tensor, tokens: Tensor, grads: tuple[Tensor | None, Tensor | None], scale: float
+    p: Tensor, rest: Tensor, entropy: Tensor, tokens: Tensor, grads: tuple[Tensor | None, ...], scale: float
 ) -> Tensor:
-    """scale times the gradient with respect to logits / temperature, [..., V]; an output without gradient is skipped."""
+    """scale times the gradient with respect to logits / temperature; an output without gradient is skipped."""
     grad_logprobs, grad_entropy = (None if g is None else g.unsqueeze(-1) * scale for g in grads)
     grad = torch.zeros_like(p) if grad_logprobs is None else p * -grad_logprobs
     if grad_logprobs is not None:
@@ -112,10 +117,10 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         p, rest, entropy, kept, counted = ctx.saved_tensors
-        grads = (grad_logprobs, grad_entropy)
+        grads: tuple[Tensor | None, ...] = (grad_logprobs, grad_entropy)
         if counted is not None:
             grads = tuple(None if g is None else g[counted] for g in grads)
         grad = _backward(p, rest, entropy, kept, grads, 1 / ctx.temperature).to(ctx.dtype)
@@ -195,8 +200,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         hidden, weight, tokens = ctx.saved_tensors
         dtype = _at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
         head = weight.to(dtype)

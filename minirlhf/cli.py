@@ -1,0 +1,190 @@
+"""The command line: ``minirlhf run | world | chat | evaluate``.
+
+A user's mistake prints one message and exits with code 2. Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, get_args
+
+import tyro
+
+from minirlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from minirlhf.config import PresetName
+
+T = TypeVar("T")
+USAGE = """usage: minirlhf COMMAND [OPTIONS]
+
+commands:
+  run        from a folder of text to an aligned model and a report
+  chat       type an instruction and see a run's models answer beside each other
+  evaluate   measure one policy of a run on the held-out prompts
+  world      write the small world: a folder of text whose truth is known
+
+minirlhf COMMAND --help explains the options of each.
+"""
+
+
+@dataclass
+class WorldConfig:
+    """Write the small world as a folder of JSON lines."""
+
+    out: Path
+    """Folder to write; must not exist yet."""
+    seed: int = 0
+    """Makes another world."""
+
+
+@dataclass
+class ChatConfig:
+    """Type instructions and see the models of a run answer beside each other."""
+
+    run: Path = Path("runs/default")
+    """Folder of a finished run."""
+    prompt: tuple[str, ...] = ()
+    """Answer these and stop, in place of asking."""
+    temperature: float = 0.7
+    """Of sampling; lower is safer."""
+    greedy: bool = False
+    """Always take the most likely word."""
+    max_response_tokens: int = 40
+    """Answers are cut after so many tokens."""
+    seed: int = 0
+    """Of sampling."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure one policy of a run, or any causal model, on the held-out prompts; prints JSON."""
+
+    run: Path = Path("runs/default")
+    """Folder of a finished run: gives the data, the judge and the SFT model to compare with."""
+    checkpoint: str = "ppo_ptx"
+    """A policy of the run (base, sft, ppo, ppo_ptx) or a folder with a causal model of the same vocabulary."""
+    prompts: int = 600
+    """Held-out prompts to answer."""
+    temperature: float = 1.0
+    """Of sampling."""
+    max_response_tokens: int = 40
+    """Answers are cut after so many tokens."""
+    seed: int = 0
+    """Of sampling."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0 done, 2 a mistake of the user's, 130 stopped by the keyboard."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from minirlhf import __version__
+
+        print(f"minirlhf {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"minirlhf: error: no command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[command](rest)
+    except UserError as error:
+        print(f"minirlhf: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nminirlhf: stopped; the same command continues where it was", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
+    prog = f"minirlhf {command}"
+    if default is None:
+        return tyro.cli(cls, prog=prog, args=arguments)
+    return tyro.cli(cls, prog=prog, args=arguments, default=default)
+
+
+def _run(arguments: list[str]) -> None:
+    from minirlhf.config import RunConfig, preset
+
+    config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
+
+    from minirlhf.pipeline import run_pipeline
+    from minirlhf.report import summary_table
+
+    report = run_pipeline(config, command="minirlhf run " + shlex.join(arguments))
+    print(summary_table(config.out))
+    print(f"report: {report}")
+    print(f"talk to the models: minirlhf chat --run {config.out}")
+
+
+def _preset_name(arguments: Sequence[str]) -> PresetName:
+    """The preset on the command line: it fills in the defaults that --help shows and the other options change."""
+    from minirlhf.config import PresetName
+
+    chosen = "default"
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag == "--preset":
+            chosen = value
+        elif flag.startswith("--preset="):
+            chosen = flag.split("=", 1)[1]
+    for name in get_args(PresetName):
+        if name == chosen:
+            return name
+    raise UserError(f"--preset {chosen}: choose one of {', '.join(get_args(PresetName))}")
+
+
+def _world(arguments: list[str]) -> None:
+    config = _parse(WorldConfig, "world", arguments)
+    from minirlhf.world import write_world
+
+    write_world(config.out, seed=config.seed)
+    print(f"wrote {config.out}")
+
+
+def _chat(arguments: list[str]) -> None:
+    config = _parse(ChatConfig, "chat", arguments)
+    from minirlhf.pipeline.chat import chat
+
+    chat(
+        config.run,
+        prompts=config.prompt,
+        temperature=config.temperature,
+        greedy=config.greedy,
+        max_response_tokens=config.max_response_tokens,
+        seed=config.seed,
+    )
+
+
+def _evaluate(arguments: list[str]) -> None:
+    config = _parse(EvaluateConfig, "evaluate", arguments)
+    import json
+
+    from minirlhf.language.evaluation import EvaluationConfig
+    from minirlhf.pipeline.evaluate import evaluate_checkpoint
+
+    settings = EvaluationConfig(config.prompts, config.temperature, config.max_response_tokens)
+    print(
+        json.dumps(evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device), indent=2)
+    )
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "run": _run,
+    "chat": _chat,
+    "evaluate": _evaluate,
+    "world": _world,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

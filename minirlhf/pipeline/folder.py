@@ -1,0 +1,63 @@
+"""A run's folder: what stands in it and how to load it.
+
+config.json  report.json  report.html  answers.json
+base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.jsonl, TensorBoard events, summary.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minirlhf.checkpoints import verify_model
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.language.models import load_causal_model, load_scalar_model
+from minirlhf.language.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
+POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of ``--device``; auto takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from None
+    return device
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The settings that a run was started with.
+
+    Raises:
+        CheckpointError: the folder is no run of minirlhf.
+    """
+    file = run / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}") from None
+    except ValueError:
+        raise CheckpointError(f"{file}: damaged (not JSON); delete {run} and run again") from None
+
+
+def load_policy(run: Path, name: str, device: torch.device) -> PreTrainedModel:
+    """A finished policy of a run, in eval mode, its checksums verified."""
+    verify_model(run / name)
+    return load_causal_model(run / name).to(device).eval()
+
+
+def load_reward_model(run: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reward model of a run and its tokenizer."""
+    folder = run / "reward_model"
+    return load_scalar_model(folder).to(device).eval(), load_tokenizer(folder)

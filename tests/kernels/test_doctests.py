@@ -1,0 +1,29 @@
+"""The examples in the docstrings of the mathematics run and are true."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "minirlhf_kernels.reference.gae",
+    "minirlhf_kernels.reference.logprobs",
+    "minirlhf_kernels.reference.ppo",
+    "minirlhf.kl",
+    "minirlhf.losses",
+    "minirlhf.returns",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_function_has_an_example(name):
+    module = importlib.import_module(name)
+    for key, item in vars(module).items():
+        if not key.startswith("_") and callable(item) and getattr(item, "__module__", "") == name:
+            assert ">>>" in (item.__doc__ or ""), f"{name}.{key}"

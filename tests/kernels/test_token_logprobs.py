@@ -1,0 +1,270 @@
+"""token_logprobs and linear_token_logprobs against a float64 oracle, on the rows that break other kernels."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minirlhf_kernels import linear_token_logprobs, token_logprobs
+
+INF, NAN = float("inf"), float("nan")
+
+
+def oracle(logits, tokens, temperature=1.0):
+    """Log-probabilities, entropy and both gradients (for upstream gradients of 1) in float64, with no cancellation."""
+    z = logits.double() / temperature
+    u = z - z.amax(-1, keepdim=True)
+    index = tokens.unsqueeze(-1)
+    others = u.exp().scatter(-1, index, 0.0)
+    rest, at = others.sum(-1), u.gather(-1, index).squeeze(-1)
+    log_rest = others.scatter(-1, index, 0.0).sum(-1).log()
+    logprobs = -torch.nn.functional.softplus(log_rest - at, beta=1, threshold=1e9)
+    p = u.softmax(-1)
+    log_p = torch.where(p > 0, u.log_softmax(-1), 0.0)
+    entropy = -(p * log_p).sum(-1)
+    complement = (rest / (rest + at.exp())).unsqueeze(-1)
+    grad = (-p).scatter(-1, index, complement) / temperature
+    grad_entropy = -p * (log_p + entropy.unsqueeze(-1)) / temperature
+    return logprobs, entropy, grad, grad_entropy
+
+
+def check_against_oracle(logits, tokens, temperature=1.0, rtol=3e-6, atol=1e-37):
+    logits = logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(logits, tokens, temperature=temperature, return_entropy=True)
+    expected, expected_entropy, grad, grad_entropy = oracle(logits.detach(), tokens, temperature)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=3e-6)
+    assert (logprobs <= 0).all()
+    got = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(got.double(), grad, rtol=1e-5, atol=1e-12)
+    at_token = got.double().gather(-1, tokens.unsqueeze(-1))
+    torch.testing.assert_close(at_token, grad.gather(-1, tokens.unsqueeze(-1)), rtol=1e-5, atol=1e-37)
+    got = torch.autograd.grad(entropy.sum(), logits)[0]
+    torch.testing.assert_close(got.double(), grad_entropy, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 1023, 1024, 1025, 50257])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_vocabulary_size(vocabulary, temperature):
+    torch.manual_seed(vocabulary)
+    check_against_oracle(3 * torch.randn(4, vocabulary), torch.randint(vocabulary, (4,)), temperature)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 10.0, 17.0, 25.0, 40.0, 80.0])
+def test_near_one_the_relative_accuracy_holds(margin):
+    """At a margin of 25 nats log_softmax in float32 gives exactly 0; the truth is -1023 exp(-25)."""
+    logits = torch.zeros(2, 1024)
+    logits[:, 7] = margin
+    check_against_oracle(logits, torch.tensor([7, 8]))
+    if margin == 25.0:
+        assert logits.log_softmax(-1)[0, 7] == 0.0
+        got = token_logprobs(logits, torch.tensor([7, 8]))[0]
+        assert got.item() == pytest.approx(-1023 * math.exp(-25), rel=1e-6)
+
+
+def test_far_below_the_leader_the_probability_underflows_and_its_logarithm_does_not():
+    logits = torch.tensor([[0.0, -60.0, -100.0, -5000.0]])
+    for token, expected in enumerate([-8.756510763e-27, -60.0, -100.0, -5000.0]):
+        got = token_logprobs(logits, torch.tensor([token]))
+        torch.testing.assert_close(got, torch.tensor([expected]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1000.0])
+def test_adding_a_constant_to_a_row_changes_nothing(offset):
+    torch.manual_seed(0)
+    logits = torch.randint(-64, 64, (5, 300)) / 8  # exact in float32 at every offset
+    tokens = torch.randint(300, (5,))
+    for a, b in zip(
+        token_logprobs(logits, tokens, return_entropy=True),
+        token_logprobs(logits + offset, tokens, return_entropy=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["first block", "one", "all but the token", "all but one"])
+def test_minus_infinity_is_a_token_that_cannot_be_drawn(case):
+    torch.manual_seed(1)
+    logits, tokens = torch.randn(3, 2000), torch.tensor([1500, 1999, 1024])
+    if case == "first block":
+        logits[:, :1024] = -INF
+    elif case == "one":
+        logits[:, 3] = -INF
+    else:
+        kept = logits.gather(1, tokens[:, None])
+        logits = torch.full_like(logits, -INF).scatter_(1, tokens[:, None], kept)
+        if case == "all but one":
+            logits[:, 5] = 0.25
+    check_against_oracle(logits, tokens)
+    if case == "all but the token":
+        logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
+        assert (logprobs == 0).all() and (entropy == 0).all()
+
+
+def test_a_token_that_cannot_be_drawn_has_minus_infinity():
+    assert token_logprobs(torch.tensor([0.0, -INF]), torch.tensor(1)) == -INF
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_rows_that_do_not_count_give_zero_and_no_gradient(linear, garbage):
+    torch.manual_seed(2)
+    weight = torch.randn(11, 6)
+    x = torch.randn(2, 4, 6 if linear else 11)
+    tokens, mask = torch.randint(11, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
+    x[0, 1], x[1, 3] = garbage, garbage
+    mask[0, 1] = False
+    tokens[0, 1] = 999  # under the mask anything goes
+    tokens[1, 3] = -100
+    x.requires_grad_()
+    inputs = (x, weight.requires_grad_()) if linear else (x,)
+    call = linear_token_logprobs if linear else token_logprobs
+    logprobs, entropy = call(*inputs, tokens, mask=mask, return_entropy=True)
+    assert logprobs[0, 1] == entropy[0, 1] == logprobs[1, 3] == entropy[1, 3] == 0
+    (logprobs.sum() + entropy.sum()).backward()
+    assert (x.grad[0, 1] == 0).all() and (x.grad[1, 3] == 0).all()
+    assert all(i.grad.isfinite().all() for i in inputs)
+    counted = mask & (tokens != -100)
+    alone = call(*(i.detach() if i is not x else x.detach()[counted] for i in inputs), tokens[counted])
+    torch.testing.assert_close(logprobs[counted].detach(), alone)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_empty_micro_batch_has_a_gradient_of_zero(linear):
+    x, weight = torch.full((2, 3, 5), NAN, requires_grad=True), torch.randn(7, 5)
+    tokens = torch.full((2, 3), -100)
+    out = linear_token_logprobs(x, weight, tokens) if linear else token_logprobs(x, tokens)
+    out.sum().backward()
+    assert (out == 0).all() and (x.grad == 0).all()
+
+
+def test_what_is_refused():
+    logits, tokens = torch.zeros(2, 3), torch.tensor([0, 2])
+    for bad in (3, -1, -101, 10**12):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            token_logprobs(logits, torch.tensor([0, bad]))
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            linear_token_logprobs(torch.zeros(2, 4), torch.zeros(3, 4), torch.tensor([0, bad]))
+    with pytest.raises(ValueError, match="shape"):
+        token_logprobs(logits, tokens[:1])
+    with pytest.raises(TypeError, match="int64"):
+        token_logprobs(logits, tokens.int())
+    with pytest.raises(ValueError, match="mask must be bool"):
+        token_logprobs(logits, tokens, mask=torch.ones(2))
+    for temperature in (0.0, -1.0, NAN):
+        with pytest.raises(ValueError, match="temperature"):
+            token_logprobs(logits, tokens, temperature=temperature)
+    with pytest.raises(ValueError, match="weight must be"):
+        linear_token_logprobs(torch.zeros(2, 4), torch.zeros(3, 5), tokens)
+    with pytest.raises(ValueError, match="chunk_size"):
+        linear_token_logprobs(torch.zeros(2, 4), torch.zeros(3, 4), tokens, chunk_size=0)
+
+
+def test_a_second_derivative_is_refused_and_not_silently_wrong():
+    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.eye(3, dtype=torch.float64)
+    for out in (token_logprobs(logits, torch.tensor([0, 1])), linear_token_logprobs(logits, weight, torch.tensor([0, 1]))):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(out.sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_precision_is_computed_in_float32(dtype):
+    torch.manual_seed(3)
+    logits, tokens = (4 * torch.randn(6, 500)).to(dtype).requires_grad_(), torch.randint(500, (6,))
+    logprobs = token_logprobs(logits, tokens)
+    assert logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(logprobs.double(), oracle(logits.detach(), tokens)[0], rtol=3e-6, atol=1e-12)
+    logprobs.sum().backward()
+    assert logits.grad.dtype == dtype
+    expected = oracle(logits.detach(), tokens)[2]
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    vocabulary=st.integers(1, 70),
+    hidden=st.integers(1, 9),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]),
+    chunk=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+    masked=st.booleans(),
+)
+def test_any_shape_and_the_linear_op_equals_the_plain_one(rows, vocabulary, hidden, temperature, chunk, seed, masked):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*rows, hidden, dtype=torch.float64, generator=g, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden, dtype=torch.float64, generator=g, requires_grad=True)
+    tokens = torch.randint(vocabulary, rows, generator=g)
+    mask = torch.rand(rows, generator=g) < 0.6 if masked else None
+    up = torch.randn(2, *rows, dtype=torch.float64, generator=g)  # non-uniform upstream gradients
+    common = {"temperature": temperature, "mask": mask, "return_entropy": True}
+    results = []
+    z = x @ weight.t()
+    log_p = (z / temperature).log_softmax(-1)
+    zero = torch.zeros((), dtype=torch.float64)
+    counted = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+    naive = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    naive = tuple(torch.where(counted, n, zero) for n in naive)
+    linear = linear_token_logprobs(x, weight, tokens, chunk_size=chunk, **common)
+    for logprobs, entropy in (naive, token_logprobs(z, tokens, **common), linear):
+        loss = (up[0] * logprobs).sum() + (up[1] * entropy).sum()
+        results.append((logprobs, entropy, *torch.autograd.grad(loss, (x, weight), retain_graph=True)))
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_sliced_and_transposed_views():
+    torch.manual_seed(4)
+    logits, tokens = torch.randn(3, 6, 20), torch.randint(20, (3, 6))
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(token_logprobs(logits[:, :-1], tokens[:, 1:]), expected)
+    swapped = logits.transpose(1, 2).contiguous().transpose(1, 2)  # last stride is not 1
+    torch.testing.assert_close(token_logprobs(swapped[:, :-1], tokens[:, 1:]), expected)
+
+
+def test_each_output_alone_has_its_own_gradient():
+    torch.manual_seed(5)
+    logits, tokens = torch.randn(4, 9, dtype=torch.float64, requires_grad=True), torch.randint(9, (4,))
+    logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
+    log_p = logits.log_softmax(-1)
+    for ours, naive in ((logprobs, log_p[torch.arange(4), tokens]), (entropy, -(log_p.exp() * log_p).sum(-1))):
+        a, b = (torch.autograd.grad(x.square().sum(), logits, retain_graph=True)[0] for x in (ours, naive))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_linear_op_never_holds_all_logits():
+    """Count the largest tensor that any operation inside makes: a chunk, not rows x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if torch.is_tensor(x):
+                    largest = max(largest, x.numel())
+            return out
+
+    x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    with Watch():
+        linear_token_logprobs(x, weight, torch.randint(100, (64,)), chunk_size=8, return_entropy=True)[0].sum().backward()
+    assert largest == 8 * 100
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_gradcheck(linear):
+    torch.manual_seed(6)
+    tokens, mask = torch.randint(5, (2, 3)), torch.tensor([[True, False, True], [True, True, False]])
+    x = torch.randn(2, 3, 4 if linear else 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, torch.randn(5, 4, dtype=torch.float64, requires_grad=True)) if linear else (x,)
+    extra = {"chunk_size": 2} if linear else {}
+    call = linear_token_logprobs if linear else token_logprobs
+    for m in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda *a, m=m: call(*a, tokens, temperature=0.8, mask=m, return_entropy=True, **extra), inputs
+        )
