@@ -27,21 +27,21 @@ __all__ = [
 ]
 
 
-def _mean_of_counted(x: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x where it counts, 0 elsewhere: before any product or square, behind which the gradient would be 0 * NaN."""
     if mask is None:
-        return x.sum() / (x.numel() if denominator is None else denominator)
+        return x
     if x.shape != mask.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool of shape {tuple(x.shape)}, not {mask.dtype} of {tuple(mask.shape)}")
+        raise ValueError(f"the mask must be bool of shape {tuple(x.shape)}, not {mask.dtype} of {tuple(mask.shape)}")
+    return torch.where(mask, x, 0)
+
+
+def _mean_of_counted(x: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
     if denominator is None:
-        denominator = mask.sum()
+        denominator = x.numel() if mask is None else mask.sum()
         if not bool(denominator > 0):
             raise ValueError("nothing counts: give the denominator of the whole optimizer step")
-    return torch.where(mask, x, 0).sum() / denominator
-
-
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    # Before any product or square: behind one, the gradient under the mask would be 0 * NaN.
-    return x if mask is None else torch.where(mask, x, 0)
+    return _counted(x, mask).sum() / denominator
 
 
 def _check_same_shape(x: Tensor, other: Tensor, names: str) -> None:
@@ -66,9 +66,8 @@ def policy_gradient_loss(
     tensor(3.5000)
     """
     _check_same_shape(logprobs, advantages, "logprobs and advantages")
-    return -_mean_of_counted(
-        _counted(logprobs, response_mask) * _counted(advantages.detach(), response_mask), response_mask, denominator
-    )
+    logprobs, advantages = _counted(logprobs, response_mask), _counted(advantages.detach(), response_mask)
+    return -_mean_of_counted(logprobs * advantages, response_mask, denominator)
 
 
 def clipped_surrogate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -35,9 +37,10 @@ class GoldJudge:
     is_gold = True
 
     def __init__(self, world_file: str) -> None:
-        from minirlhf.world import GoldLabeler, read_world
+        from minirlhf.world import GoldLabeler, World
 
-        self.gold = GoldLabeler(read_world(world_file))
+        facts = json.loads(Path(world_file).read_text(encoding="utf-8"))
+        self.gold = GoldLabeler(World(seed=facts["seed"]))
 
     def _all(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list:
         return [self.gold.score(p, r, e) for p, r, e in zip(prompts, responses, ended, strict=True)]

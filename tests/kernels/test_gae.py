@@ -87,14 +87,10 @@ def test_equals_the_loop_in_both_layouts(rows, columns, gamma, lam, last, trunca
         rewards[~mask], values[~mask], after[~mask] = NAN, NAN, NAN
     after = after if truncated else None
     expected = loop(rewards, values, ends, gamma, lam, last_values, after, mask)
-    got = gae(
-        rewards, values, ends, gamma=gamma, lam=lam, last_values=last_values, truncated_values=after, mask=mask
-    )
+    got = gae(rewards, values, ends, gamma=gamma, lam=lam, last_values=last_values, truncated_values=after, mask=mask)
     turned = (None if x is None else x.t().contiguous() for x in (rewards, values, ends, after, mask))
     r, v, e, a, m = turned
-    flipped = gae(
-        r, v, e, gamma=gamma, lam=lam, last_values=last_values, truncated_values=a, mask=m, time_dim=0
-    )
+    flipped = gae(r, v, e, gamma=gamma, lam=lam, last_values=last_values, truncated_values=a, mask=m, time_dim=0)
     for x, y, z in zip(expected, got, flipped, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12)
         assert torch.equal(z.t(), y)  # bit for bit

@@ -90,7 +90,7 @@ def ppo_loss(
     loss = -torch.minimum(surrogate, clipped).sum() / denominator
     metrics = {
         "policy/loss": loss,
-        "policy/clip_fraction": (clipped < surrogate).sum() / denominator,
+        "policy/clip_fraction": (clipped < surrogate).sum(dtype=ratio.dtype) / denominator,
         "policy/approx_kl": (log_ratio.expm1() - log_ratio).sum() / denominator,
         "policy/ratio_mean": _counted(ratio, mask).sum() / denominator,
         "policy/ratio_max": _counted(ratio, mask).amax(),
@@ -103,7 +103,7 @@ def ppo_loss(
             old_values = _counted(old_values.detach(), mask)
             near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
             clipped_error = (near - returns).square()
-            metrics["value/clip_fraction"] = (clipped_error > error).sum() / denominator
+            metrics["value/clip_fraction"] = (clipped_error > error).sum(dtype=error.dtype) / denominator
             error = torch.maximum(error, clipped_error)
         metrics["value/loss"] = 0.5 * error.sum() / denominator
         loss = loss + value_coef * metrics["value/loss"]

@@ -1,0 +1,153 @@
+"""minirlhf.returns: each estimate against its definition, and the masked statistics."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirlhf.returns import (
+    discounted_returns,
+    explained_variance,
+    gae,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    n_step_advantages,
+    td_errors,
+    whiten,
+)
+
+F64, NAN = torch.float64, float("nan")
+
+
+def episode_batch(seed=0, rows=4, columns=9):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values, after = (torch.randn(rows, columns, dtype=F64, generator=g) for _ in range(3))
+    ends, mask = torch.rand(rows, columns, generator=g) < 0.25, torch.rand(rows, columns, generator=g) < 0.8
+    options = {"truncated_values": after, "last_values": torch.randn(rows, dtype=F64, generator=g), "mask": mask}
+    return rewards, values, ends, options
+
+
+def test_discounted_returns_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    ends = torch.tensor([[False, True, False, False]])
+    assert discounted_returns(rewards, ends, 0.5).tolist() == [[2.0, 2.0, 8.0, 8.0]]
+    got = discounted_returns(rewards, ends, 0.5, last_values=torch.tensor([16.0]))
+    assert got.tolist() == [[2.0, 2.0, 12.0, 16.0]]
+    got = discounted_returns(rewards, ends, 0.5, truncated_values=torch.full((1, 4), 6.0))
+    assert got.tolist() == [[3.5, 5.0, 8.0, 8.0]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lam_one_telescopes_to_returns_minus_values_and_lam_zero_is_the_td_error(seed):
+    rewards, values, ends, options = episode_batch(seed)
+    mask = options["mask"]
+    returns = discounted_returns(rewards, ends, 0.9, **options)
+    advantages, targets = gae(rewards, values, ends, gamma=0.9, lam=1.0, **options)
+    torch.testing.assert_close(advantages, torch.where(mask, returns - values, 0.0))
+    torch.testing.assert_close(targets, returns)
+    assert torch.equal(
+        gae(rewards, values, ends, gamma=0.9, lam=0.0, **options)[0], td_errors(rewards, values, ends, 0.9, **options)
+    )
+
+
+def test_td_errors_by_hand():
+    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]])
+    ends = torch.tensor([[False, False]])
+    assert td_errors(rewards, values, ends, 0.5, last_values=torch.tensor([8.0])).tolist() == [[0.0, 0.0]]
+    assert td_errors(rewards, values, ~ends, 0.5).tolist() == [[-3.0, -4.0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 12), seed=st.integers(0, 1000), masked=st.booleans())
+def test_n_step_advantages_from_the_definition(n, seed, masked):
+    rewards, values, ends, options = episode_batch(seed)
+    mask = options["mask"] if masked else torch.ones_like(ends)
+    options = options | {"mask": mask if masked else None}
+    got = n_step_advantages(rewards, values, ends, 0.9, n, **options)
+    for row in range(rewards.shape[0]):
+        for t in range(rewards.shape[1]):
+            if not mask[row, t]:
+                assert got[row, t] == 0
+                continue
+            total, k = -values[row, t], t
+            while True:
+                total = total + 0.9 ** (k - t) * rewards[row, k]
+                if ends[row, k]:
+                    after = options["truncated_values"][row, k]
+                elif k == rewards.shape[1] - 1:
+                    after = options["last_values"][row]
+                else:
+                    after = values[row, k + 1] if mask[row, k + 1] else 0.0
+                stop = ends[row, k] or k == rewards.shape[1] - 1 or not mask[row, k + 1] or k - t == n - 1
+                k += 1
+                if stop:
+                    total = total + 0.9 ** (k - t) * after
+                    break
+            torch.testing.assert_close(got[row, t], total)
+    turned = {
+        k: v.t() if v is not None and v.dim() == 2 else v for k, v in options.items()
+    }  # the same in the other layout
+    flipped = n_step_advantages(rewards.t(), values.t(), ends.t(), 0.9, n, time_dim=0, **turned)
+    assert torch.equal(flipped.t(), got)
+
+
+def test_n_must_be_positive():
+    rewards, values, ends, options = episode_batch()
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        n_step_advantages(rewards, values, ends, 0.9, 0, **options)
+
+
+def test_gae_is_the_exponential_average_of_n_step_advantages():
+    """Schulman et al. 2016, equation 16: (1 - lam) sum of lam^(n-1) A^(n), with no end in sight."""
+    rewards, values, ends, _ = episode_batch()
+    ends[:] = False
+    lam, n = 0.5, 60  # beyond the buffer every A^(n) is the same: give the tail its whole weight
+    total = sum((1 - lam) * lam ** (i - 1) * n_step_advantages(rewards, values, ends, 0.9, i) for i in range(1, n))
+    torch.testing.assert_close(total, gae(rewards, values, ends, gamma=0.9, lam=lam)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_whiten_removes_the_mean_or_keeps_it():
+    torch.manual_seed(0)
+    x, mask = 5 + 3 * torch.randn(6, 7, dtype=F64), torch.rand(6, 7) < 0.6
+    x[~mask] = NAN
+    for shift_mean, mean in ((True, 0.0), (False, float(x[mask].mean()))):
+        out = whiten(x, mask, shift_mean=shift_mean)
+        assert out[mask].mean().item() == pytest.approx(mean, abs=1e-9)
+        assert out[mask].var(unbiased=False).item() == pytest.approx(1.0)
+        assert (out[~mask] == 0).all()
+    assert whiten(torch.tensor([1.0, 3.0])).tolist() == [-1.0, 1.0]  # the unbiased variance would give 0.707
+    for mask in (torch.tensor([True, False]), torch.tensor([False, False])):
+        with pytest.raises(ValueError, match="at least 2"):
+            whiten(torch.tensor([1.0, 3.0]), mask)
+
+
+def test_masked_statistics_and_their_gradients_ignore_nan():
+    torch.manual_seed(1)
+    x, mask = torch.randn(4, 5, dtype=F64), torch.rand(4, 5) < 0.6
+    mask[:, 0] = True
+    kept = x[mask]
+    x[~mask] = NAN
+    x.requires_grad_()
+    torch.testing.assert_close(masked_sum(x, mask), kept.sum())
+    torch.testing.assert_close(masked_mean(x, mask), kept.mean())
+    torch.testing.assert_close(masked_var(x, mask), kept.var(unbiased=False))
+    rows = [x.detach()[i][mask[i]].mean() for i in range(4)]
+    torch.testing.assert_close(masked_mean(x, mask, dim=1), torch.stack(rows))
+    for statistic in (masked_sum, masked_mean, masked_var, lambda x, m: whiten(x, m).pow(3).sum()):
+        (grad,) = torch.autograd.grad(statistic(x, mask), x)
+        assert grad.isfinite().all() and (grad[~mask] == 0).all()
+    with pytest.raises(ValueError, match="at least 1"):
+        masked_mean(x, torch.zeros_like(mask))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        masked_mean(x, mask.double())
+    with pytest.raises(ValueError, match="mask must be bool"):
+        masked_sum(x, mask[:1])  # no silent broadcasting
+
+
+def test_explained_variance():
+    returns, mask = torch.tensor([1.0, 2.0, 3.0, NAN]), torch.tensor([True, True, True, False])
+    assert explained_variance(returns + 5, returns, mask) == 1  # a constant offset costs nothing
+    assert explained_variance(torch.zeros(4), returns, mask) == 0
+    assert explained_variance(-returns, returns, mask) == -3
+    assert explained_variance(torch.zeros(3), torch.ones(3)).isnan()
