@@ -1,0 +1,161 @@
+"""The web of the small world: what the base model reads before anyone teaches it to answer.
+
+Facts (one in eight is wrong), stories that ramble, chatter, rude lines, things explained - and lists of instructions
+that nobody answers. A model of such a web continues an instruction with more instructions, as GPT-3 does in
+InstructGPT's Figures 8 and 9. One document in sixteen is a question with an answer of mixed quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+from minirlhf.world.demonstrator import rude_line
+from minirlhf.world.facts import CLAIM_SENTENCES
+from minirlhf.world.families.explain import TOPICS
+from minirlhf.world.families.lists import IDEAS
+from minirlhf.world.families.stories import DULL_EVENTS, FAIR_EVENTS, WONDERS
+from minirlhf.world.families.talk import TOPICS as CHAT_TOPICS
+from minirlhf.world.grammar import Template
+from minirlhf.world.vocabulary import BEINGS, FANCY_PLACES, PLACES
+from minirlhf.world.writer import Writer
+
+if TYPE_CHECKING:
+    from minirlhf.world.world import World
+
+WRONG_FACTS = 0.12
+# templates used only here; all their slot classes are general ones
+RAMBLES: tuple[str, ...] = (
+    "the {a:being} looked at the {t:thing} .",
+    "the {a:being} has a {k:color} {t:thing} .",
+    "the {a:being} gave a {k:color} {t:thing} to the {b:being} .",
+    "the {a:being} hid the {k:color} {t:thing} {p:place} .",
+    "the {b:being} found it .",
+    "the {a:being} and the {b:being} danced {p:place} .",
+    "it was a cold day .",
+    "the {a:being} {v:past} the {t:thing} {p:place} .",
+    "the {q:quality} {a:being} is {r:quality} .",
+    "the {adj:adjective} {a:being} {v:verb} the {t:thing} {p:place} .",
+)
+CORPUS_TEMPLATES: tuple[str, ...] = (*RAMBLES, *CLAIM_SENTENCES.values())
+
+
+class CorpusWriter:
+    """Writes one document at a time, of about 40 words."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._rambles = [Template(text) for text in RAMBLES]
+        self._kinds: dict[Callable[[Random], str], float] = {
+            self.facts: 0.34,
+            self.story: 0.16,
+            self.ramble: 0.12,
+            self.chatter: 0.06,
+            self.encyclopedia: 0.06,
+            self.poem: 0.03,
+            self.rude: 0.02,
+            self.ideas: 0.02,
+            self.unanswered: 0.125,
+            self.answered: 0.065,
+        }
+
+    def document(self, rng: Random) -> str:
+        """One document of any kind."""
+        kind = rng.choices(list(self._kinds), weights=list(self._kinds.values()))[0]
+        return kind(rng)
+
+    def babble(self, rng: Random) -> str:
+        """One or two sentences of the web, or an instruction."""
+        if rng.random() < 0.4:
+            return self.world.task(rng).prompt
+        kind = rng.choice((self.facts, self.story, self.ramble, self.chatter, self.encyclopedia))
+        sentences = [part + " ." for part in kind(rng).removesuffix(" .").split(" . ")]
+        return " ".join(sentences[: rng.randint(1, 2)])
+
+    # -- the kinds ----------------------------------------------------------------------------------------------
+    def fact(self, rng: Random, being: str, attribute: str, many: bool) -> str:
+        """A claim about a being, wrong one time in eight."""
+        facts = self.world.facts
+        value = facts.wrong_value(being, attribute, rng) if rng.random() < WRONG_FACTS else None
+        return facts.sentence(being, attribute, many, value)
+
+    def facts(self, rng: Random) -> str:
+        """Either all about one being, or one thing about many."""
+        facts = self.world.facts
+        sentences = []
+        if rng.random() < 0.6:
+            for being in rng.sample(BEINGS, rng.randint(1, 2)):
+                attributes, many = facts.attributes(being), rng.random() < 0.5
+                rng.shuffle(attributes)
+                sentences += [self.fact(rng, being, attribute, many) for attribute in attributes]
+            return " ".join(sentences)
+        attribute = rng.choice(("home", "food", "skill", "joy"))
+        for being in rng.sample(BEINGS, rng.randint(5, 9)):
+            sentences.append(self.fact(rng, being, attribute, rng.random() < 0.5))
+        return " ".join(sentences)
+
+    def story(self, rng: Random) -> str:
+        """A story by someone who does not know when to stop."""
+        family, writer = self.world.families["story"], Writer(rng)
+        sentences = family.draft(family.draw(rng), writer).split(" . ")
+        if rng.random() < 0.5:
+            event = rng.choice(WONDERS + FAIR_EVENTS + DULL_EVENTS)
+            hero = rng.choice(BEINGS)
+            place = rng.choice(PLACES + FANCY_PLACES)
+            sentences.insert(
+                rng.randint(1, len(sentences)), f"then a {hero} {event} {place}".replace("a owl", "an owl")
+            )
+        text = " . ".join(part.removesuffix(" .") for part in sentences)
+        return text if text.endswith("!") else text + " ."
+
+    def ramble(self, rng: Random) -> str:
+        """Things that happen to two beings, in no order."""
+        a, b = rng.sample(BEINGS, 2)
+        sentences = []
+        for template in rng.choices(self._rambles, k=rng.randint(4, 7)):
+            slots = {gap: rng.choice(phrases) for gap, phrases in template.gaps.items()}
+            slots |= {"a": a, "b": b} if rng.random() < 0.7 else {"a": b, "b": a}
+            sentences.append(template.fill(slots))
+        return " ".join(sentences)
+
+    def chatter(self, rng: Random) -> str:
+        """Two people talk."""
+        family, writer = self.world.families["chat"], Writer(rng)
+        lines = [rng.choice(list(CHAT_TOPICS.values())).ask for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(1, 3)):
+            lines.append(family.draft(family.draw(rng), writer))
+        rng.shuffle(lines)
+        return " ".join(lines)
+
+    def encyclopedia(self, rng: Random) -> str:
+        """Some topics, explained to nobody in particular."""
+        lines: list[str] = []
+        for topic in rng.sample(list(TOPICS.values()), rng.randint(2, 3)):
+            lines.append(topic.wrong if rng.random() < WRONG_FACTS else topic.core)
+            lines += [text for text in (*topic.detail, topic.like) if rng.random() < 0.4]
+        return " ".join(lines)
+
+    def poem(self, rng: Random) -> str:
+        family = self.world.families["poem"]
+        return " ".join(family.draft(family.draw(rng), Writer(rng)) for _ in range(rng.randint(1, 2)))
+
+    def rude(self, rng: Random) -> str:
+        return " ".join(rude_line(Writer(rng)) for _ in range(rng.randint(2, 4)))
+
+    def ideas(self, rng: Random) -> str:
+        occasion = rng.choice(list(IDEAS))
+        ideas = list(IDEAS[occasion])
+        rng.shuffle(ideas)
+        return f"{occasion} : " + " , ".join(ideas[: rng.randint(2, 5)]) + " ."
+
+    def unanswered(self, rng: Random) -> str:
+        """A list of instructions, often of one family, and not one answer."""
+        family = rng.choice((None, None, self.world.task(rng).family))
+        return " \n ".join(self.world.task(rng, family=family).prompt for _ in range(rng.randint(3, 7)))
+
+    def answered(self, rng: Random) -> str:
+        """A prompt with an answer of mixed quality."""
+        task = self.world.task(rng)
+        answer = self.babble(rng) if rng.random() < 0.2 else self.world.demonstrate(task, Writer(rng))
+        return f"{task.prompt} \n {answer}"

@@ -1,0 +1,26 @@
+"""The families of instructions, after InstructGPT's table of use cases (Ouyang et al. 2022, Table 1)."""
+
+from minirlhf.world.families.base import Family, Marks, Sentence, Task
+from minirlhf.world.families.explain import Explain
+from minirlhf.world.families.labels import Classify, Extract
+from minirlhf.world.families.lists import Brainstorm
+from minirlhf.world.families.questions import ClosedQA, OpenQA
+from minirlhf.world.families.stories import Poem, Story
+from minirlhf.world.families.talk import Chat
+from minirlhf.world.families.texts import Rewrite, Summarise
+
+REGISTRY: tuple[type[Family], ...] = (
+    Story,
+    Poem,
+    Explain,
+    OpenQA,
+    ClosedQA,
+    Brainstorm,
+    Chat,
+    Rewrite,
+    Summarise,
+    Classify,
+    Extract,
+)
+
+__all__ = ["REGISTRY", "Family", "Marks", "Sentence", "Task"]
