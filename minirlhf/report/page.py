@@ -1,0 +1,165 @@
+"""The page: one HTML file that shows what a run did, to a newcomer and to an expert."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+
+from minirlhf.plotting import NAMES
+from minirlhf.report.answers import answers_html
+from minirlhf.report.parts import facts, ladder, next_steps, results
+from minirlhf.report.read import Run, load_run
+from minirlhf.report.style import CSS
+from minirlhf.report.text import findings, headline, number, percent
+
+CAVEAT = (
+    "No labeler who knows the truth comes with these data, so the judge here is the run’s own reward model: the very "
+    "model that PPO was trained to please. Its scores are a proxy. A high one may mean good answers, or answers that "
+    "have found the reward model’s blind spots: read them below and judge for yourself."
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into the folder of a finished run.
+
+    Args:
+        run: a folder with report.json; answers.json, config.json and each step's metrics.jsonl are shown where they
+            are.
+
+    Returns:
+        The path of the page: one file that needs no network and no other file. It appears whole or not at all, and
+        equal runs give equal bytes.
+
+    Raises:
+        CheckpointError: report.json is missing or damaged.
+    """
+    # Here, not at the top: checkpoints imports torch, and importing the report should be quick.
+    from minirlhf.checkpoints import write_text
+
+    page = run / "report.html"
+    write_text(page, render(load_run(run)))
+    return page
+
+
+def render(run: Run) -> str:
+    """The whole page as a string."""
+    title = "What this run learned"
+    sections = [
+        _opening(run),
+        _section("steps", "The five steps", ladder(run)),
+        _section("results", "Results", results(run) + _plots_of(run, "results")),
+        _section("training", "How it trained", _training(run)),
+        _section("answers", "The same prompts, four answers", _answers(run)),
+        _section("settings", "Settings and numbers", facts(run)),
+        _section("next", "How to go on", next_steps(run)),
+    ]
+    return _unbroken(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} · minirlhf</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n<footer>Written by minirlhf. The method is that of InstructGPT: Ouyang et al. 2022, “Training language "
+        "models to follow instructions with human feedback”, arXiv 2203.02155.</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _unbroken(page: str) -> str:
+    """Keep "74 %" and "[71, 78]" on one line."""
+    return re.sub(r"(?<=\d) %|(?<=\[\d\d,) (?=\d)", lambda match: match[0].replace(" ", "\u00a0"), page)
+
+
+def _prose(text: str) -> str:
+    """Escaped, and PPO-ptx not broken at its hyphen."""
+    return escape(text).replace(NAMES["ppo_ptx"], f'<span class="whole">{NAMES["ppo_ptx"]}</span>')
+
+
+def _section(name: str, title: str, body: str) -> str:
+    return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>'
+
+
+def _opening(run: Run) -> str:
+    caveat = "" if run.is_gold else f'<p class="caveat">{CAVEAT}</p>'
+    listed = "".join(f"<li>{_prose(sentence)}</li>" for sentence in findings(run))
+    links = {
+        "steps": "The five steps",
+        "results": "Results",
+        "training": "Training",
+        "answers": "Answers",
+        "settings": "Settings",
+        "next": "How to go on",
+    }
+    nav = " ".join(f'<a href="#{name}">{text}</a>' for name, text in links.items())
+    return (
+        f"<header>\n<h1>A run of minirlhf on {escape(str(run.report['data']))}</h1>\n"
+        f'<p class="headline">{_prose(headline(run))}</p>\n{caveat}\n<ul class="findings">{listed}</ul>\n'
+        f'<nav aria-label="Sections">{nav}</nav>\n</header>'
+    )
+
+
+def _plots_of(run: Run, where: str) -> str:
+    """The plots of one place in the page, as figures with captions."""
+    from minirlhf.report import plots
+
+    chosen = {
+        "results": lambda: [plots.win_plot(run), plots.tax_plot(run)],
+        "base": lambda: [plots.loss_plot(run, "base")],
+        "sft": lambda: [plots.loss_plot(run, "sft")],
+        "reward_model": lambda: [*plots.reward_model_plots(run), plots.reward_model_bars(run)],
+        "ppo": lambda: [*plots.ppo_plots(run), plots.over_optimisation_plot(run)],
+    }[where]()
+    figures = "\n".join(
+        f"<figure><h4>{escape(plot.title)}</h4>{plots.themed(plot.svg)}<figcaption>{escape(plot.caption)}</figcaption>"
+        "</figure>"
+        for plot in chosen
+        if plot is not None
+    )
+    return f'<div class="plots">{figures}</div>' if figures else ""
+
+
+def _training(run: Run) -> str:
+    nothing = "<p>The base model was given, not trained here, so it has no curve.</p>"
+    base, sft = _plots_of(run, "base"), _plots_of(run, "sft")
+    both = f"{base}{sft}".replace('</div><div class="plots">', "\n") if base and sft else None
+    start = both if both is not None else (base or nothing) + sft
+    return (
+        "<p>Thin lines are single batches, thick ones their moving average. A green band is where a healthy run stays: "
+        "a rule of thumb, and the place to look first when an answer disappoints.</p>\n"
+        "<h3>Base model, then step 1: supervised fine-tuning</h3>\n"
+        f"{start}\n<h3>Step 2: the reward model</h3>\n{_reward_model(run)}{_plots_of(run, 'reward_model')}\n"
+        f"<h3>Step 3: PPO, plain and with pretraining mixed in</h3>\n{_plots_of(run, 'ppo')}"
+    )
+
+
+def _reward_model(run: Run) -> str:
+    row = run.report["reward_model"]
+    text = (
+        f"On {row['pairs']:,} held-out pairs it agrees with the labelers on <b>{percent(row['accuracy'], 1)}</b>. "
+        f"Choosing the longer answer gets {percent(row['length_baseline'], 1)}"
+    )
+    if row["ceiling"] is not None:
+        text += f", and even the true score only {percent(row['ceiling'], 1)}, since labelers err"
+    text += "."
+    if row.get("pairs_heldout_labelers"):
+        text += (
+            f" With labelers it never learned from ({row['pairs_heldout_labelers']:,} pairs) it agrees on "
+            f"<b>{percent(row['accuracy_heldout_labelers'], 1)}</b>."
+        )
+    if row["calibration_error"] is not None:
+        text += f" Its stated probabilities are off by {number(100 * row['calibration_error'], 1)} points on average."
+    return f"<p>{text}</p>"
+
+
+def _answers(run: Run) -> str:
+    if not run.answers:
+        return "<p>No examples were kept.</p>"
+    told = (
+        "Each answer is scored by the gold labeler, which knows the truth of this world: helpful (did what was asked), "
+        "truthful, harmless, well formed. Bars grow right for good and left for bad."
+        if run.is_gold
+        else "Each score is the reward model’s, a proxy: read the answers and see whether you agree."
+    )
+    return (
+        f"<p>{len(run.answers)} prompts that no model saw in training, one sampled answer each, not picked by hand. "
+        f"{told}</p>\n{answers_html(run)}"
+    )

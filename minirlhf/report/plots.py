@@ -1,0 +1,337 @@
+"""The report's plots: each a function of a run that gives an inline SVG with a title, an alt text and a caption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from minirlhf.plotting import (
+    COLOURS,
+    GRID,
+    HEALTHY_COLOUR,
+    INK,
+    NAMES,
+    PAPER,
+    QUIET,
+    curve,
+    healthy_range,
+    label_axes,
+    level,
+    panels,
+    smooth,
+    style,
+    to_svg,
+)
+from minirlhf.report.metrics import PPO_METRICS, Metric
+from minirlhf.report.read import Row, Run
+from minirlhf.report.text import interval, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LONGEST = 300  # points of a curve: more can't be seen at this size and only make the page heavy
+
+
+class Plot(NamedTuple):
+    """One plot of the page."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+def _draw(name: str, title: str, alt: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
+    with style():
+        figure, axes = panels(height=height, constrained=False)
+        _fix_margins(figure, height)
+        axes.yaxis.set_label_coords(-0.125, 0.5)
+        draw(axes)
+        return Plot(title, to_svg(figure, name, f"{title}. {alt}"), caption)
+
+
+def _fix_margins(figure: Figure, height: float) -> None:
+    """Equal frames for all plots, so that steps stand below each other on the page; and quicker than a layout."""
+    figure.subplots_adjust(left=0.15, right=0.975, top=1 - 0.15 / height, bottom=0.52 / height)
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of a metric, thinned to what can be seen."""
+    pairs = [(float(r["step"]), float(r[key])) for r in rows if r.get(key) is not None and math.isfinite(r[key])]
+    stride = max(1, math.ceil(len(pairs) / LONGEST))
+    pairs = pairs[::stride] + ([pairs[-1]] if pairs and (len(pairs) - 1) % stride else [])
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _curves(axes: Axes, run: Run, steps: Sequence[str], key: str) -> dict[str, tuple[float, float]]:
+    """Draw a metric of some steps; gives first and last smoothed value of each."""
+    ends = {}
+    for name in steps:
+        x, y = _series(run.metrics[name], key)
+        if y:
+            line = smooth(y)
+            curve(axes, x, line, name, raw=y)
+            ends[name] = (line[0], line[-1])
+    return ends
+
+
+def _from_to(ends: dict[str, tuple[float, float]], digits: int = 2) -> str:
+    parts = [f"{NAMES[name]} from {number(a, digits)} to {number(b, digits)}" for name, (a, b) in ends.items()]
+    return "; ".join(parts) + "."
+
+
+def _has(run: Run, steps: Sequence[str], key: str) -> bool:
+    return any(_series(run.metrics[name], key)[0] for name in steps)
+
+
+def loss_plot(run: Run, step: str) -> Plot | None:
+    """Training loss of the base model or of SFT."""
+    key, what = f"{step}/loss", {"base": "corpus text", "sft": "demonstrations"}[step]
+    if not _has(run, [step], key):
+        return None
+    ends: dict[str, tuple[float, float]] = {}
+
+    def draw(axes: Axes) -> None:
+        ends.update(_curves(axes, run, [step], key))
+        if step == "base" and (held_out := run.policy("base")["corpus_loss"]) is not None:
+            level(axes, held_out, f"held-out text {number(held_out, 3)}", above=False)
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(min(bottom, held_out - 0.1 * (top - bottom)), top)  # room for the name below its line
+        label_axes(axes, "optimizer step", "loss, nats a token")
+
+    caption = {
+        "base": "Surprise at the next word of the corpus. It falls fast (which words exist), then slowly (what follows "
+        "what). The dashed line is text it never saw.",
+        "sft": "The same surprise, on the words of the demonstrators’ answers alone. The start shows how little "
+        "a base model knows of answering.",
+    }[step]
+    plot = _draw(f"{step}-loss", f"Loss on {what}", "", caption, draw)
+    return _with_alt(plot, f"{step} loss {_from_to(ends)}")
+
+
+def _with_alt(plot: Plot, alt: str) -> Plot:
+    """The numbers of the alt text are known only once the curves are drawn."""
+    import html
+
+    return plot._replace(svg=plot.svg.replace('aria-label="', f'aria-label="{html.escape(alt)} ', 1))
+
+
+def reward_model_plots(run: Run) -> list[Plot]:
+    """Loss and accuracy while the reward model trains, with what to compare them to."""
+    row, plots = run.report["reward_model"], []
+    if _has(run, ["reward_model"], "reward_model/loss"):
+        ends: dict[str, tuple[float, float]] = {}
+
+        def draw_loss(axes: Axes) -> None:
+            ends.update(_curves(axes, run, ["reward_model"], "reward_model/loss"))
+            level(axes, math.log(2), "a coin toss: ln 2")
+            label_axes(axes, "optimizer step", "ranking loss, nats a pair")
+
+        plot = _draw(
+            "reward-loss",
+            "Ranking loss",
+            "",
+            "Surprise at which of two answers a labeler preferred. Noise in the labels keeps it from zero.",
+            draw_loss,
+        )
+        plots.append(_with_alt(plot, f"Loss {_from_to(ends)}"))
+    if _has(run, ["reward_model"], "reward_model/accuracy"):
+
+        def draw_accuracy(axes: Axes) -> None:
+            _curves(axes, run, ["reward_model"], "reward_model/accuracy")
+            if row["ceiling"] is not None:
+                level(axes, row["ceiling"], f"ceiling: gold itself {percent(row['ceiling'])}", COLOURS["gold"])
+            if row["length_baseline"] is not None:
+                level(axes, row["length_baseline"], f"longer answer wins {percent(row['length_baseline'])}")
+            label_axes(axes, "optimizer step", "pairs ordered as the labeler did")
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.45), max(high, 0.95))
+
+        plots.append(
+            _draw(
+                "reward-accuracy",
+                "Accuracy on the batch",
+                f"Held-out accuracy {percent(row['accuracy'])}, length alone {percent(row['length_baseline'])}.",
+                "Each batch is measured before it is learned from, so in the first epoch these are unseen pairs."
+                + (" No model can pass the ceiling: labelers disagree." if row["ceiling"] is not None else ""),
+                draw_accuracy,
+            )
+        )
+    return plots
+
+
+def reward_model_bars(run: Run) -> Plot | None:
+    """Held-out accuracy, for labelers in training and for those held out."""
+    row = run.report["reward_model"]
+    groups = [("labelers it learned from", ""), ("labelers held out", "_heldout_labelers")]
+    groups = [(name, suffix) for name, suffix in groups if row.get(f"accuracy{suffix}") is not None]
+    if not groups:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for place, (_, suffix) in enumerate(groups):
+            value = row[f"accuracy{suffix}"]
+            axes.barh(place, value, height=0.5, color=COLOURS["reward_model"])
+            axes.annotate(
+                percent(value), (0, place), xytext=(8, 0), textcoords="offset points", ha="left", va="center",
+                color=PAPER, weight="bold",
+            )  # fmt: skip
+            for key, colour, text in (("ceiling", COLOURS["gold"], "ceiling"), ("length_baseline", INK, "length")):
+                mark = row.get(f"{key}{suffix}")
+                if mark is not None:
+                    axes.plot([mark, mark], [place - 0.33, place + 0.33], color=colour, linewidth=2)
+                    axes.annotate(
+                        f"{text} {percent(mark)}", (mark, place + 0.34), ha="center", va="bottom",
+                        color=colour, fontsize=8.5,
+                    )  # fmt: skip
+        axes.set_yticks(range(len(groups)), [name.replace(" ", "\n", 1) for name, _ in groups])
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.5, len(groups) - 0.35)
+        axes.grid(visible=False, axis="y")
+        axes.figure.subplots_adjust(left=0.215)
+        label_axes(axes, "share of held-out pairs ordered as the labeler did", "")
+
+    accuracies = ", ".join(f"{name} {percent(row[f'accuracy{suffix}'])}" for name, suffix in groups)
+    return _draw(
+        "reward-bars",
+        "Accuracy on held-out comparisons",
+        f"Accuracy: {accuracies}.",
+        "The bar should end well right of “length” (a model that only counts words)"
+        + (" and left of the ceiling, which is as far as label noise lets anyone go." if row["ceiling"] else "."),
+        draw,
+        height=2.3,
+    )
+
+
+def ppo_plots(run: Run) -> list[Plot]:
+    """The curves of PPO and PPO-ptx in one frame each."""
+    return [plot for metric in PPO_METRICS if (plot := _ppo_plot(run, metric)) is not None]
+
+
+def _ppo_plot(run: Run, metric: Metric) -> Plot | None:
+    names = ("ppo", "ppo_ptx")
+    if not _has(run, names, metric.key):
+        return None
+    ends: dict[str, tuple[float, float]] = {}
+
+    def draw(axes: Axes) -> None:
+        ends.update(_curves(axes, run, names, metric.key))
+        if metric.key == "value/explained_variance":
+            # An untrained critic can begin at -20 and would flatten all the rest.
+            axes.set_ylim(max(-1.2, axes.get_ylim()[0]), 1.03)
+        healthy_range(axes, metric.key, start=next(iter(ends.values()))[0])
+        if metric.key in ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta"):
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        label_axes(axes, "PPO step", metric.unit)
+        axes.legend(loc="best", ncols=2, handlelength=2.4)
+
+    plot = _draw(metric.key.replace("/", "-"), metric.title, "", metric.caption, draw)
+    return _with_alt(plot, _from_to(ends, 3))
+
+
+def over_optimisation_plot(run: Run) -> Plot | None:
+    """Gold against proxy as PPO walks: the picture of over-optimisation."""
+    paths = {}
+    for name in ("ppo", "ppo_ptx"):
+        rows = [row for row in run.metrics[name] if "objective/gold" in row and "objective/score" in row]
+        if rows:
+            # Smoother than the curves above: here both coordinates are noisy, and a path would be a tangle.
+            window = max(1, len(rows) // 6)
+            x, y = (smooth(_series(rows, key)[1], window) for key in ("objective/score", "objective/gold"))
+            # The first batch comes from the SFT model itself, so both paths begin where it stands.
+            paths[name] = ([float(rows[0]["objective/score"]), *x[1:]], [float(rows[0]["objective/gold"]), *y[1:]])
+    if not paths:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for name, (x, y) in paths.items():
+            curve(axes, x, y, name)
+            axes.plot(x[-1:], y[-1:], "o", color=COLOURS[name], markersize=7)
+            axes.plot(x[:1], y[:1], "s", color=COLOURS["sft"], markersize=7)
+        label_axes(axes, "score by the reward model (proxy)", "gold score")
+        axes.legend(loc="best", handlelength=2.4)
+
+    return _draw(
+        "gold-proxy",
+        "Gold against proxy",
+        "Paths of PPO and PPO-ptx from the SFT model to their end.",
+        "Each line is one training, from the blue square (SFT) to the dot. Up and right: the proxy can be trusted. "
+        "Right and down: it is being exploited.",
+        draw,
+    )
+
+
+def tax_plot(run: Run) -> Plot:
+    """What each policy forgot of the corpus."""
+    names = ("sft", "ppo", "ppo_ptx")
+    base = run.policy("base")["corpus_loss"]
+    taxes = [run.policy(name)["corpus_loss"] - base for name in names]
+
+    def draw(axes: Axes) -> None:
+        axes.barh([NAMES[n] for n in names], taxes, height=0.55, color=[COLOURS[n] for n in names])
+        for place, value in enumerate(taxes):
+            axes.annotate(
+                number(value, 3, sign=True), (max(value, 0), place), xytext=(5, 0), textcoords="offset points",
+                va="center",
+            )  # fmt: skip
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.invert_yaxis()
+        axes.margins(x=0.16)
+        axes.grid(visible=False, axis="y")
+        axes.figure.subplots_adjust(left=0.16)
+        label_axes(axes, f"loss on held-out text above base ({number(base, 3)}), nats a token", "")
+
+    alt = ", ".join(f"{NAMES[n]} {number(t, 3, sign=True)}" for n, t in zip(names, taxes, strict=True))
+    caption = "How much of plain language each policy forgot. PPO-ptx mixes the corpus back in and should be shortest."
+    return _draw("tax", "Alignment tax", alt + " nats a token.", caption, draw, height=2.3)
+
+
+def win_plot(run: Run) -> Plot | None:
+    """Win rates with their intervals, against the line of one half."""
+    duels = [("sft", "base"), ("ppo", "base"), ("ppo_ptx", "base"), ("ppo", "sft"), ("ppo_ptx", "sft")]
+    duels = [(who, other) for who, other in duels if run.policy(who)[f"win_rate_vs_{other}"] is not None]
+    if not duels:
+        return None
+    rows = [run.policy(who) for who, _ in duels]
+
+    def draw(axes: Axes) -> None:
+        for place, ((who, other), row) in enumerate(zip(duels, rows, strict=True)):
+            rate = row[f"win_rate_vs_{other}"]
+            low, high = row[f"win_rate_vs_{other}_interval"]
+            if interval([low, high]):
+                axes.plot([low, high], [place, place], color=COLOURS[who], linewidth=3.5, solid_capstyle="round")
+            axes.plot(rate, place, "o", color=COLOURS[who], markersize=8)
+            axes.annotate(percent(rate), (rate, place), xytext=(0, 8), textcoords="offset points", ha="center")
+        axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+        axes.set_yticks(range(len(duels)), [f"{NAMES[who]} vs {NAMES[other]}" for who, other in duels])
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(len(duels) - 0.5, -0.7)
+        axes.grid(visible=False, axis="y")
+        axes.figure.subplots_adjust(left=0.235)
+        label_axes(axes, "share of prompts won (a tie counts half)", "")
+
+    alt = ", ".join(
+        f"{NAMES[who]} against {NAMES[other]} {percent(row[f'win_rate_vs_{other}'])}"
+        for (who, other), row in zip(duels, rows, strict=True)
+    )
+    caption = "Right of the dashed line the first of the two wins more often. Bars are 95 % intervals."
+    return _draw("wins", "Win rates", alt + ".", caption, draw, height=3.0)
+
+
+THEMED = {
+    INK: "ink",
+    QUIET: "quiet",
+    GRID: "grid",
+    PAPER: "card",
+    HEALTHY_COLOUR: "healthy",
+    **{colour: f"c-{name.replace('_', '-')}" for name, colour in COLOURS.items() if name != "gold"},
+    COLOURS["gold"]: "c-truth",
+}
+
+
+def themed(svg: str) -> str:
+    """Put the page's variables in place of fixed colours, so that a plot follows the light and the dark theme."""
+    for colour, variable in THEMED.items():
+        svg = svg.replace(f": {colour}", f": var(--{variable})")
+    return svg

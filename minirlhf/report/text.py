@@ -1,0 +1,224 @@
+"""Numbers and answers as a person reads them, and the sentences that say what happened."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from minirlhf.plotting import NAMES
+from minirlhf.report.read import Row, Run
+
+NOTHING = "–"
+
+
+def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
+    """A number with a real minus, or a dash for what could not be measured.
+
+    >>> number(-0.5), number(None), number(1.25, 1, sign=True)
+    ('−0.50', '–', '+1.2')
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("+-")  # neither -0.00 nor +0.00
+    return text.replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage.
+
+    >>> percent(0.744), percent(None)
+    ('74 %', '–')
+    """
+    return NOTHING if value is None or not math.isfinite(value) else f"{number(100 * value, digits)} %"
+
+
+def plus_minus(mean: float | None, error: float | None, digits: int = 2) -> str:
+    """A mean and its standard error."""
+    if mean is None or error is None or not math.isfinite(error):
+        return number(mean, digits)
+    return f"{number(mean, digits)} ± {number(error, digits)}"
+
+
+def interval(bounds: Sequence[float | None] | None) -> str:
+    """A 95 % interval of a share, in brackets.
+
+    >>> interval([0.71, 0.78])
+    '[71, 78]'
+    """
+    if bounds is None or any(b is None or not math.isfinite(b) for b in bounds):
+        return ""
+    low, high = (number(100 * b, 0) for b in bounds if b is not None)
+    return f"[{low}, {high}]"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(8.2), duration(221)
+    ('8.2 s', '3 min 41 s')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def parameters(count: int | None) -> str:
+    """A count of parameters.
+
+    >>> parameters(381_000), parameters(52_000)
+    ('0.38 million parameters', '52 thousand parameters')
+    """
+    if count is None:
+        return "an unknown number of parameters"
+    if count >= 1e9:
+        return f"{count / 1e9:.2g} billion parameters"
+    if count >= 1e5:
+        return f"{count / 1e6:.2g} million parameters" if count < 1e8 else f"{count / 1e6:.0f} million parameters"
+    return f"{count / 1e3:.0f} thousand parameters"
+
+
+def readable(text: str) -> str:
+    """Join punctuation to its word and begin sentences with a capital: only for texts of lower-case words.
+
+    >>> readable("sure ! one : a fox , maybe . i hope this helps !")
+    'Sure! One: a fox, maybe. I hope this helps!'
+    >>> readable("Leave This , please")
+    'Leave This , please'
+    """
+    if text != text.lower():
+        return text
+    text = re.sub(r"[ \t]+([.,!?;:])", r"\1", text)
+    text = re.sub(r"[ \t]*\n[ \t]*", "\n", text).strip()
+    text = re.sub(r"\bi\b", "I", text)
+    return re.sub(r"(^|[.!?]\s+|\n)([a-z])", lambda match: match[1] + match[2].upper(), text)
+
+
+def verdict(row: Row, other: str) -> str:
+    """Whether a policy is preferred to another: better, worse, or unclear where the interval holds one half."""
+    rate, bounds = row[f"win_rate_vs_{other}"], row[f"win_rate_vs_{other}_interval"]
+    finite = rate is not None and all(b is not None and math.isfinite(b) for b in bounds)
+    if not finite or bounds[0] <= 0.5 <= bounds[1]:
+        return "unclear"
+    return "better" if bounds[0] > 0.5 else "worse"
+
+
+def headline(run: Run) -> str:
+    """One sentence that says what happened, good or bad."""
+    best = max(("ppo", "ppo_ptx"), key=lambda name: run.policy(name)["win_rate_vs_sft"] or 0.0)
+    row, name = run.policy(best), NAMES[best]
+    rate = percent(row["win_rate_vs_sft"])
+    who = f"A model of {parameters(run.report['parameters'])}"
+    prompts = f"{run.report['heldout_prompts']:,} prompts it had never seen"
+    outcome = verdict(row, "sft")
+    if outcome == "worse":  # and the other policy is no better
+        preferred = "is preferred to its SFT parent" if run.is_gold else "scores above its SFT parent"
+        return (
+            f"{who} was made worse by reinforcement learning: even the better of its two policies, {name}, "
+            f"{preferred} on only {rate} of {prompts}."
+        )
+    if outcome == "unclear":
+        return (
+            f"{who} gained nothing sure from reinforcement learning: its {name} answers are preferred to its SFT "
+            f"parent’s on {rate} of {prompts}, too near to one half to tell."
+        )
+    time = duration(run.report["seconds"]["total"])
+    if not run.is_gold:
+        return (
+            f"{who} was trained in {time}: its own reward model, which is no independent judge, prefers its {name} "
+            f"answers to its SFT parent’s on {rate} of {prompts}."
+        )
+    learned = "learned to follow instructions" if verdict(row, "base") == "better" else "was trained"
+    return f"{who} {learned} in {time}: its {name} answers are preferred to its SFT parent’s on {rate} of {prompts}."
+
+
+def findings(run: Run) -> list[str]:
+    """A few more sentences: each step against its parent, the proxy, the tax."""
+    return [sentence for sentence in (_preset(run), _sft(run), _ppo(run), _proxy(run), _tax(run)) if sentence]
+
+
+def _preset(run: Run) -> str:
+    if run.report["preset"] != "fast":
+        return ""
+    return (
+        "This is the fast preset: it shows that everything runs, and is too short to learn much. Leave it out for more."
+    )
+
+
+def _judged(run: Run) -> str:
+    return "gold score" if run.is_gold else "reward model score"
+
+
+def _sft(run: Run) -> str:
+    sft, base = run.policy("sft"), run.policy("base")
+    told = {
+        "better": "Demonstrations helped",
+        "worse": "Demonstrations hurt: the SFT model is worse than its base",
+        "unclear": "Demonstrations made no clear difference",
+    }[verdict(sft, "base")]
+    told += "" if run.is_gold else ", as far as the reward model can tell"
+    return (
+        f"{told}. Mean {_judged(run)}: base {number(base['gold_mean'])}, SFT {number(sft['gold_mean'])}; "
+        f"SFT wins {percent(sft['win_rate_vs_base'])} {interval(sft['win_rate_vs_base_interval'])} against base."
+    )
+
+
+def _ppo(run: Run) -> str:
+    parts = []
+    for name in ("ppo", "ppo_ptx"):
+        row = run.policy(name)
+        told = {
+            "better": "is better than SFT",
+            "worse": "is worse than SFT",
+            "unclear": "can’t be told from SFT",
+        }[verdict(row, "sft")]
+        parts.append(
+            f"{NAMES[name]} {told} (it wins {percent(row['win_rate_vs_sft'])} "
+            f"{interval(row['win_rate_vs_sft_interval'])}, mean {number(row['gold_mean'])})"
+        )
+    return ("" if run.is_gold else "By the reward model’s score, ") + "; ".join(parts) + "."
+
+
+def _proxy(run: Run) -> str:
+    """The signature of over-optimisation: the proxy rises while the truth falls."""
+    if not run.is_gold:
+        return ""
+    sft = run.policy("sft")
+    hacked = [
+        name
+        for name in ("ppo", "ppo_ptx")
+        if run.policy(name)["proxy_mean"] > sft["proxy_mean"] and run.policy(name)["gold_mean"] < sft["gold_mean"]
+    ]
+    if not hacked:
+        return ""
+    row = run.policy(hacked[0])
+    return (
+        f"The reward model was exploited: {NAMES[hacked[0]]} raised its score from {number(sft['proxy_mean'])} to "
+        f"{number(row['proxy_mean'])} while the true score fell from {number(sft['gold_mean'])} to "
+        f"{number(row['gold_mean'])}. Try a larger beta, fewer steps or more comparisons."
+    )
+
+
+def _tax(run: Run) -> str:
+    tax = run.report["alignment_tax"]
+    paid, with_ptx, removed = tax["ppo"], tax["ppo_ptx"], tax["removed_by_ptx"]
+    if paid is None or not math.isfinite(paid):
+        return ""
+    if abs(paid) < 0.01:
+        return f"PPO cost next to nothing in language: {number(paid, 3)} nats a token on held-out text."
+    if paid < 0:
+        return f"PPO cost nothing in language: its loss on held-out text is {number(-paid, 3)} nats below the base’s."
+    text = f"PPO forgot some language: {number(paid, 3)} nats more loss a token on held-out text than the base model"
+    if removed is None or with_ptx is None:
+        return text + "."
+    if removed < 0:
+        return text + f"; PPO-ptx forgot more still ({number(with_ptx, 3)})."
+    if removed >= 1:
+        return text + "; PPO-ptx forgot nothing."
+    return text + f"; PPO-ptx takes {percent(removed)} of that away."

@@ -1,0 +1,402 @@
+"""The page and the table of a finished run: true numbers, honest sentences, nothing fetched, nothing half-written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minirlhf import plotting
+from minirlhf.errors import CheckpointError
+from minirlhf.report import summary_table, write_report
+from minirlhf.report.text import duration, interval, number, parameters, percent, readable
+
+POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+PHASES = ("preparation", "base", "sft", "reward_model", "ppo", "ppo_ptx", "evaluation", "total")
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+def policy(gold: float, base: float, sft: float, proxy: float, loss: float) -> dict[str, Any]:
+    """One entry of report.json's evaluation, with every key that evaluate.py writes."""
+    return {
+        "gold_mean": gold,
+        "gold_standard_error": 0.046,
+        "headroom_closed": (gold + 0.87) / 4.33,
+        "win_rate_vs_sft": sft,
+        "win_rate_vs_sft_interval": [max(0.0, sft - 0.034), min(1.0, sft + 0.034)],
+        "win_rate_vs_base": base,
+        "win_rate_vs_base_interval": [max(0.0, base - 0.021), min(1.0, base + 0.021)],
+        "kl_to_sft": 6.78,
+        "mean_length": 13.4,
+        "ended_fraction": 0.987,
+        "proxy_mean": proxy,
+        "corpus_loss": loss,
+    }
+
+
+REPORT: dict[str, Any] = {
+    "judge": "gold",
+    "heldout_prompts": 600,
+    "best_mean": 3.46,
+    "evaluation": {
+        "base": policy(-0.87, 0.5, 0.08, -4.1, 0.823),
+        "sft": policy(1.27, 0.92, 0.5, 0.12, 1.049),
+        "ppo": policy(2.02, 0.96, 0.74, 2.3, 1.224),
+        "ppo_ptx": policy(1.94, 0.95, 0.69, 2.05, 0.851),
+    },
+    "reward_model": {
+        "accuracy": 0.847,
+        "ceiling": 0.871,
+        "length_baseline": 0.561,
+        "pairs": 6312,
+        "accuracy_heldout_labelers": 0.828,
+        "ceiling_heldout_labelers": 0.866,
+        "length_baseline_heldout_labelers": 0.548,
+        "pairs_heldout_labelers": 2104,
+        "calibration_error": 0.031,
+    },
+    "alignment_tax": {"ppo": 0.401, "ppo_ptx": 0.028, "removed_by_ptx": 0.93},
+    "parameters": 381_000,
+    "seconds": dict(zip(PHASES, (3.2, 71.2, 14.1, 31.3, 40.0, 52.0, 9.2, 221.0), strict=True)),
+    "seed": 7,
+    "preset": "default",
+    "data": "small_world",
+    "command": "minirlhf run --seed 7",
+    "versions": {"minirlhf": "0.1.0", "torch": "2.13.0", "python": "3.11.2"},
+    "machine": {"device": "cpu", "threads": 2, "platform": "Linux"},
+}
+PARTS = {"helpful": 2.31, "truthful": -0.8, "harmless": 0.0, "well_formed": 0.5}
+
+
+def build(
+    folder: Path,
+    report: dict[str, Any] = REPORT,
+    *,
+    parts: dict[str, float] = PARTS,
+    best: float | None = 3.5,
+    with_base: bool = True,
+) -> Path:
+    """A small finished run, as the pipeline leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "config.json").write_text(json.dumps({"seed": 7, "data": "/secret/place", "rlhf": {"beta": 0.1234}}))
+    text = {
+        "base": "write a poem \n where does a fox <script>alert(1)</script>",
+        "sft": "",
+        "ppo": "sure ! a penguin lives in the snow , i hope this helps !",
+        "ppo_ptx": 'an "owl" & a <b>bee</b> .',
+    }
+    answers = {
+        name: {
+            "response": text[name],
+            "ended": name != "base",
+            "score": parts | {"total": {"base": -1.25, "sft": -2.6, "ppo": 2.01, "ppo_ptx": 1.11}[name]},
+        }
+        for name in POLICIES
+    }
+    (folder / "answers.json").write_text(
+        json.dumps([{"prompt": "where does a <penguin> live ?", "best": best, "answers": answers}])
+    )
+    rows: dict[str, list[dict[str, float]]] = {
+        "base": [{"step": i, "base/loss": 0.8 + 5 / (i + 1)} for i in range(450)] if with_base else [],
+        "sft": [{"step": i, "sft/loss": 0.9 + 1 / (i + 1)} for i in range(20)],
+        "reward_model": [
+            {"step": i, "reward_model/loss": 0.7 - 0.01 * i, "reward_model/accuracy": 0.5 + 0.01 * i} for i in range(30)
+        ],
+    }
+    for name in ("ppo", "ppo_ptx"):
+        rows[name] = [
+            {
+                "step": i,
+                "objective/score": 0.1 * i,
+                "objective/gold": 1 + 0.05 * i,
+                "objective/kl": 0.4 * i,
+                "objective/beta": 0.1,
+                "objective/entropy": 11 - 0.2 * i,
+                "objective/response_length": 12 + 0.1 * i,
+                "objective/ended_fraction": 0.98,
+                "policy/clip_fraction": 0.1,
+                "policy/approx_kl": 0.01,
+                "value/explained_variance": -20.0 if i == 0 else 0.6,
+            }
+            for i in range(20)
+        ]
+        if report["judge"] != "gold":
+            for row in rows[name]:
+                del row["objective/gold"]
+    for name, lines in rows.items():
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return folder
+
+
+def worse() -> dict[str, Any]:
+    report = copy.deepcopy(REPORT)
+    report["evaluation"]["ppo"] = policy(-0.4, 0.6, 0.22, 5.6, 1.3)
+    report["evaluation"]["ppo_ptx"] = policy(0.1, 0.7, 0.31, 5.1, 0.9)
+    return report
+
+
+def by_proxy() -> dict[str, Any]:
+    report = copy.deepcopy(REPORT)
+    report |= {"judge": "reward_model", "best_mean": None, "data": "my texts"}
+    for row in report["evaluation"].values():
+        row["headroom_closed"] = None
+    row = report["reward_model"]
+    row |= {key: None for key in row if "ceiling" in key or key.endswith("heldout_labelers")}
+    row["pairs_heldout_labelers"] = 0
+    report["alignment_tax"]["removed_by_ptx"] = None
+    report["evaluation"]["ppo"]["gold_standard_error"] = math.nan
+    return report
+
+
+class Reader(HTMLParser):
+    """Text of a page, every attribute, and whether its elements are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.attributes, self.open = "", [], []
+        self.feed(page)
+        self.text = re.sub(r"\s+", " ", self.text.replace("\u00a0", " "))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)  # <path/> comes here too, and then to handle_endtag
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, key: str) -> list[str]:
+        return [value for _, name, value in self.attributes if name == key]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = build(tmp_path_factory.mktemp("report") / "good")
+    assert write_report(run) == run / "report.html"
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(good: Path) -> str:
+    return (good / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def read(page: str) -> Reader:
+    return Reader(page)
+
+
+@pytest.fixture(scope="module")
+def proxy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = build(tmp_path_factory.mktemp("report") / "proxy", by_proxy(), parts={}, best=None, with_base=False)
+    write_report(run)
+    return run
+
+
+def test_headline_and_findings_are_the_numbers(read: Reader) -> None:
+    assert (
+        "A model of 0.38 million parameters learned to follow instructions in 3 min 41 s: its PPO answers are "
+        "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen." in read.text
+    )
+    assert "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)" in read.text
+    assert "0.401 nats more loss" in read.text and "PPO-ptx takes 93 % of that away" in read.text
+    assert "exploited: PPO" not in read.text
+
+
+@pytest.mark.parametrize(
+    "shown", ["−0.87", "± 0.05", "67 %", "74 %", "[71, 77]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"]
+)
+def test_results_show_every_kind_of_number(read: Reader, shown: str) -> None:
+    assert shown in read.text
+
+
+def test_reward_model_and_settings(read: Reader) -> None:
+    for shown in ("84.7 %", "56.1 %", "87.1 %", "82.8 %", "6,312", "2,104", "3.1 points"):
+        assert shown in read.text
+    for shown in ("minirlhf run --seed 7", "2.13.0", "71.2 s", "rlhf.beta", "0.1234", "minirlhf chat --run good"):
+        assert shown in read.text
+    assert "/secret/place" not in read.text
+
+
+def test_answers_beside_each_other(read: Reader) -> None:
+    assert "Sure! A penguin lives in the snow, I hope this helps!" in read.text
+    assert read.text.count("did not end") == 1
+    assert "(said nothing)" in read.text
+    for shown in ("helpful", "+2.31", "truthful", "−0.80", "well formed", "best reachable: 3.50", "2.01", "−2.60"):
+        assert shown in read.text
+
+
+def test_answers_are_escaped(page: str, read: Reader) -> None:
+    assert "<script" not in page and "<penguin>" not in page and "<b>bee</b>" not in page
+    assert "Where does a <penguin> live?" in read.text
+    assert 'An "owl" & a <b>bee</b>.' in read.text
+
+
+def test_page_is_self_contained_and_small(page: str, read: Reader) -> None:
+    assert "http:" not in page and "https:" not in page and "@import" not in page and "<link" not in page
+    assert not read.all("src")
+    assert all(value.startswith("#") for value in read.all("href"))
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert len(page.encode()) < 1_500_000
+
+
+def test_every_reference_has_one_target(page: str, read: Reader) -> None:
+    ids = read.all("id")
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for value in read.all("href")} <= set(ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_plots_have_alt_text_captions_and_ranges(page: str, read: Reader) -> None:
+    plots = page.count("<svg ")
+    assert plots == page.count("<figcaption>") == page.count('role="img"') == 18
+    assert all(len(label) > 15 for label in read.all("aria-label") if label not in ("Results", "Sections"))
+    assert "healthy: 0 to 0.25" in read.text and "ceiling: gold itself 87 %" in read.text
+    for step, colour in plotting.COLOURS.items():
+        assert f": {colour}" not in page.split("</style>")[1], f"{step} would not follow the dark theme"
+
+
+def test_written_twice_gives_equal_bytes(good: Path, page: str) -> None:
+    write_report(good)
+    assert (good / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_a_write_that_fails_leaves_the_old_page(good: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minirlhf import checkpoints
+    from minirlhf.report import page as module
+
+    monkeypatch.setattr(module, "render", lambda run: "half")
+
+    def fail(source: Path, target: Path) -> None:
+        assert Path(source).read_text() == "half" and Path(source).parent == good
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoints.os, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        write_report(good)
+    assert (good / "report.html").read_text(encoding="utf-8") == page
+    (good / "report.html.partial").unlink()
+
+
+def test_says_so_when_ppo_is_worse(tmp_path: Path) -> None:
+    read = Reader(write_report(build(tmp_path / "bad", worse())).read_text(encoding="utf-8"))
+    assert (
+        "was made worse by reinforcement learning: even the better of its two policies, PPO-ptx, is preferred to its "
+        "SFT parent on only 31 % of 600 prompts" in read.text
+    )
+    assert "PPO is worse than SFT (it wins 22 % [19, 25], mean −0.40)" in read.text
+    assert "raised its score from 0.12 to 5.60 while the true score fell from 1.27 to −0.40" in read.text
+    assert "learned to follow" not in read.text
+
+
+def test_says_so_when_nothing_is_sure(tmp_path: Path) -> None:
+    from minirlhf.report.read import load_run
+    from minirlhf.report.text import findings, headline
+
+    report = copy.deepcopy(REPORT)
+    for name in ("ppo", "ppo_ptx"):
+        report["evaluation"][name] |= {"win_rate_vs_sft": 0.52, "win_rate_vs_sft_interval": [0.48, 0.56]}
+    report["evaluation"]["sft"] |= {"win_rate_vs_base": 0.3, "win_rate_vs_base_interval": [0.27, 0.33]}
+    report["alignment_tax"] = {"ppo": 0.2, "ppo_ptx": 0.3, "removed_by_ptx": -0.5}
+    run = load_run(build(tmp_path / "unsure", report))
+    assert "gained nothing sure" in headline(run)
+    told = " ".join(findings(run))
+    assert "SFT model is worse than its base" in told and "PPO can’t be told from SFT" in told
+    assert "PPO-ptx forgot more still" in told
+
+
+def test_a_proxy_is_called_a_proxy(proxy_run: Path) -> None:
+    page = (proxy_run / "report.html").read_text(encoding="utf-8")
+    read = Reader(page)
+    assert "gold" not in page.lower()
+    assert "the very model that PPO was trained to please" in read.text
+    assert "its own reward model, which is no independent judge" in read.text
+    assert "reward model score (proxy)" in read.text
+    assert "best reachable" not in read.text and "ceiling" not in read.text
+    for null in ("None", "nan", "null"):
+        assert not re.search(rf"\b{null}\b", read.text)
+    assert "The base model was given, not trained here" in read.text
+
+
+def test_summary_table(good: Path, proxy_run: Path) -> None:
+    table = summary_table(good)
+    lines = table.splitlines()
+    assert re.match(
+        r"PPO-ptx +1\.94 ± 0\.05 +65 % +95 % \[93, 97\] +69 % \[66, 72\] +6\.78 +0\.851 +13\.4 +99 %$", lines[5]
+    )
+    assert lines[2].startswith("base ") and lines[3].startswith("SFT ") and lines[4].startswith("PPO ")
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert "accuracy 85 % (ceiling 87 %, length alone 56 %) on 6,312 held-out pairs; held-out labelers 83 %" in table
+    assert lines[-1].startswith("time: 3 min 41 s (preparation 3 s, base 71 s")
+
+    table = summary_table(proxy_run)
+    assert "gold" not in table and "proxy ± s.e." in table and "a proxy, not the truth" in table
+    assert "ceiling –" in table and "nan" not in table and "None" not in table
+
+
+def test_unfinished_or_damaged_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="finish the run first"):
+        write_report(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        summary_table(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_numbers_as_read() -> None:
+    assert [number(x) for x in (None, math.nan, math.inf, -0.001, -1.5, 1234.0)] == [
+        "–",
+        "–",
+        "–",
+        "0.00",
+        "−1.50",
+        "1,234.00",
+    ]
+    assert percent(None) == "–" and percent(0.744, 1) == "74.4 %"
+    assert interval([0.7, 1.0]) == "[70, 100]" and interval(None) == interval([math.nan, 1.0]) == ""
+    assert duration(59.94) == "59.9 s" and duration(3725) == "1 h 2 min" and duration(119.7) == "2 min 0 s"
+    assert parameters(1_540_000_000) == "1.5 billion parameters" and parameters(124_000_000) == "124 million parameters"
+
+
+def test_only_lower_case_text_is_rewritten() -> None:
+    assert readable("i lost my hat . \n can i have one ?") == "I lost my hat.\nCan I have one?"
+    assert readable("Dr. Smith , i think") == "Dr. Smith , i think"
+    assert readable("") == ""
+
+
+def test_drawing_leaves_no_global_state() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with plotting.style():
+        figure, axes = plotting.panels(1, 2)
+        plotting.curve(axes[0], [0, 1], [1.0, 2.0], "ppo", band=([0.5, 1.5], [1.5, 2.5]))
+        bounds = plotting.healthy_range(axes[0], "objective/entropy", start=10.0)
+        assert plotting.healthy_range(axes[0], "no/such") is None
+        plotting.level(axes[1], 0.5, "coin")
+    assert bounds == plotting.Range(3.0, 13.0)
+    assert plotting.to_png(figure) == plotting.to_png(figure)
+    svg = plotting.to_svg(figure, "demo", 'a "quoted" <alt>')
+    assert 'aria-label="a &quot;quoted&quot; &lt;alt&gt;"' in svg and "coin</text>" in svg and "<metadata" not in svg
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_import_is_light() -> None:
+    code = "import sys, minirlhf.report; print([m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
