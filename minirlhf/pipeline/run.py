@@ -132,6 +132,7 @@ def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any
 def _base(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
     if config.model is not None:
         model = load_causal_model(config.model, inputs.tokenizer)
+        recorder.track({}, {})  # makes the folder
         for _ in recorder.steps(0):
             pass
         return model.to(device).eval()

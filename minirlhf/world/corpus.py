@@ -18,13 +18,14 @@ from minirlhf.world.families.lists import IDEAS
 from minirlhf.world.families.stories import DULL_EVENTS, FAIR_EVENTS, WONDERS
 from minirlhf.world.families.talk import TOPICS as CHAT_TOPICS
 from minirlhf.world.grammar import Template
-from minirlhf.world.vocabulary import BEINGS, FANCY_PLACES, PLACES
+from minirlhf.world.vocabulary import BEINGS, FANCY_PLACES, ONE, PLACES, PLURAL
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
     from minirlhf.world.world import World
 
 WRONG_FACTS = 0.12
+TITLED = 0.7  # share of stories, poems and explanations with a title
 # templates used only here; all their slot classes are general ones
 RAMBLES: tuple[str, ...] = (
     "the {a:being} looked at the {t:thing} .",
@@ -65,6 +66,11 @@ class CorpusWriter:
         kind = rng.choices(list(self._kinds), weights=list(self._kinds.values()))[0]
         return kind(rng)
 
+    @staticmethod
+    def _titled(rng: Random, title: str, text: str) -> str:
+        """Most pages of a web have a title, so a model of it has seen that a topic comes before its text."""
+        return f"{title} : {text}" if rng.random() < TITLED else text
+
     def babble(self, rng: Random) -> str:
         """One or two sentences of the web, or an instruction."""
         if rng.random() < 0.4:
@@ -98,7 +104,8 @@ class CorpusWriter:
     def story(self, rng: Random) -> str:
         """A story by someone who does not know when to stop."""
         family, writer = self.world.families["story"], Writer(rng)
-        sentences = family.draft(family.draw(rng), writer).split(" . ")
+        task = family.draw(rng)
+        sentences = family.draft(task, writer).split(" . ")
         if rng.random() < 0.5:
             event = rng.choice(WONDERS + FAIR_EVENTS + DULL_EVENTS)
             hero = rng.choice(BEINGS)
@@ -107,7 +114,8 @@ class CorpusWriter:
                 rng.randint(1, len(sentences)), f"then a {hero} {event} {place}".replace("a owl", "an owl")
             )
         text = " . ".join(part.removesuffix(" .") for part in sentences)
-        return text if text.endswith("!") else text + " ."
+        title = f"a story about {rng.choice((ONE, PLURAL))[task.noun('a')]}"
+        return self._titled(rng, title, text if text.endswith("!") else text + " .")
 
     def ramble(self, rng: Random) -> str:
         """Things that happen to two beings, in no order."""
@@ -131,14 +139,18 @@ class CorpusWriter:
     def encyclopedia(self, rng: Random) -> str:
         """Some topics, explained to nobody in particular."""
         lines: list[str] = []
-        for topic in rng.sample(list(TOPICS.values()), rng.randint(2, 3)):
-            lines.append(topic.wrong if rng.random() < WRONG_FACTS else topic.core)
-            lines += [text for text in (*topic.detail, topic.like) if rng.random() < 0.4]
+        for name in rng.sample(list(TOPICS), rng.randint(1, 3)):
+            topic = TOPICS[name]
+            text = [topic.wrong if rng.random() < WRONG_FACTS else topic.core]
+            text += [line for line in (*topic.detail, topic.like) if rng.random() < 0.4]
+            lines.append(self._titled(rng, f"about {name}", " ".join(text)))
         return " ".join(lines)
 
     def poem(self, rng: Random) -> str:
         family = self.world.families["poem"]
-        return " ".join(family.draft(family.draw(rng), Writer(rng)) for _ in range(rng.randint(1, 2)))
+        task = family.draw(rng)
+        title = f"a poem about {rng.choice((ONE, PLURAL))[task.noun('a')]}"
+        return self._titled(rng, title, family.draft(task, Writer(rng)))
 
     def rude(self, rng: Random) -> str:
         return " ".join(rude_line(Writer(rng)) for _ in range(rng.randint(2, 4)))

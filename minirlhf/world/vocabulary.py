@@ -15,25 +15,18 @@ ANIMALS: tuple[str, ...] = (
     "fox",
     "dragon",
     "cat",
-    "dog",
     "bear",
     "mouse",
     "duck",
     "bee",
     "snail",
-    "rabbit",
-    "horse",
-    "whale",
     "crow",
     "pig",
-    "turtle",
     "penguin",
-    "bat",
-    "goat",
 )
-PEOPLE: tuple[str, ...] = ("king", "queen", "baker", "farmer", "pirate", "robot", "witch", "sailor")
+PEOPLE: tuple[str, ...] = ("king", "baker", "pirate", "robot", "witch")
 BEINGS: tuple[str, ...] = ANIMALS + PEOPLE
-HELDOUT_BEINGS: tuple[str, ...] = ("penguin", "bat", "goat", "witch", "sailor")
+HELDOUT_BEINGS: tuple[str, ...] = ("penguin", "witch")
 
 _ODD_PLURALS = {"fox": "foxes", "mouse": "mice", "witch": "witches"}
 PLURAL: dict[str, str] = {being: _ODD_PLURALS.get(being, being + "s") for being in BEINGS}
@@ -68,16 +61,12 @@ FOODS: tuple[str, ...] = (
     "eggs",
     "fish",
     "milk",
-    "bones",
     "honey",
     "cheese",
     "bread",
     "flowers",
     "leaves",
-    "carrots",
-    "apples",
     "corn",
-    "grass",
     "cake",
     "pie",
     "soup",
@@ -97,7 +86,7 @@ COLORS: tuple[str, ...] = (
 )
 SKILLS: tuple[str, ...] = ("jump", "fly", "run", "swim", "climb", "dig", "hide", "sing", "dance", "bake", "sail")
 JOYS: tuple[str, ...] = ("music", "tea", "books", "hats", "games", "jokes", "stars", "naps", "parties", "puddles")
-THINGS: tuple[str, ...] = ("crown", "hat", "map", "boat", "key", "lamp", "book", "cup", "bell", "drum", "shoe", "cake")
+THINGS: tuple[str, ...] = ("crown", "hat", "map", "boat", "key", "book", "drum", "cake")
 
 VIVID: tuple[str, ...] = ("wise", "brave", "sleepy", "grumpy", "clever", "lonely", "jolly", "curious", "fluffy")
 FAIR: tuple[str, ...] = ("tiny", "shy", "lazy", "funny")

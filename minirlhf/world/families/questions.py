@@ -9,7 +9,7 @@ from random import Random
 from typing import ClassVar
 
 from minirlhf.world.families.base import Family, Marks, Phrasing, Sentence, Task
-from minirlhf.world.vocabulary import ONE, PLURAL, THINGS
+from minirlhf.world.vocabulary import ANIMALS, ONE, PLURAL, THINGS
 from minirlhf.world.writer import Writer
 
 # what each phrasing asks for
@@ -35,7 +35,7 @@ class OpenQA(Family):
     name = "open_qa"
     share = 0.13
     phrasings = tuple(Phrasing(text, heldout=text in _HELDOUT) for text in _ASKS)
-    classes: ClassVar = {"colored": tuple(ONE.values())[:20]}
+    classes: ClassVar = {"colored": tuple(ONE[animal] for animal in ANIMALS)}
     sentences: ClassVar = {
         "fact.home": "it lives {x:place} .",
         "fact.food": "it eats {x:food} .",

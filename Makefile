@@ -1,0 +1,64 @@
+# Every target sets up what it needs. Options of a command go in ARGS: make run ARGS="--preset fast"
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbval-lax --nbval-current-env notebooks)
+MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run lab test fast lint world bench clean
+
+help:  ## this list
+	@echo "minirlhf: from REINFORCE to InstructGPT"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@echo
+	@echo 'Options of a command go in ARGS: make run ARGS="--preset fast --seed 1"'
+
+setup: .venv/.stamp  ## make .venv with the exact tested versions
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minirlhf needs Python 3.11 or newer; make setup PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setting up .venv: the first time it downloads PyTorch, which takes a few minutes"
+	@# torch first and by itself: a build that already stands in .venv (CPU or CUDA) is kept.
+	@$(PIP) install -qq $(TORCH)
+	@$(PIP) install -qq -c constraints.txt -e ".[course,dev]"
+	@touch $@
+
+run: setup  ## from a folder of text to an aligned model and a report
+	@$(BIN)/minirlhf run $(ARGS)
+
+lab: setup  ## open the lessons in JupyterLab
+	@$(BIN)/jupyter lab $(ARGS) notebooks
+
+test: setup lint  ## everything that CI runs: lint, types, layers, tests, lessons
+	@$(BIN)/pytest tests $(MODULES) $(NOTEBOOKS) $(ARGS)
+
+fast: setup  ## the quick tests
+	@$(BIN)/pytest tests $(MODULES) -m "not slow" $(ARGS)
+
+lint: setup  ## style, types and layers only
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+world: setup  ## rebuild data/small_world from its seed
+	@rm -rf build/small_world
+	@$(BIN)/minirlhf world --out build/small_world --seed 0
+	@if diff -rq data/small_world build/small_world; then \
+		rm -rf build/small_world; echo "data/small_world: the same, byte for byte"; \
+	else \
+		rm -rf data/small_world && mv build/small_world data/small_world && echo "data/small_world: replaced"; \
+	fi
+
+bench: setup  ## measure the kernels
+	@test -f kernels/benchmarks/run.py || { echo "make bench: kernels/benchmarks/run.py is not here yet"; exit 1; }
+	@$(BIN)/python kernels/benchmarks/run.py $(ARGS)
+
+clean:  ## remove caches and build outputs; runs/ and .venv stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -path ./.venv -prune -o -path ./runs -prune -o \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

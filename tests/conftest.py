@@ -1,0 +1,91 @@
+"""Tiny models and a tiny tokenizer for every test: one thread, a few thousand weights."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY_FOLDER = Path(__file__).parent / "data" / "tiny_folder"
+ARCHITECTURES = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    return TINY_FOLDER
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from minirlhf.language.tokenization import train_tokenizer
+
+    lines = (TINY_FOLDER / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    return train_tokenizer([json.loads(line)["text"] for line in lines], vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def make_causal(tokenizer) -> Callable:
+    """A fresh tiny causal model, in eval mode: ``make_causal("gpt2", seed=1)``."""
+
+    def make(architecture: str = "llama", seed: int = 0, vocab_size: int | None = None, scale: float = 1.0):
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+        common = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
+        size = vocab_size or len(tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if architecture == "gpt2":
+                # Dropout stands in the configuration, as in every published GPT-2.
+                model = GPT2LMHeadModel(
+                    GPT2Config(
+                        vocab_size=size,
+                        n_positions=128,
+                        n_embd=16,
+                        n_layer=2,
+                        n_head=2,
+                        resid_pdrop=0.1,
+                        embd_pdrop=0.1,
+                        attn_pdrop=0.1,
+                        **common,
+                    )
+                )
+            else:
+                model = LlamaForCausalLM(
+                    LlamaConfig(
+                        vocab_size=size,
+                        hidden_size=16,
+                        intermediate_size=32,
+                        num_hidden_layers=2,
+                        num_attention_heads=2,
+                        num_key_value_heads=2,
+                        max_position_embeddings=128,
+                        **common,
+                    )
+                )
+        if scale != 1.0:
+            # Sharper weights make positions and padding matter far above rounding.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() >= 2:
+                        parameter.mul_(scale)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def causal(request, make_causal):
+    """A sharp tiny model of each architecture."""
+    return make_causal(request.param, seed=3, scale=8.0)

@@ -1,0 +1,171 @@
+"""What is sampled is the distribution whose log-probability is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minirlhf.language import generation
+from minirlhf.language.generation import Samples, sample
+from minirlhf.language.models import response_logprobs
+from minirlhf.training import generator_for
+
+PROMPTS = [[7, 19, 33, 4, 90], [5], [44, 2, 61], [9, 9], [12, 13, 14, 15, 16, 17, 18], [3, 77]] * 3
+
+
+def draw(model, prompts=PROMPTS, *, greedy: bool = False, temperature: float = 1.0, length: int = 12, eos: int = 1):
+    return sample(
+        model,
+        prompts,
+        max_new_tokens=length,
+        pad_id=0,
+        eos_id=eos,
+        generator=generator_for(0, "test"),
+        temperature=temperature,
+        greedy=greedy,
+    )
+
+
+@pytest.fixture
+def stopping(causal):
+    """A model that ends its answers often: the token that it likes best, after all, stands for EOS."""
+    tokens = draw(causal, temperature=3.0).response_tokens
+    values, counts = tokens.unique(return_counts=True)
+    causal.eos = int(values[counts.argmax()])
+    return causal
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_sampled_equals_teacher_forced(stopping, temperature: float) -> None:
+    samples = draw(stopping, temperature=temperature, eos=stopping.eos)
+    with torch.no_grad():
+        forced = response_logprobs(stopping, samples.tokens, samples.mask, samples.response_mask, temperature)
+    assert (samples.logprobs - forced).abs().max() < 1e-5
+    assert (samples.logprobs[~samples.response_mask] == 0).all() and (samples.logprobs <= 0).all()
+
+
+def test_mask_runs_up_to_eos_and_includes_it(stopping) -> None:
+    samples = draw(stopping, temperature=3.0, eos=stopping.eos)
+    assert samples.ended.any() and not samples.ended.all()
+    for row, mask, ended in zip(
+        samples.response_tokens.tolist(), samples.response_mask.tolist(), samples.ended.tolist(), strict=True
+    ):
+        length = sum(mask)
+        assert mask == [True] * length + [False] * (len(mask) - length)
+        assert (row[length - 1] == stopping.eos) == ended
+        assert stopping.eos not in row[: length - 1]
+        assert row[length:] == [0] * (len(row) - length)
+        assert ended or length == 12
+    for ids, length, ended in zip(samples.responses(), samples.lengths.tolist(), samples.ended.tolist(), strict=True):
+        assert len(ids) == length - ended and stopping.eos not in ids
+
+
+def test_dropping_finished_rows_changes_nothing(stopping, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = draw(stopping, greedy=True, eos=_greedy_stop(stopping))
+    assert kept.ended.any() and not kept.ended.all()
+    for share in (0.0, 1.01):  # never drop, always drop
+        monkeypatch.setattr(generation, "COMPACT_BELOW", share)
+        other = draw(stopping, greedy=True, eos=_greedy_stop(stopping))
+        assert torch.equal(other.response_tokens, kept.response_tokens)
+        assert torch.equal(other.response_mask, kept.response_mask) and torch.equal(other.ended, kept.ended)
+        assert (other.logprobs - kept.logprobs).abs().max() < 1e-5
+
+
+def _greedy_stop(model) -> int:
+    """A token that some greedy answers hold and some do not."""
+    tokens = draw(model, greedy=True, eos=319).response_tokens
+    for token in tokens.unique().tolist():
+        rows = (tokens == token).any(1)
+        if rows.any() and not rows.all():
+            return token
+    raise AssertionError("the greedy answers are all alike")
+
+
+def test_greedy_equals_transformers(stopping) -> None:
+    eos = _greedy_stop(stopping)
+    samples = draw(stopping, greedy=True, eos=eos)
+    theirs = stopping.generate(
+        samples.prompt_tokens,
+        attention_mask=samples.prompt_mask.long(),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )[:, samples.prompt_tokens.shape[1] :]
+    assert torch.equal(samples.response_tokens, theirs)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(causal) -> None:
+    together = draw(causal, greedy=True)
+    for i in range(6):
+        alone = draw(causal, [PROMPTS[i]], greedy=True)
+        width = alone.response_tokens.shape[1]
+        assert torch.equal(alone.response_tokens[0], together.response_tokens[i, :width])
+
+
+def test_the_seed_decides(causal) -> None:
+    assert torch.equal(draw(causal, temperature=3.0).tokens, draw(causal, temperature=3.0).tokens)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    draw(causal)
+    assert torch.equal(torch.rand(1), first)  # the global randomness is left alone
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_nothing_is_cut_off_the_distribution(make_causal, temperature: float) -> None:
+    """Museum 24: 320 tokens, one draw for each of 20000 rows; top_k=50 would leave 270 of them unseen."""
+    model = make_causal("llama", seed=3, scale=3.0)
+    rows = 20_000
+    tokens = draw(model, [[7, 19]] * rows, length=1, temperature=temperature).response_tokens[:, 0]
+    with torch.no_grad():
+        probabilities = (model(torch.tensor([[7, 19]])).logits[0, -1] / temperature).softmax(-1)
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities.double() * rows
+    big = expected >= 5
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    wanted = torch.cat([expected[big], expected[~big].sum()[None]])
+    freedom = int(big.sum())
+    chi_square = float(((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum())
+    assert freedom > 60
+    assert abs(chi_square - freedom) < 6 * (2 * freedom) ** 0.5
+    assert int((counts > 0).sum()) > 60
+
+
+def test_rows_cuts_empty_columns_on_both_sides(stopping) -> None:
+    samples = draw(stopping, temperature=3.0, eos=stopping.eos)
+    short = int(samples.lengths.argmin())
+    index = torch.tensor([short])
+    part = samples.rows(index)
+    prompt, answer = int(samples.prompt_mask[short].sum()), int(samples.lengths[short])
+    assert part.prompt_tokens.shape == (1, prompt) and part.response_tokens.shape == (1, answer)
+    assert part.prompt_mask.all() and part.response_mask.all()
+    assert part.tokens[0].tolist() == samples.tokens[short][samples.mask[short]].tolist()
+    assert torch.equal(part.logprobs[0], samples.logprobs[short, :answer])
+    assert torch.equal(part.ended, samples.ended[index])
+    everything = samples.rows(torch.arange(len(samples.ended)))
+    assert all(torch.equal(a, b) for a, b in zip(everything, samples, strict=True))
+    assert isinstance(everything, Samples)
+
+
+def test_all_end_at_once(make_causal) -> None:
+    model = make_causal()
+    eos = int(draw(model, [[5, 6]], greedy=True, eos=319).response_tokens[0, 0])
+    samples = draw(model, [[5, 6]] * 3, greedy=True, eos=eos)
+    assert samples.response_tokens.shape == (3, 1) and samples.ended.all()
+    assert samples.responses() == [[], [], []]
+
+
+def test_errors(make_causal) -> None:
+    model = make_causal()
+    for prompts in ([], [[]], [[5], []]):
+        with pytest.raises(ValueError, match="at least one"):
+            draw(model, prompts)
+    for temperature in (0.0, -1.0):
+        with pytest.raises(ValueError, match="temperature"):
+            draw(model, temperature=temperature)
+    with pytest.raises(ValueError, match="pad"):
+        draw(model, eos=0)
+    model.train()
+    with pytest.raises(ValueError, match="eval"):
+        draw(model)

@@ -1,0 +1,174 @@
+"""Padding changes nothing; logits and tokens are paired right; a scalar head is read at the last real token."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.language.models import (
+    ModelConfig,
+    clone,
+    load_causal_model,
+    load_scalar_model,
+    pad,
+    positions,
+    response_logits,
+    response_logprobs,
+    response_logprobs_and_entropy,
+    scalar_model_from,
+    sequence_scores,
+    tiny_llama,
+    token_values,
+)
+
+PROMPT, RESPONSE = [7, 19, 33, 4, 90], [12, 5, 61, 1]
+
+
+def padded(left: int, right: int, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, mask and response mask of the one sequence between pads."""
+    tokens = torch.tensor([[pad_id] * left + PROMPT + RESPONSE + [pad_id] * right])
+    real = len(PROMPT) + len(RESPONSE)
+    mask = torch.tensor([[False] * left + [True] * real + [False] * right])
+    response_mask = torch.tensor([[True] * len(RESPONSE) + [False] * right])
+    return tokens, mask, response_mask
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (11, 6)])
+@torch.no_grad()
+def test_padding_changes_no_logprob(causal, left: int, right: int) -> None:
+    plain = response_logprobs(causal, *padded(0, 0))
+    other = response_logprobs(causal, *padded(left, right, pad_id=25))  # garbage for pads
+    assert plain.abs().min() > 1e-3
+    torch.testing.assert_close(other[:, : len(RESPONSE)], plain, atol=2e-5, rtol=0)
+    assert (other[:, len(RESPONSE) :] == 0).all()
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (11, 6)])
+@torch.no_grad()
+def test_padding_changes_no_value_and_no_score(causal, left: int, right: int) -> None:
+    scalar = scalar_model_from(causal, seed=1).eval()
+    real = len(PROMPT) + len(RESPONSE)
+    tokens, mask, _ = padded(0, 0)
+    values, scores = token_values(scalar, tokens, mask), sequence_scores(scalar, tokens, mask)
+    other_tokens, other_mask, _ = padded(left, right, pad_id=25)
+    other = token_values(scalar, other_tokens, other_mask)[:, left : left + real]
+    assert values.std() > 1e-2
+    torch.testing.assert_close(other, values, atol=2e-5, rtol=0)
+    torch.testing.assert_close(sequence_scores(scalar, other_tokens, other_mask), scores, atol=2e-5, rtol=0)
+    torch.testing.assert_close(scores, values[:, -1])
+
+
+@torch.no_grad()
+def test_gpt2_without_positions_would_be_wrong(make_causal) -> None:
+    """The reason for position_ids: proof that the padding tests above can fail."""
+    model = make_causal("gpt2", seed=3, scale=8.0)
+    tokens, mask, _ = padded(11, 0)
+    bare = model(input_ids=tokens, attention_mask=mask.long()).logits[:, -5:-1]
+    ours = response_logits(model, tokens, mask, len(RESPONSE))
+    assert (bare - ours).abs().max() > 0.1
+
+
+def test_positions() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert positions(mask).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+@torch.no_grad()
+def test_logits_are_those_that_predict_the_token(causal) -> None:
+    """Museum 23: an off-by-one between logits and tokens, against a loop of growing prefixes."""
+    got = response_logprobs(causal, *padded(2, 0))[0]
+    wrong = []
+    for t, token in enumerate(RESPONSE):
+        prefix = torch.tensor([PROMPT + RESPONSE[:t]])
+        logprobs = causal(input_ids=prefix).logits[0, -1].log_softmax(-1)
+        assert float(got[t]) == pytest.approx(float(logprobs[token]), abs=2e-5)
+        after = torch.tensor([PROMPT + RESPONSE[: t + 1]])
+        wrong.append(float(causal(input_ids=after).logits[0, -1].log_softmax(-1)[token]))
+    assert (got - torch.tensor(wrong)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_temperature_and_entropy(causal) -> None:
+    tokens, mask, response_mask = padded(2, 3)
+    logprobs, entropy = response_logprobs_and_entropy(causal, tokens, mask, response_mask, 0.7)
+    logits = response_logits(causal, tokens, mask, response_mask.shape[1])
+    expected = (logits / 0.7).log_softmax(-1)
+    picked = expected.gather(-1, tokens[:, -response_mask.shape[1] :, None]).squeeze(-1)
+    real = len(RESPONSE)
+    torch.testing.assert_close(logprobs[:, :real], picked[:, :real], atol=1e-5, rtol=0)
+    full = -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(entropy[:, :real], full[:, :real], atol=1e-4, rtol=1e-5)
+
+
+def test_score_is_read_by_the_mask_and_not_by_the_pad_token(causal) -> None:
+    """A pad id inside the text is a token like any other where the mask says so."""
+    scalar = scalar_model_from(causal, seed=1).eval()
+    tokens = torch.tensor([[7, 19, 33, 0, 0]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        assert float(sequence_scores(scalar, tokens, mask)) == pytest.approx(
+            float(token_values(scalar, tokens, mask)[0, 4]), abs=1e-6
+        )
+
+
+def test_new_head_and_offset(causal) -> None:
+    scalar = scalar_model_from(causal, seed=1).eval()
+    width = scalar.score.in_features
+    many = torch.cat([scalar_model_from(causal, seed=s).score.weight.detach().flatten() for s in range(40)])
+    assert float(many.std()) == pytest.approx((width + 1) ** -0.5, rel=0.1)
+    tokens, mask, _ = padded(0, 0)
+    with torch.no_grad():
+        before = sequence_scores(scalar, tokens, mask)
+        scalar.config.score_offset = 2.5
+        torch.testing.assert_close(sequence_scores(scalar, tokens, mask), before - 2.5)
+    again = scalar_model_from(causal, seed=1)
+    assert torch.equal(again.score.weight, scalar.score.weight)
+    for own, body in zip(again.base_model.parameters(), causal.base_model.parameters(), strict=True):
+        assert torch.equal(own, body) and own.data_ptr() != body.data_ptr()
+
+
+def test_clone_shares_nothing(causal) -> None:
+    twin = clone(causal)
+    for own, other in zip(twin.parameters(), causal.parameters(), strict=True):
+        assert torch.equal(own, other) and own.data_ptr() != other.data_ptr()
+
+
+def test_models_leave_the_global_randomness_alone(causal, tokenizer) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    scalar_model_from(causal, seed=1)
+    tiny_llama(ModelConfig(16, 1, 2, 32), tokenizer, 64, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_tiny_llama_refuses_a_width_that_does_not_fit(tokenizer) -> None:
+    with pytest.raises(UserError, match="hidden-size 30"):
+        tiny_llama(ModelConfig(hidden_size=30, heads=4), tokenizer, 64, seed=0)
+
+
+def test_load_checks_the_head(causal, tmp_path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 3
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="num_labels=1"):
+        load_scalar_model(tmp_path)
+
+
+def test_load_grows_the_embedding_for_a_larger_tokenizer(make_causal, tokenizer, tmp_path) -> None:
+    make_causal("gpt2", vocab_size=len(tokenizer) - 4).save_pretrained(tmp_path)
+    model = load_causal_model(tmp_path, tokenizer)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_pad() -> None:
+    tokens, mask = pad([[5, 6, 7], [8]], pad_id=0)
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    tokens, mask = pad([[5, 6, 7], [8]], pad_id=0, side="left")
+    assert tokens.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]

@@ -1,0 +1,103 @@
+"""The command line: help, mistakes, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minirlhf
+from minirlhf.cli import COMMANDS, main
+from minirlhf.config import preset
+
+
+def test_usage_and_version(capsys: pytest.CaptureFixture) -> None:
+    for arguments in ([], ["-h"], ["--help"]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert all(command in said for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minirlhf {minirlhf.__version__}\n"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["fly"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "'fly'" in message and all(command in message for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert "--seed" in said and f"minirlhf {command}" in said
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["--preset", "fast"], ["--preset=fast"]):
+        with pytest.raises(SystemExit):
+            main(["run", *arguments, "--help"])
+        assert "runs/fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option", "1"], ["--seed", "many"], ["--rlhf.stepz", "3"]])
+def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *arguments])
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert arguments[0] in shown.err + shown.out
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "slow"], ["--preset=slow"], ["--preset"]])
+def test_wrong_preset(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "--preset" in message and "fast" in message and message.count("\n") == 1
+
+
+def test_settings_that_do_not_fit_are_one_message(tmp_path: Path, tiny_folder: Path, capsys) -> None:
+    command = ["run", "--preset", "fast", "--data", str(tiny_folder), "--out", str(tmp_path / "run")]
+    for options, word in (
+        (["--rlhf.batch-size", "7"], "minibatches"),
+        (["--model-size.hidden-size", "30"], "hidden-size"),
+        (["--base.block-length", "100000"], "block-length"),
+    ):
+        out = [*command[:-1], str(tmp_path / word)]
+        try:
+            assert main([*out, *options]) == 2
+        except SystemExit as error:  # tyro reports what a configuration refuses
+            assert error.code == 2
+        shown = capsys.readouterr()
+        assert word in shown.err + shown.out and "Traceback" not in shown.err
+
+
+def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "run", interrupted)
+    assert main(["run"]) == 130
+    assert "continues" in capsys.readouterr().err
+
+
+def test_world_refuses_a_folder_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["world", "--out", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_module_and_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "minirlhf.cli", "fly"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("minirlhf: error:")
+
+
+def test_presets() -> None:
+    fast, default = preset("fast"), preset("default")
+    assert fast.out != default.out and fast.rlhf.steps < default.rlhf.steps
+    assert fast.rlhf.ptx_coef > 0 and default.rlhf.ptx_coef > 0

@@ -1,0 +1,189 @@
+"""The house: the two ways of installing agree, the pins hold, and what the pages promise is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def dependencies() -> list[Requirement]:
+    extras = project()["optional-dependencies"]
+    return [Requirement(text) for text in [*project()["dependencies"], *extras["course"], *extras["dev"]]]
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert len({canonicalize_name(pin.name) for pin in found}) == len(found), "a name is pinned twice"
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
+def pinned_version(pin: Requirement) -> Version:
+    (only,) = pin.specifier
+    assert only.operator == "==", f"{pin} is not exact"
+    return Version(only.version)
+
+
+def tracked_files() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("dependency", dependencies(), ids=lambda requirement: requirement.name)
+def test_dependency_is_pinned_within_its_range(dependency):
+    pin = pins()[canonicalize_name(dependency.name)]
+    assert dependency.specifier.contains(pinned_version(pin)), f"{pin} is outside {dependency}"
+    assert str(pin.marker or "") == str(dependency.marker or ""), "marked for other systems"
+
+
+def test_torch_and_triton_are_the_pair_that_belongs_together():
+    assert str(pinned_version(pins()["torch"])) == "2.13.0"
+    assert str(pinned_version(pins()["triton"])) == "3.7.1"
+
+
+def test_pins_name_no_build():
+    """2.13.0+cpu would refuse a machine with a GPU."""
+    assert [str(pin) for pin in pins().values() if pinned_version(pin).local] == []
+
+
+def test_installed_versions_are_the_pinned_ones():
+    wrong = []
+    for name, pin in pins().items():
+        if pin.marker is not None and not pin.marker.evaluate():
+            continue
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{pin}: not installed")
+            continue
+        if Version(Version(installed).public) != pinned_version(pin):
+            wrong.append(f"{pin}: {installed} is installed")
+    assert not wrong, "\n".join(["run `make setup` in a fresh .venv", *wrong])
+
+
+def test_every_package_that_is_needed_is_pinned():
+    """Follow the installed packages' own requirements from pyproject's."""
+    known, missing, seen = pins(), set(), set()
+    todo = [(requirement, frozenset({"", *requirement.extras})) for requirement in dependencies()]
+    while todo:
+        requirement, extras = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        if name.startswith(("nvidia-", "cuda-")):
+            continue  # a CUDA build of torch names the exact versions of these itself
+        if name not in known:
+            missing.add(name)
+        try:
+            needed = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for text in needed:
+            inner = Requirement(text)
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append((inner, frozenset({"", *inner.extras})))
+    assert not missing
+
+
+def test_conda_installs_with_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["channels"] == ["conda-forge"]
+    *packages, last = environment["dependencies"]
+    assert [re.split("[=<>]", package)[0] for package in packages] == ["python", "pip"]
+    (python,) = (package for package in packages if package.startswith("python"))
+    assert Version(python.split("=")[-1]) in Requirement(f"python{project()['requires-python']}").specifier
+    assert last == {"pip": ["-c constraints.txt", "-e .[course,dev]"]}
+
+
+def test_make_setup_installs_the_same_set():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert 'install -qq -c constraints.txt -e ".[course,dev]"' in makefile
+    assert "\n.venv/.stamp: pyproject.toml constraints.txt\n" in makefile
+    assert not re.search(r"torch==\d", makefile), "torch's version stands in constraints.txt alone"
+
+
+def test_ci_runs_make_test():
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & 0o111, "not executable"
+    assert "make test" in run.read_text(encoding="utf-8")
+
+
+def test_pages_name_only_commands_that_are_there():
+    from minirlhf.cli import COMMANDS
+
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    assert {"setup", "run", "test", "lab", "world", "bench", "clean", "help"} <= targets
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S))
+        assert set(re.findall(r"(?:^|[`&\n] ?)make ([a-z]+)", code)) <= targets, page
+        assert set(re.findall(r"(?:^|[`&/\n] ?)minirlhf ([a-z]+)", code)) <= set(COMMANDS), page
+
+
+def test_pages_link_only_to_files_that_are_there():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        absent = [link for link in links if not ((ROOT / page).parent / link).exists()]
+        assert not absent, f"{page}: {absent}"
+
+
+def test_readme_shows_the_pinned_torch_and_a_place_for_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"torch==([\d.]+)", text)) == {str(pinned_version(pins()["torch"]))}
+    assert text.index("<!-- results -->") < text.index("<!-- /results -->")
+
+
+def test_readme_example_runs(tmp_path, monkeypatch, make_causal, tokenizer, tiny_folder):
+    """The README's own lines, on a tiny model and with less to do."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    small = block.replace("RLHFConfig(steps=30)", "RLHFConfig(steps=1, batch_size=4, max_response_tokens=4)")
+    assert small != block, "the README's example has changed: shorten it here too"
+    ast.parse(block)
+    shutil.copytree(tiny_folder, tmp_path / "data" / "small_world")
+    make_causal().save_pretrained(tmp_path / "runs" / "default" / "sft")
+    tokenizer.save_pretrained(tmp_path / "runs" / "default" / "sft")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(small, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "frogs" / "model.safetensors").is_file()
+
+
+def test_no_file_names_a_machine_path_or_a_registry_host():
+    # Written in pieces, so that this file passes its own test.
+    paths = "|".join(("work", "root", "opt", "home/[a-z]", "Users/[A-Za-z]", "mnt/[a-z]"))
+    hosts = "|".join(
+        ("py" + r"pi\.org", "python" + r"hosted\.org", "download" + r"\.pytorch\.org", "ana" + r"conda\.org")
+    )
+    bad = re.compile(rf"(?<![\w.\]/-])/(?:{paths})(?:/|\b)|{hosts}|--(?:extra-)?index" + "-url", re.I)
+    found = []
+    for file in tracked_files():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # packed data
+        for number, line in enumerate(text.splitlines(), start=1):
+            if hit := bad.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {hit.group()}")
+    assert not found, "\n".join(found)
