@@ -12,8 +12,8 @@ from random import Random
 from minirlhf.world.gold import GoldLabeler
 from minirlhf.world.world import World
 
-NOISE = 0.68  # standard deviation, in units of gold
-LAPSES = 0.12  # share of answers that a labeler reads in a hurry ...
+NOISE = 1.3  # standard deviation, in units of gold
+LAPSES = 0.0  # share of answers that a labeler reads in a hurry ...
 LAPSE_NOISE = 3.0  # ... and the standard deviation then
 _POLITE = frozenset({"please", "thank", "sure", "friend", "majesty", "hope"})
 

@@ -140,12 +140,12 @@ MISTAKES: dict[Mistake, float] = {
 
 
 def one_response(world: World, task: Task, rng: Random) -> str:
-    """One answer: 45 % human, 20 % with great care, 35 % with a model's mistake."""
+    """One answer: 30 % human, 15 % with great care, 55 % with a model's mistake."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.30:
         return world.demonstrate(task, Writer(rng))
     care = rng.choice((0.4, 0.7, 1.0))
-    if kind < 0.65:
+    if kind < 0.45:
         return world.demonstrate(task, Writer(rng, care))
     text = world.demonstrate(task, Writer(rng, rng.choice((0.0, 0.0, care))))
     mistake = rng.choices(list(MISTAKES), weights=list(MISTAKES.values()))[0]
