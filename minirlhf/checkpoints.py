@@ -96,7 +96,8 @@ def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     aside = path.with_name(path.name + ".partial")
-    header = {"facts": json.dumps(facts), "sha256": _digest(tensors)}
+    text = json.dumps(facts)
+    header = {"facts": text, "sha256": _digest(tensors, text)}
     save_file(tensors, aside, metadata=header)
     os.replace(aside, path)
 
@@ -117,7 +118,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = json.loads(header["facts"])
     except Exception as error:
         raise CheckpointError(f"{path}: damaged training state ({error}); {advice}") from error
-    if _digest(tensors) != header.get("sha256"):
+    if _digest(tensors, header["facts"]) != header.get("sha256"):
         raise CheckpointError(f"{path}: damaged training state (its checksum differs); {advice}")
     return tensors, facts
 
@@ -126,8 +127,8 @@ def _sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())

@@ -148,7 +148,10 @@ def _world(arguments: list[str]) -> None:
     config = _parse(WorldConfig, "world", arguments)
     from minirlhf.world import write_world
 
-    write_world(config.out, seed=config.seed)
+    try:
+        write_world(config.out, seed=config.seed)
+    except FileExistsError as error:
+        raise UserError(str(error)) from None
     print(f"wrote {config.out}")
 
 

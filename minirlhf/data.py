@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 HELDOUT_FRACTION = 0.1
+COMMON_TIES = 0.05  # from this share of rows on, rows in which all scores are equal are the judge's habit
+LARGEST_SCORE = 1e30  # fits float32 with room; NaN and infinity fail the comparison too
 DIALOGUE_MARK = "\n\nAssistant:"
 
 
@@ -81,6 +83,8 @@ class DataFolder:
     heldout_prompts: list[Prompt] = field(default_factory=list)
     tokenizer_file: Path | None = None
     world_file: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know of the rows, for example how many were left out."""
 
 
 def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
@@ -108,13 +112,14 @@ def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
         path=folder,
         corpus=_read(folder, "corpus", _text),
         demonstrations=_read(folder, "demonstrations", _demonstration),
-        comparisons=_read(folder, "comparisons", _comparison),
+        comparisons=[],
         prompts=_read(folder, "prompts", _prompt),
     )
+    data.comparisons = _read_comparisons(folder, data.notes)
     heldout = folder / "heldout"
     if heldout.is_dir():
         data.heldout_corpus = _read(heldout, "corpus", _text)
-        data.heldout_comparisons = _read(heldout, "comparisons", _comparison)
+        data.heldout_comparisons = _read_comparisons(heldout, data.notes)
         data.heldout_prompts = _read(heldout, "prompts", _prompt)
     else:
         data.corpus, data.heldout_corpus = _split(data.corpus, seed)
@@ -162,6 +167,23 @@ def _read(folder: Path, name: str, parse: Callable[[Row, str], T]) -> list[T]:
     return rows
 
 
+def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
+    """Comparisons that prefer something.
+
+    A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in making the file, so
+    they are an error; where they are common (a judge who often gives 0 to all) they are left out, and a note says so.
+    """
+    rows = _read(folder, "comparisons", _comparison)
+    tied = [row for row in rows if len(set(row.scores)) == 1]
+    if not tied:
+        return rows
+    first = f"{tied[0].where}: all {len(tied[0].scores)} scores are equal, so the row prefers nothing"
+    if len(tied) == len(rows) or len(tied) < COMMON_TIES * len(rows):
+        raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are so); leave such rows out")
+    notes.append(f"{first}; {len(tied)} of {len(rows)} rows are so and were left out")
+    return [row for row in rows if len(set(row.scores)) > 1]
+
+
 def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
     opener = gzip.open if file.suffix == ".gz" else open
     number = 0
@@ -179,10 +201,12 @@ def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
                     row = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+                    raise DataError(f"{where}: JSON that can't be read ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: expected a JSON object, found {_kind(row)}")
                 yield row, where
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (gzip.BadGzipFile, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{file}:{number + 1}: can't be read ({error}); write the file again") from None
 
 
@@ -191,15 +215,23 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _string(row: Row, key: str, where: str, allow_empty: bool = False) -> str:
+def _string(row: Row, key: str, where: str) -> str:
     if key not in row:
         raise DataError(f"{where}: field {key!r} is missing; the row has {sorted(row)}")
     value = row[key]
     if not isinstance(value, str):
         raise DataError(f"{where}: field {key!r} must be a string, found {_kind(value)}")
-    if not value.strip() and not allow_empty:
+    if not value.strip():
         raise DataError(f"{where}: field {key!r} is empty")
+    _check_unicode(value, f"field {key!r}", where)
     return value
+
+
+def _check_unicode(value: str, what: str, where: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {what} holds half a surrogate pair, which is no character") from None
 
 
 def _text(row: Row, where: str) -> Text:
@@ -234,6 +266,7 @@ def _comparison(row: Row, where: str) -> Comparison:
         if not isinstance(response, str) or not response.strip():
             what = "an empty string" if isinstance(response, str) else _kind(response)
             raise DataError(f"{where}: responses[{i}] must be a non-empty string, found {what}")
+        _check_unicode(response, f"responses[{i}]", where)
     if len(responses) < 2:
         raise DataError(f"{where}: {len(responses)} response; a comparison needs at least two")
     if ("scores" in row) == ("ranking" in row):
@@ -244,10 +277,8 @@ def _comparison(row: Row, where: str) -> Comparison:
         found = f"a list of {len(numbers)}" if isinstance(numbers, list) else _kind(numbers)
         raise DataError(f"{where}: field {key!r} must be a list of {len(responses)} numbers, found {found}")
     for i, number in enumerate(numbers):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST_SCORE:
             raise DataError(f"{where}: {key}[{i}] must be a finite number, found {number!r}")
-    if len(set(numbers)) == 1:
-        raise DataError(f"{where}: all {len(numbers)} {key} are equal, so the row prefers nothing; drop it")
     sign = 1.0 if key == "scores" else -1.0
     return Comparison(prompt, tuple(responses), tuple(sign * float(n) for n in numbers), labeler, where)
 

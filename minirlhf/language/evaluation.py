@@ -120,14 +120,14 @@ def sequence_kl(
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error.
+    """Mean and standard error (0 for a single value, which has none).
 
     Example:
         >>> mean_and_error([1.0, 3.0])
         (2.0, 1.0)
     """
     tensor = torch.tensor(values, dtype=torch.float64)
-    error = float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    error = float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
     return float(tensor.mean()), error
 
 

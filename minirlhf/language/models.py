@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 class ModelConfig:
     """The tiny Llama-style base model that is trained where no pretrained one is given."""
 
-    hidden_size: int = 96
+    hidden_size: int = 128
     """Width of the model; a multiple of heads."""
-    layers: int = 3
+    layers: int = 2
     """Number of transformer blocks."""
     heads: int = 4
     """Attention heads a block."""
-    intermediate_size: int = 256
+    intermediate_size: int = 384
     """Width of the feed-forward layer."""
+    init_std: float = 0.05
+    """Standard deviation of the initial weights; the usual 0.02 is meant for models ten times as wide."""
     vocab_size: int = 2048
     """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
 
@@ -73,6 +75,7 @@ def tiny_llama(
                 num_key_value_heads=config.heads,
                 max_position_embeddings=context_length,
                 tie_word_embeddings=True,
+                initializer_range=config.init_std,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=None,

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class PretrainingConfig:
     """The base model's training."""
 
-    steps: int = 450
+    steps: int = 1400
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Blocks a step."""
     block_length: int = 64
     """Tokens a block."""
@@ -101,7 +101,7 @@ def train_base(
     recorder = recorder or Recorder("base")
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
-    model.train()
+    model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
     for step in recorder.steps(config.steps):
         rows = epoch_batch(len(blocks), config.batch_size, step, seed, "base")
         loss = language_model_loss(model, blocks[rows].to(model.device))

@@ -91,7 +91,7 @@ def train_reward_model(
     optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"reward_model": reward_model}, {"reward_model": optimizer})
     total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
-    reward_model.train()
+    reward_model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
     for step in recorder.steps(total):
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
         optimizer.zero_grad()

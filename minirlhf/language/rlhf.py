@@ -50,7 +50,7 @@ Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, flo
 class RLHFConfig:
     """PPO with a KL penalty."""
 
-    steps: int = 80
+    steps: int = 60
     """PPO steps; each samples one batch."""
     batch_size: int = 128
     """Answers sampled a step."""
@@ -64,7 +64,7 @@ class RLHFConfig:
     """Peak learning rate of the value network (linear, to a tenth)."""
     warmup: int = 5
     """Steps of linear warm-up, so that the value network is useful before the policy moves."""
-    beta: float = 0.1
+    beta: float = 0.05
     """KL coefficient (InstructGPT: 0.02)."""
     target_kl: float | None = None
     """Steer beta so that an answer's KL stays near so many nats; None keeps beta fixed."""
@@ -90,7 +90,7 @@ class RLHFConfig:
     """Taken off the score of an answer that did not end."""
     ptx_coef: float = 0.0
     """Weight of the pretraining loss in the policy's gradient (InstructGPT: 27.8); 0 for plain PPO."""
-    ptx_batch_size: int = 16
+    ptx_batch_size: int = 8
     """Corpus blocks mixed into each optimizer step."""
     ema_decay: float | None = None
     """Return a moving average of the policy's weights (InstructGPT: 0.992); None for the last weights."""

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 class SFTConfig:
     """Supervised fine-tuning."""
 
-    epochs: float = 3.0
+    epochs: float = 2.0
     """Passes over the demonstrations."""
     batch_size: int = 32
     """Demonstrations a step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate (cosine, to a tenth)."""
     warmup: int = 5
     """Steps of linear warm-up."""
@@ -83,7 +83,7 @@ def train_sft(
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
     total = max(1, round(config.epochs * len(demonstrations) / config.batch_size))
-    model.train()
+    model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
     for step in recorder.steps(total):
         rows = epoch_batch(len(demonstrations), config.batch_size, step, seed, "sft")
         counted = sum(len(completions[row]) for row in rows)

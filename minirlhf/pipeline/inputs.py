@@ -25,6 +25,7 @@ from minirlhf.language.tokenization import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MADE_WORLD = "world"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data" / "small_world"
 
 
@@ -48,7 +49,7 @@ def find_data(config: RunConfig) -> Path:
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
     from minirlhf.world import write_world
 
-    made = config.out / "world"
+    made = config.out / MADE_WORLD
     if not made.is_dir():
         write_world(made, seed=0)
     return made

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from minirlhf.data import DataFolder
+from minirlhf.errors import DataError
 
 if TYPE_CHECKING:
     from minirlhf.language.reward_model import RewardFunction
@@ -41,8 +42,20 @@ class GoldJudge:
 
         facts = json.loads(Path(world_file).read_text(encoding="utf-8"))
         self.gold = GoldLabeler(World(seed=facts["seed"]))
+        self.world_file = world_file
+
+    def _check(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            try:
+                self.gold.family(prompt)
+            except ValueError as error:
+                raise DataError(
+                    f"{self.world_file}: gold can't judge the folder beside it ({error}); write it again with: "
+                    "minirlhf world --out DIR, or delete world.json to have the reward model judge"
+                ) from None
 
     def _all(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list:
+        self._check(prompts)
         return [self.gold.score(p, r, e) for p, r, e in zip(prompts, responses, ended, strict=True)]
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:

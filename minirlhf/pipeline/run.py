@@ -7,6 +7,7 @@ stands is finished, and what is finished is never done again.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
 from minirlhf.pipeline.evaluate import evaluate_run
 from minirlhf.pipeline.folder import STEPS, find_device, load_policy, load_reward_model
-from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
+from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data, load_inputs
 from minirlhf.pipeline.judges import find_judge
 from minirlhf.training import Recorder
 
@@ -62,13 +63,18 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
 
     device = find_device(config.device)
     report = config.out / "report.html"
-    _claim(config)
+    settings = _settings(config)
+    _compare(config.out, settings)
     if report.is_file() and (config.out / "report.json").is_file() and all((config.out / s).is_dir() for s in STEPS):
         for step in STEPS:
             verify_model(config.out / step)
         return report
     began = time.monotonic()
     inputs = load_inputs(config, find_data(config))
+    for note in inputs.folder.notes:
+        print(note, file=sys.stderr)
+    # Only now does the folder belong to this run: a mistake in the data leaves nothing behind.
+    write_json(config.out / "config.json", settings)
     prepared = time.monotonic() - began
 
     for step in STEPS:
@@ -97,25 +103,29 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     return report
 
 
-def _claim(config: RunConfig) -> None:
-    """Write the run's settings into its folder, or compare them with those that stand there."""
-    file = config.out / "config.json"
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights of a run, as it is written to config.json."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
         settings.pop(key)
     settings["data"] = str(find_data(config).resolve())
+    return settings
+
+
+def _compare(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else, or a run with other settings."""
+    file = out / "config.json"
     if not file.is_file():
-        if config.out.is_dir() and any(config.out.iterdir()):
-            raise CheckpointError(f"{config.out}: not empty and not a run of minirlhf; choose another --out")
-        write_json(file, settings)
+        if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
+            raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return
     try:
         standing = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(f"{file}: damaged (not JSON); delete {config.out} and run again") from None
+        raise CheckpointError(f"{file}: damaged (not JSON); delete {out} and run again") from None
     for name, (old, new) in sorted(_differences(standing, settings).items()):
         raise CheckpointError(
-            f"{config.out}: was started with {name} = {old}, not {new}; choose another --out to begin a new run, "
+            f"{out}: was started with {name} = {old}, not {new}; choose another --out to begin a new run, "
             "or give the same settings to continue this one"
         )
 

@@ -12,9 +12,7 @@ from random import Random
 from minirlhf.world.gold import GoldLabeler
 from minirlhf.world.world import World
 
-NOISE = 1.3  # standard deviation, in units of gold
-LAPSES = 0.0  # share of answers that a labeler reads in a hurry ...
-LAPSE_NOISE = 3.0  # ... and the standard deviation then
+NOISE = 1.2  # standard deviation, in units of gold
 _POLITE = frozenset({"please", "thank", "sure", "friend", "majesty", "hope"})
 
 
@@ -27,7 +25,6 @@ class SimulatedLabeler:
         length: liking for each word of the answer, up to 40.
         polite: liking for the first two polite words.
         noise: standard deviation of what changes from one look to the next.
-        lapses: share of answers that are read in a hurry, with far more noise.
     """
 
     name: str
@@ -39,10 +36,9 @@ class SimulatedLabeler:
     length: float = 0.0
     polite: float = 0.0
     noise: float = NOISE
-    lapses: float = LAPSES
 
     def score(self, prompt: str, response: str, generator: Random) -> float:
-        """What the labeler gives this answer now: noisy, rounded to 0.01. Draws two numbers from `generator`."""
+        """What the labeler gives this answer now: noisy, rounded to 0.01. Draws one number from `generator`."""
         gold = self.gold.score(prompt, response)
         words = response.split(" ")
         seen = (
@@ -53,8 +49,7 @@ class SimulatedLabeler:
             + self.length * min(len(words), 40)
             + self.polite * min(sum(word in _POLITE for word in words), 2)
         )
-        hurried = generator.random() < self.lapses
-        return round(seen + generator.gauss(0.0, LAPSE_NOISE if hurried else self.noise), 2)
+        return round(seen + generator.gauss(0.0, self.noise), 2)
 
 
 CHARACTERS: dict[str, Mapping[str, float]] = {

@@ -42,7 +42,7 @@ def test_labelers_have_characters(world: World) -> None:
     from dataclasses import replace
     from random import Random
 
-    cast = {person.name: replace(person, noise=0.0, lapses=0.0) for person in world.labelers()}
+    cast = {person.name: replace(person, noise=0.0) for person in world.labelers()}
     prompt, rng = "where does a fox live ?", Random(0)
 
     def gap(name: str, better: str, worse: str) -> float:
