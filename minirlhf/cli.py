@@ -133,7 +133,7 @@ def _preset_name(arguments: Sequence[str]) -> PresetName:
     from minirlhf.config import PresetName
 
     chosen = "default"
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in zip(arguments, [*arguments, ""][1:], strict=True):
         if flag == "--preset":
             chosen = value
         elif flag.startswith("--preset="):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import minirlhf
-from minirlhf.cli import COMMANDS, main
+from minirlhf.cli import COMMANDS, _preset_name, main
 from minirlhf.config import preset
 
 
@@ -101,3 +101,16 @@ def test_presets() -> None:
     fast, default = preset("fast"), preset("default")
     assert fast.out != default.out and fast.rlhf.steps < default.rlhf.steps
     assert fast.rlhf.ptx_coef > 0 and default.rlhf.ptx_coef > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "default"),
+        (["--preset", "fast"], "fast"),
+        (["--seed", "1", "--preset=fast"], "fast"),
+        (["--seed"], "default"),
+    ],
+)
+def test_preset_on_the_command_line(arguments: list[str], name: str) -> None:
+    assert _preset_name(arguments) == name
