@@ -28,7 +28,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 HELDOUT_FRACTION = 0.1
-COMMON_TIES = 0.05  # from this share of rows on, rows in which all scores are equal are the judge's habit
+COMMON_TIES = 20  # from so many rows on, rows in which all scores are equal are the judge's habit
 LARGEST_SCORE = 1e30  # fits float32 with room; NaN and infinity fail the comparison too
 DIALOGUE_MARK = "\n\nAssistant:"
 
@@ -177,8 +177,8 @@ def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
     tied = [row for row in rows if len(set(row.scores)) == 1]
     if not tied:
         return rows
-    first = f"{tied[0].where}: all {len(tied[0].scores)} scores are equal, so the row prefers nothing"
-    if len(tied) == len(rows) or len(tied) < COMMON_TIES * len(rows):
+    first = f"{tied[0].where}: all {len(tied[0].scores)} scores (or places in the ranking) are equal, so the row prefers nothing"
+    if len(tied) == len(rows) or len(tied) < COMMON_TIES:
         raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are so); leave such rows out")
     notes.append(f"{first}; {len(tied)} of {len(rows)} rows are so and were left out")
     return [row for row in rows if len(set(row.scores)) > 1]

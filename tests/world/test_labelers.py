@@ -17,7 +17,7 @@ def test_labelers_agree_as_often_as_people(world: World) -> None:
 
 def test_gold_is_a_ceiling_and_length_is_no_shortcut(world: World, gold: GoldLabeler) -> None:
     figures = measure.accuracy(world, gold, world.labelers())
-    assert 0.83 <= figures["gold"] <= 0.86
+    assert 0.79 <= figures["gold"] <= 0.86  # what an agreement of 72 to 77 % leaves
     assert 0.5 <= figures["length"] <= 0.62
     assert figures["ties"] < 0.02
 
