@@ -177,7 +177,8 @@ def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
     tied = [row for row in rows if len(set(row.scores)) == 1]
     if not tied:
         return rows
-    first = f"{tied[0].where}: all {len(tied[0].scores)} scores (or places in the ranking) are equal, so the row prefers nothing"
+    count = len(tied[0].scores)
+    first = f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row prefers nothing"
     if len(tied) == len(rows) or len(tied) < COMMON_TIES:
         raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are so); leave such rows out")
     notes.append(f"{first}; {len(tied)} of {len(rows)} rows are so and were left out")

@@ -221,7 +221,7 @@ def test_the_best_is_an_upper_bound_and_is_reached(world: World, gold: GoldLabel
                 assert gold.score(task.prompt, tried).total <= best + 1e-9
 
 
-# Poems' verses and last lines reach it in 23.7 % of demonstrations: raise their chances with the next rebuild of the data.
+# Poems' verses and last lines reach it in 23.7 %: raise their chances with the next rebuild of the data.
 POEMS_FALL_SHORT = pytest.mark.xfail(strict=True, reason="poems: 23.7 % of demonstrations, the bound is 24 %")
 
 
