@@ -7,6 +7,7 @@ import pytest
 
 MODULES = (
     "minirlhf_kernels.reference.gae",
+    "minirlhf_kernels.reference.linear_ppo",
     "minirlhf_kernels.reference.logprobs",
     "minirlhf_kernels.reference.ppo",
     "minirlhf.kl",

@@ -11,6 +11,36 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check(
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    last_values: Tensor | None,
+    truncated_values: Tensor | None,
+    mask: Tensor | None,
+    time_dim: int,
+) -> None:
+    _require(time_dim in (0, 1), f"time_dim must be 0 for [T, N] or 1 for [N, T], not {time_dim}")
+    _require(rewards.dim() == 2, f"rewards must have two dimensions, not the shape {tuple(rewards.shape)}")
+    same = {"values": values, "ends": ends, "truncated_values": truncated_values, "mask": mask}
+    for name, x in same.items():
+        _require(x is None or x.shape == rewards.shape, f"{name} must have rewards' shape {tuple(rewards.shape)}")
+    rows = rewards.shape[1 - time_dim]
+    _require(last_values is None or last_values.shape == (rows,), f"last_values must have the shape ({rows},)")
+    for name, flags in {"ends": ends, "mask": mask}.items():
+        if flags is not None and flags.dtype != torch.bool:
+            raise TypeError(f"{name} must be bool, not {flags.dtype}")
+
+
+def _double(steps: Tensor, decays: Tensor) -> None:
+    """The recursion for few and long rows, in log2(T) rounds: sums over 1 step, 2, 4, ... joined pair by pair."""
+    reach = 1
+    while reach < len(steps):
+        steps[:-reach] = torch.addcmul(steps[:-reach], decays[:-reach], steps[reach:])
+        decays[:-reach] = decays[:-reach] * decays[reach:]
+        reach *= 2
+
+
 @torch.no_grad()
 def gae(
     rewards: Tensor,
@@ -39,16 +69,7 @@ def gae(
     >>> gae(rewards, values, torch.tensor([[False, True]]), gamma=1.0, lam=0.5)
     (tensor([[0.2500, 0.5000]]), tensor([[0.7500, 1.0000]]))
     """
-    _require(time_dim in (0, 1), f"time_dim must be 0 for [T, N] or 1 for [N, T], not {time_dim}")
-    _require(rewards.dim() == 2, f"rewards must have two dimensions, not the shape {tuple(rewards.shape)}")
-    same = {"values": values, "ends": ends, "truncated_values": truncated_values, "mask": mask}
-    for name, x in same.items():
-        _require(x is None or x.shape == rewards.shape, f"{name} must have rewards' shape {tuple(rewards.shape)}")
-    rows = rewards.shape[1 - time_dim]
-    _require(last_values is None or last_values.shape == (rows,), f"last_values must have the shape ({rows},)")
-    for name, flags in {"ends": ends, "mask": mask}.items():
-        if flags is not None and flags.dtype != torch.bool:
-            raise TypeError(f"{name} must be bool, not {flags.dtype}")
+    _check(rewards, values, ends, last_values, truncated_values, mask, time_dim)
 
     def at(x: Tensor, columns: slice) -> Tensor:
         return x[columns] if time_dim == 0 else x[:, columns]
@@ -68,11 +89,41 @@ def gae(
         next_values = torch.where(ends, truncated_values.to(dtype), next_values)
     deltas = next_values.mul_(gamma).add_(rewards).sub_(values)
 
-    # The recursion runs over [T, N] in contiguous memory, in place: one fused operation a step.
+    # The recursion runs over [T, N] in contiguous memory, in place.
     steps = deltas.movedim(time_dim, 0).contiguous()
     decays = hears_next.movedim(time_dim, 0).to(dtype, memory_format=torch.contiguous_format).mul_(gamma * lam)
-    step, decay = steps.unbind(0), decays.unbind(0)
-    for t in range(len(step) - 2, -1, -1):
-        step[t].addcmul_(decay[t], step[t + 1])
+    if steps.shape[1] <= 64 <= len(steps):
+        _double(steps, decays)
+    else:
+        step, decay = steps.unbind(0), decays.unbind(0)
+        for t in range(len(step) - 2, -1, -1):
+            step[t].addcmul_(decay[t], step[t + 1])  # one fused operation a step
     advantages = steps.movedim(0, time_dim).contiguous()
     return advantages, advantages + values
+
+
+def gae_with_moments(
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None = None,
+    truncated_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    time_dim: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gae` and, from the same pass, what whitening needs: (advantages, returns, moments).
+
+    moments [3] are the count, the mean and the biased variance of the advantages that count (all, without a mask).
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    >>> gae_with_moments(rewards, values, torch.tensor([[False, True]]), gamma=1.0, lam=0.5)[2]
+    tensor([2.0000, 0.3750, 0.0156])
+    """
+    options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
+    advantages, returns = gae(rewards, values, ends, gamma=gamma, lam=lam, time_dim=time_dim, **options)
+    counted = advantages if mask is None else advantages[mask]
+    moments = torch.stack((advantages.new_tensor(counted.numel()), counted.mean(), counted.var(correction=0)))
+    return advantages, returns, moments

@@ -1,13 +1,13 @@
 """Log-probabilities of tokens, from logits or from hidden states and the head's weight.
 
-With p = softmax(logits / temperature), the log-probability of a token is log p_token where p_token <= 1/2, and
-log1p(-rest) above, where
+With p = softmax(logits / temperature), the log-probability of a token is log p_token, except where p_token is near 1:
+there p has rounded most digits away (at a margin of 20 nats, all of them), and
 
-    rest = sum over j != token of p_j        (a sum of positive numbers: no cancellation)
+    log p_token = log1p(-rest),      rest = sum over j != token of p_j        (positive terms: no cancellation)
 
-is 1 - p_token exact to its last digits even where `log_softmax` has already rounded to 0; so log p is never above 0.
-Its gradient is `rest` at the token (again no difference) and -p_j elsewhere; that of the entropy H = -sum p_j log p_j
-is -p_j (log p_j + H). Only p is kept for the backward, and rows that do not count are never read.
+keeps them; so log p is never above 0. Its gradient is 1 - p_token = -expm1(log p_token) at the token, again without
+cancellation, and -p_j elsewhere; that of the entropy H = -sum p_j log p_j is -p_j (log p_j + H). p is kept for the
+backward (log p too when the entropy is wanted), and rows that do not count are never read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ IGNORED_TOKEN = -100
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabulary: int) -> Tensor | None:
-    """Which rows count, or None where all do. Raises on any token that counts and is outside the vocabulary."""
+def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
     if tokens.shape != shape:
         raise ValueError(f"tokens must have the shape of the rows, {tuple(shape)}, not {tuple(tokens.shape)}")
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, not {tokens.dtype}")
     if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool of shape {tuple(shape)}, not {mask.dtype} of {tuple(mask.shape)}")
+
+
+def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabulary: int) -> Tensor | None:
+    """Which rows count, or None where all do. Raises on any token that counts and is outside the vocabulary."""
+    _check_tokens(tokens, mask, shape)
+    if mask is None and tokens.numel():
+        lowest, highest = tokens.aminmax()
+        if lowest >= 0 and highest < vocabulary:
+            return None
     counted = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
     outside = counted & ((tokens < 0) | (tokens >= vocabulary))
     if bool(outside.any()):
@@ -45,6 +53,13 @@ def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabu
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> None:
+    if hidden.shape[-1] != weight.shape[-1] or weight.dim() != 2:
+        raise ValueError(f"weight must be [V, {hidden.shape[-1]}] for this hidden, not {tuple(weight.shape)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 row, not {chunk_size}")
 
 
 def _refuse_second_derivative() -> None:
@@ -61,53 +76,89 @@ def _probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits if temperature == 1.0 else logits / temperature).softmax(-1)
 
 
-def _log(p: Tensor) -> Tensor:
-    """log p, finite at p = 0 so that p log p is 0 there and not NaN."""
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log_()
-
-
-def _forward(p: Tensor, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [...] and rest = 1 - p_token [..., 1] of rows p [..., V]."""
+def _at_tokens(p: Tensor, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log p_token [...] of rows p [..., V], to the last digits."""
     index = tokens.unsqueeze(-1)
     p_token = p.gather(-1, index)
-    rest = p.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
-    p.scatter_(-1, index, p_token)
-    logprobs = torch.where(p_token > 0.5, torch.log1p(-rest), p_token.log()).squeeze(-1)
-    faint = p_token.squeeze(-1) < 1e-30
-    if bool(faint.any()):  # p has underflowed: its logarithm has not
+    logprobs = p_token.log().squeeze(-1)
+    if p_token.numel() == 0:
+        return logprobs
+    lowest, highest = p_token.aminmax()
+    if highest > 0.5:
+        rest = p.scatter_(-1, index, 0.0).sum(-1)
+        p.scatter_(-1, index, p_token)
+        logprobs = torch.where(p_token.squeeze(-1) > 0.5, torch.log1p(-rest), logprobs)
+    if lowest < 1e-30:  # p has underflowed: its logarithm has not
+        faint = p_token.squeeze(-1) < 1e-30
         log_p = (logits[faint] / temperature).log_softmax(-1)
         logprobs[faint] = log_p.gather(-1, index[faint]).squeeze(-1)
-    return logprobs, rest
+    return logprobs
 
 
-def _entropy(p: Tensor) -> Tensor:
-    return -_log(p).mul_(p).sum(-1)
+def _without_gradient(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """The same with nothing to keep for a backward: log_softmax, mended where p_token is near 1."""
+    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    index = tokens.unsqueeze(-1)
+    logprobs = log_p.gather(-1, index).squeeze(-1)
+    if logprobs.numel() == 0 or logprobs.max() <= -0.25:
+        return logprobs
+    near_one = logprobs > -0.25
+    if near_one.sum() > logprobs.numel() // 4:
+        return _at_tokens(_probabilities(logits, temperature), logits, tokens, temperature)
+    others = log_p[near_one].exp_().scatter_(-1, index[near_one], 0.0)
+    logprobs[near_one] = torch.log1p(-others.sum(-1))
+    return logprobs
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
+    """log p [..., V], exact at the tokens, finite at p = 0 so that p log p is 0 there and not NaN."""
+    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    log_p.scatter_(-1, tokens.unsqueeze(-1), logprobs.unsqueeze(-1))
+    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+
+
+def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
+    return -(p * log_p).sum(-1)
 
 
 def _backward(
-    p: Tensor, rest: Tensor, entropy: Tensor, tokens: Tensor, grads: tuple[Tensor | None, ...], scale: float
+    p: Tensor,
+    log_p: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor,
+    tokens: Tensor,
+    grads: tuple[Tensor | None, ...],
+    scale: float,
 ) -> Tensor:
     """scale times the gradient with respect to logits / temperature; an output without gradient is skipped."""
     grad_logprobs, grad_entropy = (None if g is None else g.unsqueeze(-1) * scale for g in grads)
     grad = torch.zeros_like(p) if grad_logprobs is None else p * -grad_logprobs
     if grad_logprobs is not None:
+        rest = -torch.expm1(logprobs).unsqueeze(-1)
         grad.scatter_(-1, tokens.unsqueeze(-1), rest * grad_logprobs)
-    if grad_entropy is not None:
-        grad -= _log(p).add_(entropy.unsqueeze(-1)).mul_(p).mul_(grad_entropy)
+    if grad_entropy is not None and log_p is not None:
+        grad -= (log_p + entropy.unsqueeze(-1)).mul_(p).mul_(grad_entropy)
     return grad
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, counted: Tensor | None, temperature: float, want_entropy: bool
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        counted: Tensor | None,
+        temperature: float,
+        want_entropy: bool,
+        inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, kept = (logits, tokens) if counted is None else (logits[counted], tokens[counted])
         rows = rows.to(_at_least_float32(logits.dtype))
         p = _probabilities(rows, temperature)
-        logprobs, rest = _forward(p, rows, kept, temperature)
-        entropy = _entropy(p) if want_entropy else logprobs.new_zeros(())
-        ctx.save_for_backward(p, rest, entropy, kept, counted)
+        logprobs = _at_tokens(p, rows, kept, temperature)
+        log_p = _log_probabilities(rows, kept, logprobs, temperature) if want_entropy else None
+        entropy = logprobs.new_zeros(()) if log_p is None else _entropy(p, log_p)
+        ctx.save_for_backward(p, log_p, logprobs, entropy, kept, counted, logits if inplace else None)
         ctx.temperature, ctx.shape, ctx.dtype = temperature, logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
         if counted is not None:
@@ -119,15 +170,17 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        p, rest, entropy, kept, counted = ctx.saved_tensors
+        p, log_p, kept_logprobs, entropy, kept, counted, logits = ctx.saved_tensors
         grads: tuple[Tensor | None, ...] = (grad_logprobs, grad_entropy)
         if counted is not None:
             grads = tuple(None if g is None else g[counted] for g in grads)
-        grad = _backward(p, rest, entropy, kept, grads, 1 / ctx.temperature).to(ctx.dtype)
+        grad = _backward(p, log_p, kept_logprobs, entropy, kept, grads, 1 / ctx.temperature).to(ctx.dtype)
         if counted is not None:
             rows, grad = grad, grad.new_zeros(ctx.shape)
             grad[counted] = rows
-        return grad, None, None, None, None
+        if logits is not None:
+            grad = logits.detach().copy_(grad)
+        return grad, None, None, None, None, None
 
 
 @overload
@@ -138,6 +191,7 @@ def token_logprobs(
     temperature: float = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
@@ -147,6 +201,7 @@ def token_logprobs(
     temperature: float = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
@@ -155,6 +210,7 @@ def token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability, in nats, that softmax(logits / temperature) gives each token.
 
@@ -164,7 +220,8 @@ def token_logprobs(
 
     Rows where mask is False or the token is -100 give 0 and no gradient, whatever their logits hold. Logits of -inf are
     tokens that cannot be drawn. `return_entropy=True` returns (logprobs, entropy), both [...]. Raises ValueError for a
-    token outside [0, V). Differentiable once; asking for a second derivative raises.
+    token outside [0, V). Differentiable once; asking for a second derivative raises. `inplace_backward=True` lets the
+    backward write the gradient over the logits (no second [..., V] tensor): they are lost, and it can run once.
 
     >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     >>> token_logprobs(logits, torch.tensor([1, 0]))
@@ -174,7 +231,9 @@ def token_logprobs(
     """
     _check_temperature(temperature)
     counted = _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])
-    logprobs, entropy = _TokenLogprobs.apply(logits, tokens, counted, temperature, return_entropy)
+    if counted is None and not return_entropy and not (logits.requires_grad and torch.is_grad_enabled()):
+        return _without_gradient(logits.to(_at_least_float32(logits.dtype)), tokens, temperature)
+    logprobs, entropy = _TokenLogprobs.apply(logits, tokens, counted, temperature, return_entropy, inplace_backward)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -191,9 +250,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = hidden[rows].to(dtype) @ head
             p = _probabilities(logits, temperature)
-            logprobs[rows], _ = _forward(p, logits, tokens[rows], temperature)
+            logprobs[rows] = _at_tokens(p, logits, tokens[rows], temperature)
             if want_entropy:
-                entropy[rows] = _entropy(p)
+                entropy[rows] = _entropy(p, _log_probabilities(logits, tokens[rows], logprobs[rows], temperature))
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
@@ -213,10 +272,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             h, kept = hidden[rows].to(dtype), tokens[rows]
             logits = h @ head.t()
             p = _probabilities(logits, ctx.temperature)
-            _, rest = _forward(p, logits, kept, ctx.temperature)
-            entropy = rest.squeeze(-1) if grad_entropy is None else _entropy(p)
+            logprobs = _at_tokens(p, logits, kept, ctx.temperature)
+            log_p = None if grad_entropy is None else _log_probabilities(logits, kept, logprobs, ctx.temperature)
+            entropy = logprobs if log_p is None else _entropy(p, log_p)
             grads = tuple(None if g is None else g[rows] for g in (grad_logprobs, grad_entropy))
-            grad = _backward(p, rest, entropy, kept, grads, 1 / ctx.temperature)
+            grad = _backward(p, log_p, logprobs, entropy, kept, grads, 1 / ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad @ head).to(hidden.dtype)
             if grad_weight is not None:
@@ -267,10 +327,7 @@ def linear_token_logprobs(
     tensor([-0.1269])
     """
     _check_temperature(temperature)
-    if hidden.shape[-1] != weight.shape[-1] or weight.dim() != 2:
-        raise ValueError(f"weight must be [V, {hidden.shape[-1]}] for this hidden, not {tuple(weight.shape)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 row, not {chunk_size}")
+    _check_linear(hidden, weight, chunk_size)
     chunk = chunk_size or max(64, _CHUNK_ELEMENTS // weight.shape[0])
     counted = _counted_rows(tokens, mask, hidden.shape[:-1], weight.shape[0])
     # Only the rows that count go through the head.

@@ -21,6 +21,26 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check(
+    given: dict[str, Tensor | None],
+    mask: Tensor,
+    clip_range: float,
+    value_clip_range: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+) -> None:
+    for name, x in given.items():
+        _require(x is None or x.shape == mask.shape, f"{name} must have response_mask's shape {tuple(mask.shape)}")
+    _require(mask.dtype == torch.bool, f"response_mask must be bool (True = counts), not {mask.dtype}")
+    _require(clip_range > 0, f"clip_range must be above 0, not {clip_range}")
+    values, old_values = given["values"], given["old_values"]
+    _require((values is None) == (given["returns"] is None), "values and returns go together: give both or neither")
+    _require(value_clip_range is None or old_values is not None, "value_clip_range needs old_values")
+    _require(old_values is None or values is not None, "old_values needs values and returns")
+    _require(entropy_coef == 0 or given["entropy"] is not None, "entropy_coef needs entropy")
+    _require(kl_coef == 0 or given["ref_logprobs"] is not None, "kl_coef needs ref_logprobs")
+
+
 def ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -67,15 +87,7 @@ def ppo_loss(
     mask = response_mask
     given = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values}
     given |= {"returns": returns, "old_values": old_values, "entropy": entropy, "ref_logprobs": ref_logprobs}
-    for name, x in given.items():
-        _require(x is None or x.shape == mask.shape, f"{name} must have response_mask's shape {tuple(mask.shape)}")
-    _require(mask.dtype == torch.bool, f"response_mask must be bool (True = counts), not {mask.dtype}")
-    _require(clip_range > 0, f"clip_range must be above 0, not {clip_range}")
-    _require((values is None) == (returns is None), "values and returns go together: give both or neither")
-    _require(value_clip_range is None or old_values is not None, "value_clip_range needs old_values")
-    _require(old_values is None or values is not None, "old_values needs values and returns")
-    _require(entropy_coef == 0 or entropy is not None, "entropy_coef needs entropy")
-    _require(kl_coef == 0 or ref_logprobs is not None, "kl_coef needs ref_logprobs")
+    _check(given, mask, clip_range, value_clip_range, entropy_coef, kl_coef)
     if denominator is None:
         denominator = mask.sum()
         _require(bool(denominator > 0), "no token counts: give the denominator of the whole optimizer step")

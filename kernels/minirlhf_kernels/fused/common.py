@@ -1,0 +1,45 @@
+"""What every kernel's launcher needs: which device, which layout, which type to compute in."""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton runs these kernels in Python, on numpy: TRITON_INTERPRET=1 when they were imported."""
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's own."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where any tensor is float64 (the proofs are)."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x [..., V] as a tensor whose row i starts at (i // inner) * outer_stride + (i % inner) * row_stride.
+
+    Two strides describe `logits[:, :-1]`, the slice that every causal model takes, without copying it. What two
+    strides can't describe, and rows whose elements are not neighbours, are copied once.
+    """
+    if x.numel() == 0:
+        return x, 1, 0, 0
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    shape, strides = x.shape[:-1], x.stride()[:-1]
+    if len(shape) == 0:
+        return x, 1, 0, 0
+    if len(shape) == 1:
+        return x, shape[0], 0, strides[0]
+    if len(shape) > 2:
+        for dim in range(len(shape) - 2):
+            if shape[dim] > 1 and strides[dim] != strides[dim + 1] * shape[dim + 1]:
+                x = x.contiguous()
+                break
+        strides = x.stride()[:-1]
+    return x, shape[-1], strides[-2], strides[-1]

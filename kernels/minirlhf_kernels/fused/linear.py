@@ -1,0 +1,278 @@
+"""Log-probabilities from hidden states and the head's weight: library matrix products, and a row kernel between them.
+
+[rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
+vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
+the row kernel folds them into each row's running sums (`fold` of logprobs.py), which wait in memory for the next slab.
+After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient
+where it lies, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab.
+
+Both gradients are accumulated in float32, the weight's slab by slab (a slab of [V, H] is finished before the next one
+begins) and the hidden states' over all slabs: in bfloat16 small terms would be lost, one slab after the other.
+Rows that don't count take part in the products, with hidden states of 0 in the backward's: 0 * NaN would be NaN.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minirlhf_kernels.fused.common import compute_dtype, on_device_of
+from minirlhf_kernels.fused.logprobs import configuration, finish, fold, launch_backward, read_token
+from minirlhf_kernels.reference.logprobs import (
+    IGNORED_TOKEN,
+    _check_linear,
+    _check_temperature,
+    _check_tokens,
+    _counted_rows,
+    _refuse_second_derivative,
+)
+
+SLAB = 1 << 24  # logits in memory at once: 64 MiB of float32
+ROWS = 4096  # of a slab, unless the caller says
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "row_stride", "first_row", "first_column", "vocabulary"])
+def fold_kernel(
+    logits, tokens, mask, state, logprobs, entropies, stats,
+    rows, columns, row_stride, first_row, first_column, vocabulary, temperature: tl.float64,
+    IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row of a slab [.., columns]. state [5, rows]: peak, leaders, rest, slope, the token's logit."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    row += first_row
+    token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
+    scale = tl.full((), 1.0 / temperature, ACC)
+    lanes = tl.arange(0, BLOCK)
+    peak = tl.full((), float("-inf"), ACC)
+    z_token = tl.full((), float("nan"), ACC)
+    leaders, rest, slope = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    if not FIRST:  # what earlier slabs left lies in the first lane
+        peak, z_token = tl.load(state + row), tl.load(state + 4 * rows + row)
+        leaders = tl.where(lanes == 0, tl.load(state + rows + row), 0.0)
+        rest = tl.where(lanes == 0, tl.load(state + 2 * rows + row), 0.0)
+        slope = tl.where(lanes == 0, tl.load(state + 3 * rows + row), 0.0)
+    own = token - first_column
+    here = counts & (own >= 0) & (own < columns)
+    z_token = tl.where(here, tl.load(logits + own, mask=here, other=0.0).to(ACC), z_token)
+    end = tl.where(counts, columns, 0)
+    for start in range(0, end, BLOCK):
+        at = start + lanes
+        z = tl.load(logits + at, mask=at < end, other=float("-inf")).to(ACC)
+        z = tl.where(at == own, float("-inf"), z)
+        peak, leaders, rest, slope = fold(z, scale, peak, leaders, rest, slope)
+    total_leaders, total_rest, total_slope = tl.sum(leaders, 0), tl.sum(rest, 0), tl.sum(slope, 0)
+    if LAST:
+        logprob, entropy, top, log_sum, complement = finish(
+            z_token, scale, peak, total_leaders, total_rest, total_slope
+        )
+        tl.store(logprobs + row, tl.where(counts, logprob, 0.0))
+        if WANT_ENTROPY:
+            tl.store(entropies + row, tl.where(counts, entropy, 0.0))
+        tl.store(stats + row, tl.where(counts, top, 0.0))
+        tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
+        tl.store(stats + 2 * rows + row, tl.where(counts, complement, 0.0))
+    else:
+        tl.store(state + row, peak)
+        tl.store(state + rows + row, total_leaders)
+        tl.store(state + 2 * rows + row, total_rest)
+        tl.store(state + 3 * rows + row, total_slope)
+        tl.store(state + 4 * rows + row, z_token)
+
+
+@functools.cache
+def _multiplies_into_float32(device_type: str) -> bool:
+    """Whether this device's library takes half precision in and gives float32 out."""
+    if device_type != "cuda":
+        return False
+    try:
+        one = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
+        total = torch.zeros(16, 16, device=device_type)
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a @ b, added to `into` if given: float32 (or float64) out, whatever comes in."""
+    if a.dtype.itemsize == 2 and _multiplies_into_float32(a.device.type):
+        if into is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
+    return a @ b if into is None else into.addmm_(a, b)
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def plan(rows: int, vocabulary: int, chunk_size: int) -> tuple[int, int]:
+    """Rows and columns of a slab. chunk_size 0 leaves the choice here."""
+    tall = max(1, min(rows, chunk_size or ROWS))
+    return tall, max(1, min(vocabulary, max(256, SLAB // tall // 256 * 256)))
+
+
+def launch_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    want_entropy: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [M, H], weight [V, H], tokens and mask [M] give logprobs [M], entropy [M] or [0], stats [3, M]."""
+    rows, vocabulary = len(tokens), len(weight)
+    if not tokens.is_cuda:
+        _counted_rows(tokens, mask, tokens.shape, vocabulary)
+    x, w = _operands(hidden, weight)
+    dtype = compute_dtype(x)
+    logprobs = torch.empty(rows, dtype=dtype, device=x.device)
+    entropy, stats = logprobs.new_empty(rows if want_entropy else 0), logprobs.new_empty(3, rows)
+    tall, wide = plan(rows, vocabulary, chunk_size)
+    state = logprobs.new_empty(5, rows if wide < vocabulary else 0)
+    tokens, mask = tokens.contiguous(), None if mask is None else mask.contiguous()
+    block, warps = configuration(wide)
+    for part in slices(rows, tall):
+        for words in slices(vocabulary, wide):
+            logits = product(x[part], w[words].t())
+            with on_device_of(x):
+                fold_kernel[(len(logits),)](
+                    logits, tokens, stats if mask is None else mask, state, logprobs, entropy, stats,
+                    rows, logits.shape[1], logits.stride(0), part.start, words.start, vocabulary, temperature,
+                    IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None, WANT_ENTROPY=want_entropy,
+                    FIRST=words.start == 0, LAST=words.stop == vocabulary,
+                    ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=warps,
+                )  # fmt: skip
+    return logprobs, entropy, stats
+
+
+def launch_backward_of(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    chunk_size: int,
+    of_hidden: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and weight, each empty unless asked for."""
+    rows, vocabulary = len(tokens), len(weight)
+    counts = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
+    x, w = _operands(torch.where(counts[:, None], hidden, 0), weight)
+    dtype = compute_dtype(x)
+    tall, wide = plan(rows, vocabulary, chunk_size)
+    total_hidden = torch.zeros(hidden.shape if of_hidden else (0,), dtype=dtype, device=x.device)
+    grad_weight = weight.new_empty(weight.shape if of_weight else (0,))
+    for words in slices(vocabulary, wide):
+        total_weight = torch.zeros_like(w[words], dtype=dtype) if of_weight else None
+        for part in slices(rows, tall):
+            logits = product(x[part], w[words].t())
+            up_logprobs, up_entropy = (None if g is None else g[part] for g in (grad_logprobs, grad_entropy))
+            grad = launch_backward(
+                logits,
+                tokens[part],
+                None if mask is None else mask[part],
+                entropy[part],
+                stats[:, part].contiguous(),
+                up_logprobs,
+                up_entropy,
+                temperature,
+                out=torch.empty_like(logits, dtype=x.dtype),
+                first_column=words.start,
+                vocabulary=vocabulary,
+            )
+            if of_hidden:
+                product(grad, w[words], into=total_hidden[part])
+            if total_weight is not None:
+                product(grad.t(), x[part], into=total_weight)
+        if total_weight is not None:
+            grad_weight[words] = total_weight.to(weight.dtype)
+    return total_hidden.to(hidden.dtype), grad_weight
+
+
+forward_op = torch.library.custom_op("minirlhf::linear_token_logprobs", launch_forward, mutates_args=())
+backward_op = torch.library.custom_op("minirlhf::linear_token_logprobs_backward", launch_backward_of, mutates_args=())
+
+
+@forward_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Any, temperature: float, want_entropy: bool, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = torch.empty(tokens.shape, dtype=compute_dtype(hidden, weight), device=hidden.device)
+    return logprobs, logprobs.new_empty(tokens.shape if want_entropy else (0,)), logprobs.new_empty(3, len(tokens))
+
+
+@backward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    of_hidden, of_weight = others[-2:]
+    return hidden.new_empty(hidden.shape if of_hidden else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, tokens, mask, temperature, want_entropy, chunk_size = inputs
+    ctx.save_for_backward(hidden, weight, tokens, mask, output[1], output[2])
+    ctx.options, ctx.want_entropy = (temperature, chunk_size), want_entropy
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(call: Any, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    of_hidden, of_weight = ctx.needs_input_grad[:2]
+    grad_entropy = grads[1] if ctx.want_entropy else None
+    out = call(*ctx.saved_tensors, grads[0], grad_entropy, *ctx.options, of_hidden, of_weight)
+    return out[0] if of_hidden else None, out[1] if of_weight else None, None, None, None, None, None
+
+
+class LinearTokenLogprobs(torch.autograd.Function):
+    forward = staticmethod(launch_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        return _gradients(launch_backward_of, ctx, grads)
+
+
+forward_op.register_autograd(lambda ctx, *g: _gradients(backward_op, ctx, g), setup_context=setup_context)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.linear_token_logprobs` by slabs. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
+    _check_temperature(temperature)
+    _check_linear(hidden, weight, chunk_size)
+    _check_tokens(tokens, mask, hidden.shape[:-1])
+    call = forward_op if torch.compiler.is_compiling() else LinearTokenLogprobs.apply
+    flat = hidden.reshape(-1, hidden.shape[-1]), weight, tokens.reshape(-1), None if mask is None else mask.reshape(-1)
+    logprobs, entropy, _ = call(*flat, float(temperature), return_entropy, chunk_size or 0)
+    logprobs = logprobs.view(tokens.shape)
+    return (logprobs, entropy.view(tokens.shape)) if return_entropy else logprobs

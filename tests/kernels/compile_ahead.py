@@ -1,0 +1,80 @@
+"""Compile every kernel for real GPUs on a machine that has none: `python compile_ahead.py` prints a line a kernel.
+
+Run by test_compilation.py in a process of its own, because the other tests import triton as an interpreter. The
+launchers run on CPU tensors; in place of each launch its kernel is compiled, with the signature the launch would have.
+"""
+
+import inspect
+
+import torch
+import triton
+from minirlhf_kernels import fused
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+done = set()
+
+
+def compile_instead(self, *args, grid, warmup=False, num_warps=4, **options):
+    names = list(inspect.signature(self.fn).parameters)
+    bound = dict(zip(names, args, strict=False)) | options
+    signature, constants, attrs = {}, {}, {}
+    for i, parameter in enumerate(self.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+            if hasattr(value, "data_ptr"):
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    key = self.fn.__module__, self.fn.__name__, str(signature), str(constants)
+    if key in done:
+        return
+    done.add(key)
+    for name, target in TARGETS.items():
+        source = ASTSource(self, signature, constants, attrs)
+        binary = triton.compile(source, target=target, options={"num_warps": num_warps})
+        shared = binary.metadata.shared
+        print(f"{self.fn.__name__} {name} ok, {shared} bytes of shared memory, {num_warps} warps")
+
+
+JITFunction.run = compile_instead
+
+
+def main() -> None:
+    def numbers(*shape, dtype=torch.float32):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    tokens, mask = torch.randint(64, (3, 5)), torch.ones(3, 5, dtype=torch.bool)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for columns in (64, 4096, 5001):
+            outs = fused.token_logprobs(numbers(3, 5, columns, dtype=dtype), tokens, mask=mask, return_entropy=True)
+            sum(o.sum() for o in outs).backward()
+    fused.token_logprobs(numbers(3, 5, 64), tokens).sum().backward()
+    outs = fused.linear_token_logprobs(
+        numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True, chunk_size=1 << 16
+    )
+    sum(o.sum() for o in outs).backward()
+    x = [numbers(3, 5) for _ in range(8)]
+    options = {"value_clip_range": 0.2, "entropy_coef": 0.1, "kl_coef": 0.1}
+    named = {"values": x[3], "old_values": x[4], "returns": x[5], "entropy": x[6], "ref_logprobs": x[7]}
+    fused.ppo_loss(*x[:3], mask, **named, **options)[0].backward()
+    fused.ppo_loss(*x[:3], mask, denominator=3.0)[0].backward()
+    fused.ppo_loss(*x[:3], mask, denominator=torch.tensor(3.0))[0].backward()
+    for shape in ((3, 5), (3, 100), (3, 1000)):
+        r, v, ends = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.1
+        for time_dim in (0, 1):
+            last = torch.zeros(shape[1 - time_dim])
+            given = {"last_values": last, "truncated_values": v, "mask": ~ends, "time_dim": time_dim}
+            fused.gae_with_moments(r, v, ends, gamma=0.9, lam=0.9, **given)
+            fused.gae(r, v, ends, gamma=0.9, lam=0.9, time_dim=time_dim)
+
+
+if __name__ == "__main__":
+    main()

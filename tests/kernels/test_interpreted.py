@@ -1,0 +1,18 @@
+"""Every test of the definitions once more, with the public calls on the Triton path."""
+
+import pytest
+from test_gae import *  # noqa: F403
+from test_ppo_loss import *  # noqa: F403
+from test_token_logprobs import *  # noqa: F403
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_path"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+
+# It counts the elements of any tensor, and sees the interpreter's own views of memory, in bytes: test_triton_ops.py has
+# its twin.
+del test_the_linear_op_never_holds_all_logits  # noqa: F821
+if not __import__("torch").cuda.is_available():
+    # 16,000 steps in a scan that the interpreter walks one by one would take minutes.
+    del test_float32_stays_close_to_float64_over_a_long_buffer  # noqa: F821
