@@ -79,13 +79,13 @@ def calls() -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
         found["trl"] = selective_log_softmax_and_entropy
-    except Exception:
-        pass
+    except ImportError:
+        pass  # not installed: not in the table
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         found["liger-kernel"] = lambda z, t: (-liger_cross_entropy(z.clone(), t, reduction="none"), None)
-    except Exception:
+    except ImportError:
         pass
     return found
 

@@ -108,8 +108,8 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
 def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model with a scalar head on a copy of a causal model's body: the start of a reward model.
 
-    The head is drawn from N(0, 1/(d+1)), so that scores start near unit scale whatever the width d ("The N
-    implementation details of RLHF with PPO", detail 3 of its reward model section).
+    The head has standard deviation 1/sqrt(d+1), so that scores start near unit scale whatever the width d ("The N
+    implementation details of RLHF with PPO").
     """
     from transformers import AutoModelForSequenceClassification
 

@@ -10,7 +10,7 @@ import torch
 from minirlhf.errors import CheckpointError
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.tokenization import load_tokenizer
-from minirlhf.pipeline.folder import POLICIES, load_policy, read_config
+from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 
@@ -38,6 +38,7 @@ def chat(
         CheckpointError: the folder is no run, or holds no finished policy.
     """
     read_config(run)
+    hide_loading_bars()
     names = [name for name in POLICIES if (run / name).is_dir()]
     if not names:
         raise CheckpointError(f"{run}: no policy is finished yet; let the run go on")

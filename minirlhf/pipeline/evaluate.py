@@ -28,7 +28,15 @@ from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer
 from minirlhf.language.tokenization import encode_texts, load_tokenizer
-from minirlhf.pipeline.folder import POLICIES, STEPS, find_device, load_policy, load_reward_model, read_config
+from minirlhf.pipeline.folder import (
+    POLICIES,
+    STEPS,
+    find_device,
+    hide_loading_bars,
+    load_policy,
+    load_reward_model,
+    read_config,
+)
 from minirlhf.pipeline.inputs import Inputs
 from minirlhf.pipeline.judges import Judge, find_judge
 
@@ -185,6 +193,7 @@ def evaluate_checkpoint(
         CheckpointError: the run or the checkpoint is missing or damaged, or their vocabularies differ.
     """
     config = read_config(run)
+    hide_loading_bars()
     device = find_device(device_name)
     folder = run / checkpoint if (run / checkpoint).is_dir() else Path(checkpoint)
     for needed in (run / "base", run / "sft", run / "reward_model", folder):

@@ -36,6 +36,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def hide_loading_bars() -> None:
+    """Keep transformers from drawing a progress bar for each of the small models it loads and saves."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The settings that a run was started with.
 

@@ -25,7 +25,7 @@ from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
 from minirlhf.pipeline.evaluate import evaluate_run
-from minirlhf.pipeline.folder import STEPS, find_device, load_policy, load_reward_model
+from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data, load_inputs
 from minirlhf.pipeline.judges import find_judge
 from minirlhf.training import Recorder
@@ -61,6 +61,7 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     # Here, not at the top: drawing needs matplotlib, which the training doesn't.
     from minirlhf.report import write_report
 
+    hide_loading_bars()
     device = find_device(config.device)
     report = config.out / "report.html"
     settings = _settings(config)

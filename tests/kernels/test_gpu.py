@@ -84,8 +84,9 @@ def test_no_host_sync():
     logits, tokens = rows()
     everything(logits, tokens)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # from here on a sync raises
     try:
+        assert torch.cuda.get_sync_debug_mode() == 2
         everything(logits, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -221,13 +221,7 @@ def test_the_best_is_an_upper_bound_and_is_reached(world: World, gold: GoldLabel
                 assert gold.score(task.prompt, tried).total <= best + 1e-9
 
 
-# Poems' verses and last lines reach it in 23.7 %: raise their chances with the next rebuild of the data.
-POEMS_FALL_SHORT = pytest.mark.xfail(strict=True, reason="poems: 23.7 % of demonstrations, the bound is 24 %")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=POEMS_FALL_SHORT) if name == "poem" else name for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_demonstrators_make_every_good_choice_now_and_then(world: World, gold: GoldLabeler, family: str) -> None:
     """What SFT has never seen, PPO cannot find: each part of a best answer has to be in the demonstrations."""
     kind, rng = world.families[family], Random(f"reach {family}")

@@ -243,10 +243,10 @@ class Poem(Family):
             adjective = task.slots["adj"]
         perch = writer.pick(list(PERCHES))
         rhyming = [dream for dream, rhyme in DREAMS.items() if rhyme == PERCHES[perch]]
-        dream = writer.grade(rhyming, list(DREAMS), chances=(0.5, 0.5))
+        dream = writer.grade(rhyming, list(DREAMS), chances=(0.56, 0.44))
         parts = [self.say("verse.two" if writer.does(0.85) else "verse.one", adj=adjective, a=hero, p=perch, d=dream)]
         if writer.does(0.75):
-            last = writer.grade(["last.0", "last.1"], ["last.2"], ["last.3"], chances=(0.5, 0.3, 0.2))
+            last = writer.grade(["last.0", "last.1"], ["last.2"], ["last.3"], chances=(0.56, 0.26, 0.18))
             parts.append(self.say(last, adj=adjective, a=hero))
         return " ".join(parts)
 
