@@ -1,0 +1,236 @@
+"""Actor-critic: the value network no longer only judges, it also stands in for the future (bootstrapping).
+
+One-step actor-critic (Sutton & Barto, section 13.5, page 332), at each step of each episode:
+
+    delta <- R + gamma v(S'; w) - v(S; w)                 v(terminal) = 0            `td_errors`
+    w     <- w + alpha_w delta grad v(S; w)                                          `value_loss`
+    theta <- theta + alpha I delta grad log pi(A | S)                                `policy_gradient_loss`
+    I     <- gamma I                                      I = 1 at the start of an episode
+
+`train_actor_critic` does this to the letter, in N environments at once: the N gradients are averaged and taken by Adam.
+
+A2C (Mnih et al. 2016, the synchronous form) waits for T steps and uses a longer look ahead: n steps, or GAE(lambda)
+(Schulman et al. 2016). `train_a2c` is PPO with one epoch, one minibatch and nothing to clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.control.policies import Environment, Networks
+from minirlhf.control.rollout import Trajectory, Values
+from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.losses import policy_gradient_loss, value_loss
+from minirlhf.returns import explained_variance, gae, masked_mean, n_step_advantages, td_errors, whiten
+
+REPORT_EVERY = 64
+"""Time steps of one-step actor-critic between two rows of metrics."""
+
+
+@dataclass(frozen=True)
+class ActorCriticConfig(ControlConfig):
+    """One-step actor-critic; an update is one step of each of the `num_envs` environments."""
+
+    num_envs: int = 16
+    """N, environments played at once; an update averages over them."""
+    lr: float = 1e-3
+    """Learning rate of the policy."""
+    value_lr: float = 3e-3
+    """Learning rate of the value network."""
+    weigh_by_gamma_t: bool = False
+    """Keep Sutton's factor I = gamma^t, as the discounted objective asks to the letter; False holds I at 1."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus; Sutton's algorithm has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.above(0, "lr", "value_lr")
+        self.at_least(0, "entropy_coef")
+
+
+@dataclass(frozen=True)
+class A2CConfig(ControlConfig):
+    """Advantage actor-critic in batches; an update is `num_envs` times `rollout_steps` steps."""
+
+    num_envs: int = 16
+    """N, environments played at once."""
+    rollout_steps: int = 16
+    """T, columns played before each update."""
+    lr: float = 3e-3
+    """Learning rate of the policy."""
+    value_lr: float = 3e-3
+    """Learning rate of the value network."""
+    lam: float | None = 0.95
+    """GAE's lambda; None where `n_step` is given."""
+    n_step: int | None = None
+    """Rewards to take before the value stands in; None where `lam` is given."""
+    normalize_advantages: bool = True
+    """Bring each batch's advantages to mean 0 and variance 1."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.above(0, "lr", "value_lr")
+        self.at_least(1, "rollout_steps", "n_step")
+        self.at_least(0, "entropy_coef", "lam")
+        self.refuse((self.lam is None) == (self.n_step is None), "give either lam or n_step, and None for the other")
+        self.refuse(self.lam is not None and self.lam > 1, f"lam must lie in [0, 1], not {self.lam}")
+        self.refuse(
+            self.n_step is not None and self.n_step > self.rollout_steps, "n_step must be at most rollout_steps"
+        )
+
+
+def train_actor_critic(
+    env: Environment,
+    config: ActorCriticConfig | None = None,
+    *,
+    seed: int = 0,
+    networks: Networks | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Train by one-step actor-critic, learning after every step. Arguments and result as in `minirlhf.control`.
+
+    A row of metrics is the mean over `REPORT_EVERY` steps.
+    """
+    config = config or ActorCriticConfig()
+    run = Run("actor-critic", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
+    policy, values = run.networks
+    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
+    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+    I = torch.ones(config.num_envs, 1)  # noqa: E741 (Sutton's name)
+
+    for _ in run.iterations():
+        totals: dict[str, Tensor] = {}
+        for _ in range(REPORT_EVERY):
+            step = run.collector.collect(policy, 1)  # every field [N, 1]
+            observations, after = step.observations, step.last_observations
+            if not bool(step.mask.any()):
+                continue  # every environment was resetting: nothing was experienced
+
+            # delta = R + gamma v(S') - v(S). v(S') is 0 where the episode terminated, and v of the last observation
+            # where it was only cut.
+            v = values(observations)
+            with torch.no_grad():
+                v_after = values(after)
+            deltas = td_errors(
+                step.rewards,
+                v.detach(),
+                step.ends,
+                config.gamma,
+                last_values=v_after,
+                truncated_values=torch.where(step.truncated, v_after.unsqueeze(1), 0.0),
+                mask=step.mask,
+            )
+
+            # w <- w + alpha_w delta grad v(S): the target v + delta is held fixed ("semi-gradient").
+            error = value_loss(v, v.detach() + deltas, step.mask)
+            # theta <- theta + alpha I delta grad log pi(A | S)
+            logprobs, entropy = policy.logprobs_and_entropy(policy(observations), step.actions)
+            entropy = masked_mean(entropy, step.mask)
+            loss = policy_gradient_loss(logprobs, I * deltas, step.mask) - config.entropy_coef * entropy
+            run.check_finite(policy=loss, value=error)
+
+            optimizer.zero_grad()
+            value_optimizer.zero_grad()
+            (loss + error).backward()  # the two share no parameter, so each gets its own gradient
+            grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+            value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
+            optimizer.step()
+            value_optimizer.step()
+
+            # I <- gamma I; an environment that is about to reset begins its next episode with I = 1.
+            if config.weigh_by_gamma_t:
+                I = torch.where(step.ends | ~step.mask, 1.0, config.gamma * I)  # noqa: E741
+            row = {
+                "policy/loss": loss,
+                "policy/entropy": entropy,
+                "policy/grad_norm": grad_norm,
+                "value/loss": error,
+                "value/grad_norm": value_grad_norm,
+                "value/td_error": masked_mean(deltas.abs(), step.mask),
+            }
+            totals = {key: totals.get(key, 0.0) + value.detach() / REPORT_EVERY for key, value in row.items()}
+        run.log(totals)
+    return run.result()
+
+
+def train_a2c(
+    env: Environment,
+    config: A2CConfig | None = None,
+    *,
+    seed: int = 0,
+    networks: Networks | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Train by advantage actor-critic with n-step or GAE advantages. Arguments and result as in `minirlhf.control`."""
+    config = config or A2CConfig()
+    run = Run("a2c", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
+    policy, values = run.networks
+    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
+    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+
+    for _ in run.iterations():
+        batch = run.collector.collect(policy, config.rollout_steps)
+        old = batch.estimate(values)
+        advantages = _advantages(batch, old, config)
+        returns = advantages + old.values  # made of the raw advantages, not of the normalised ones
+
+        logprobs, entropy = policy.logprobs_and_entropy(policy(batch.observations), batch.actions)
+        entropy = masked_mean(entropy, batch.mask)
+        weights = whiten(advantages, batch.mask) if config.normalize_advantages else advantages
+        loss = policy_gradient_loss(logprobs, weights, batch.mask) - config.entropy_coef * entropy
+        error = value_loss(values(batch.observations), returns, batch.mask)
+        run.check_finite(policy=loss, value=error)
+
+        optimizer.zero_grad()
+        value_optimizer.zero_grad()
+        (loss + error).backward()  # the two share no parameter, so each gets its own gradient
+        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
+        optimizer.step()
+        value_optimizer.step()
+
+        run.log(
+            {
+                "policy/loss": loss,
+                "policy/entropy": entropy,
+                "policy/grad_norm": grad_norm,
+                "value/loss": error,
+                "value/grad_norm": value_grad_norm,
+                "value/explained_variance": explained_variance(old.values, returns, batch.mask),
+            }
+        )
+    return run.result()
+
+
+def _advantages(batch: Trajectory, old: Values, config: A2CConfig) -> Tensor:
+    """[N, T] by the estimator that the settings name."""
+    if config.n_step is not None:
+        return n_step_advantages(
+            batch.rewards,
+            old.values,
+            batch.ends,
+            config.gamma,
+            config.n_step,
+            last_values=old.last_values,
+            truncated_values=old.truncated_values,
+            mask=batch.mask,
+        )
+    assert config.lam is not None  # the settings see to it
+    advantages, _ = gae(
+        batch.rewards,
+        old.values,
+        batch.ends,
+        gamma=config.gamma,
+        lam=config.lam,
+        last_values=old.last_values,
+        truncated_values=old.truncated_values,
+        mask=batch.mask,
+    )
+    return advantages

@@ -1,0 +1,206 @@
+"""Proximal policy optimization (Schulman et al. 2017), with every variant that the paper compares.
+
+Algorithm 1 of the paper, and where its lines are below:
+
+    for iteration = 1, 2, ... do                                          `run.iterations()`
+        for actor = 1, 2, ..., N do
+            Run policy pi_old in environment for T timesteps              `collector.collect`
+            Compute advantage estimates A_1, ..., A_T                     `gae`
+        end for
+        Optimize surrogate L wrt theta, with K epochs
+            and minibatch size M <= NT                                    `for epoch`, `for index`, `ppo_loss`
+        theta_old <- theta
+    end for
+
+Equation 9, to be maximised: L = L_CLIP - c1 L_VF + c2 S. The other surrogates of the paper's table 1 are settings:
+
+    clip (equation 7)                  clip_range=0.2
+    no clipping or penalty (eq. 6)     clip_range=None
+    KL penalty, fixed (equation 8)     clip_range=None, beta=1.0
+    KL penalty, adaptive (section 4)   clip_range=None, beta=1.0, target_kl=0.01
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.control.policies import Environment, Networks
+from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.losses import ppo_loss
+from minirlhf.returns import explained_variance, gae, whiten
+from minirlhf.training import generator_for, set_learning_rate
+
+
+@dataclass(frozen=True)
+class PPOConfig(ControlConfig):
+    """PPO; an iteration is `num_envs` actors (N) times `rollout_steps` (T)."""
+
+    rollout_steps: int = 64
+    """T, columns played before each optimization."""
+    epochs: int = 10
+    """K, passes over them."""
+    minibatch_size: int = 256
+    """M, steps in each gradient, at most (an epoch is cut into equal parts)."""
+    lr: float = 1e-3
+    """Learning rate of policy and value network."""
+    anneal_lr: bool = True
+    """Bring the learning rate down to 0 along a line over the budget."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    clip_range: float | None = 0.2
+    """Ratios are clipped to 1 ± this; None for no clip."""
+    anneal_clip: bool = False
+    """Bring clip_range down to 0 along a line over the budget; needs a clip_range."""
+    beta: float = 0.0
+    """Coefficient of the penalty KL(old || new)."""
+    target_kl: float | None = None
+    """Steer beta after each iteration so that the KL stays near this; needs beta > 0. None keeps beta fixed."""
+    value_clip_range: float | None = None
+    """Values are clipped to the old ones ± this; None for no clip."""
+    value_coef: float = 0.5
+    """c1, weight of the value loss."""
+    entropy_coef: float = 0.0
+    """c2, weight of the entropy bonus."""
+    normalize_advantages: bool = True
+    """Bring each minibatch's advantages to mean 0 and variance 1."""
+    shared: bool = False
+    """Whether the networks that the trainer makes share their trunk."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "rollout_steps", "epochs", "minibatch_size")
+        self.above(0, "lr", "clip_range", "target_kl", "value_clip_range")
+        self.at_least(0, "beta", "value_coef", "entropy_coef")
+        self.within(0, 1, "lam")
+        self.refuse(self.anneal_clip and self.clip_range is None, "anneal_clip needs a clip_range")
+        self.refuse(self.target_kl is not None and self.beta == 0, "target_kl steers beta: begin with beta above 0")
+        batch = self.num_envs * self.rollout_steps
+        self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
+
+
+def train_ppo(
+    env: Environment,
+    config: PPOConfig | None = None,
+    *,
+    seed: int = 0,
+    networks: Networks | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Train a policy and a value network by PPO. Arguments and result as in `minirlhf.control`.
+
+    Example:
+        >>> result = train_ppo("CartPole-v1", PPOConfig(total_steps=2_000), seed=1)
+        >>> result.history[0]["policy/first_clip_fraction"]
+        0.0
+    """
+    config = config or PPOConfig()
+    run = Run(
+        "ppo", env, config, seed=seed, networks=networks, shared=config.shared, progress=progress, callback=callback
+    )
+    policy, values = run.networks
+    optimizer = adam(run.networks.parameters(), config.lr, config.adam_eps)
+    shuffle = generator_for(seed, "control/minibatches")
+    beta = config.beta
+
+    for _ in run.iterations():
+        lr = config.lr * (run.remaining if config.anneal_lr else 1.0)
+        set_learning_rate(optimizer, lr)
+        clip_range = config.clip_range or math.inf
+        if config.anneal_clip:
+            clip_range = max(clip_range * run.remaining, 1e-3)
+
+        # N actors play pi_old for T steps; then their advantages.
+        trajectory = run.collector.collect(policy, config.rollout_steps)
+        old = trajectory.estimate(values)
+        advantages, returns = gae(
+            trajectory.rewards,
+            old.values,
+            trajectory.ends,
+            gamma=config.gamma,
+            lam=config.lam,
+            last_values=old.last_values,
+            truncated_values=old.truncated_values,
+            mask=trajectory.mask,
+        )
+
+        # From here on it is a bag of steps [B]: the order does not matter, and resets are left out.
+        mask = trajectory.mask
+        observations, actions = trajectory.observations[mask], trajectory.actions[mask]
+        advantages, returns, old_values = advantages[mask], returns[mask], old.values[mask]
+        with torch.no_grad():
+            old_outputs = policy(observations)
+            old_logprobs = policy.logprobs(old_outputs, actions)
+
+        # K epochs of minibatches of at most M steps.
+        rows: list[dict[str, Tensor]] = []
+        for _ in range(config.epochs):
+            order = torch.randperm(len(actions), generator=shuffle)
+            for index in order.tensor_split(math.ceil(len(order) / config.minibatch_size)):
+                outputs, new_values = run.networks.both(observations[index])
+                logprobs, entropy = policy.logprobs_and_entropy(outputs, actions[index])
+                loss, metrics = ppo_loss(
+                    logprobs,
+                    old_logprobs[index],
+                    whiten(advantages[index]) if config.normalize_advantages else advantages[index],
+                    torch.ones_like(index, dtype=torch.bool),
+                    values=new_values,
+                    old_values=old_values[index],
+                    returns=returns[index],
+                    entropy=entropy,
+                    clip_range=clip_range,
+                    value_clip_range=config.value_clip_range,
+                    value_coef=config.value_coef,
+                    entropy_coef=config.entropy_coef,
+                    denominator=len(index),
+                )
+                if beta > 0:
+                    loss = loss + beta * policy.kl(old_outputs[index], outputs).mean()
+                run.check_finite(ppo=loss)
+                optimizer.zero_grad()
+                loss.backward()
+                metrics["policy/grad_norm"] = clip_gradients(run.networks.parameters(), config.max_grad_norm)
+                optimizer.step()
+                rows.append(metrics)
+
+        with torch.no_grad():
+            kl = float(policy.kl(old_outputs, policy(observations)).mean())
+        run.log(
+            _summary(rows)
+            | {
+                "policy/kl": kl,
+                "policy/lr": lr,
+                "policy/beta": beta,
+                "value/explained_variance": explained_variance(old_values, returns),
+            }
+        )
+        if config.target_kl is not None:
+            beta = adapted(beta, kl, config.target_kl)
+    return run.result()
+
+
+def adapted(beta: float, kl: float, target_kl: float) -> float:
+    """The next KL coefficient (section 4): doubled where the policy went too far, halved where it hardly moved.
+
+    >>> adapted(1.0, kl=0.02, target_kl=0.01), adapted(1.0, kl=0.005, target_kl=0.01)
+    (2.0, 0.5)
+    """
+    if kl > 1.5 * target_kl:
+        return 2 * beta
+    return beta / 2 if kl < target_kl / 1.5 else beta
+
+
+def _summary(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over an iteration's minibatches; the first minibatch's also alone, as policy/first_*.
+
+    Nothing has moved yet in the first: its ratios are 1 and nothing is clipped, or a log-prob is wrong somewhere.
+    """
+    summary = {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
+    summary["policy/ratio_max"] = torch.stack([row["policy/ratio_max"] for row in rows]).max()
+    for name in ("approx_kl", "clip_fraction", "ratio_max"):
+        summary[f"policy/first_{name}"] = rows[0][f"policy/{name}"]
+    return summary

@@ -1,0 +1,163 @@
+"""REINFORCE: play whole episodes, then make what was followed by a high return more likely (Williams 1992).
+
+Sutton & Barto, section 13.3 (page 328) and, with a baseline, 13.4 (page 330), for each episode and each of its steps:
+
+    G     <- sum over k > t of gamma^(k-t-1) R_k                     `discounted_returns`
+    theta <- theta + alpha gamma^t G grad log pi(A_t | S_t)          `policy_gradient_loss`
+    with a baseline:
+    delta <- G - v(S_t; w)
+    w     <- w + alpha_w delta grad v(S_t; w)                        `value_loss`
+    theta <- theta + alpha gamma^t delta grad log pi(A_t | S_t)
+
+Two liberties, both usual: the gradient of a few episodes is averaged before one step of Adam is taken, and gamma^t is
+left out unless `weigh_by_gamma_t` asks for it (late steps would hardly count: 0.99^400 = 0.02).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.control.policies import Environment, Networks
+from minirlhf.control.rollout import Trajectory
+from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.losses import policy_gradient_loss, value_loss
+from minirlhf.returns import discounted_returns, explained_variance, masked_mean, masked_var
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(ControlConfig):
+    """REINFORCE; an update is made of `num_envs` whole episodes."""
+
+    lr: float = 3e-3
+    """Learning rate of the policy."""
+    weigh_by_gamma_t: bool = False
+    """Weigh step t by gamma^t, as the discounted objective asks to the letter."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.above(0, "lr")
+
+
+@dataclass(frozen=True)
+class BaselineConfig(ReinforceConfig):
+    """REINFORCE with a learned baseline."""
+
+    value_lr: float = 3e-3
+    """Learning rate of the value network."""
+    value_updates: int = 10
+    """Gradient steps of the value network on each batch of episodes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.above(0, "value_lr")
+        self.at_least(1, "value_updates")
+
+
+def train_reinforce(
+    env: Environment,
+    config: ReinforceConfig | None = None,
+    *,
+    seed: int = 0,
+    networks: Networks | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Train a policy by REINFORCE, without a baseline. The value network of `networks` is not touched.
+
+    A truncated episode is taken as it is: without a value there is nothing to say about what was cut off.
+    Arguments and result as in `minirlhf.control`.
+    """
+    config = config or ReinforceConfig()
+    run = Run("reinforce", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
+    policy = run.networks.policy
+    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
+
+    for _ in run.iterations():
+        episodes = run.collector.collect_episodes(policy)
+        returns = discounted_returns(episodes.rewards, episodes.ends, config.gamma, mask=episodes.mask)
+        weights = returns * _gamma_t(episodes, config)
+
+        logprobs, entropy = policy.logprobs_and_entropy(policy(episodes.observations), episodes.actions)
+        loss = policy_gradient_loss(logprobs, weights, episodes.mask, denominator=config.num_envs)
+        run.check_finite(policy=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+        run.log(
+            {
+                "policy/loss": loss,
+                "policy/grad_norm": grad_norm,
+                "policy/entropy": masked_mean(entropy, episodes.mask),
+                "policy/weight_std": masked_var(weights, episodes.mask).sqrt(),
+            }
+        )
+    return run.result(values=False)
+
+
+def train_reinforce_with_baseline(
+    env: Environment,
+    config: BaselineConfig | None = None,
+    *,
+    seed: int = 0,
+    networks: Networks | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Result:
+    """Train a policy by REINFORCE with a learned baseline v(s; w).
+
+    The return of a truncated episode goes on with v of its last observation. Arguments and result as in
+    `minirlhf.control`.
+    """
+    config = config or BaselineConfig()
+    run = Run("baseline", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
+    policy, values = run.networks
+    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
+    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+
+    for _ in run.iterations():
+        episodes = run.collector.collect_episodes(policy)
+        old = episodes.estimate(values)
+        returns = discounted_returns(
+            episodes.rewards, episodes.ends, config.gamma, truncated_values=old.truncated_values, mask=episodes.mask
+        )
+        deltas = torch.where(episodes.mask, returns - old.values, 0.0)
+        weights = deltas * _gamma_t(episodes, config)
+
+        logprobs, entropy = policy.logprobs_and_entropy(policy(episodes.observations), episodes.actions)
+        loss = policy_gradient_loss(logprobs, weights, episodes.mask, denominator=config.num_envs)
+        run.check_finite(policy=loss)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+        for _ in range(config.value_updates):  # v learns after it has judged: a baseline may not look at its own action
+            error = value_loss(values(episodes.observations), returns, episodes.mask)
+            run.check_finite(value=error)
+            value_optimizer.zero_grad()
+            error.backward()
+            clip_gradients(values.parameters(), config.max_grad_norm)
+            value_optimizer.step()
+
+        run.log(
+            {
+                "policy/loss": loss,
+                "policy/grad_norm": grad_norm,
+                "policy/entropy": masked_mean(entropy, episodes.mask),
+                "policy/weight_std": masked_var(weights, episodes.mask).sqrt(),
+                "value/loss": error,
+                "value/explained_variance": explained_variance(old.values, returns, episodes.mask),
+            }
+        )
+    return run.result()
+
+
+def _gamma_t(episodes: Trajectory, config: ReinforceConfig) -> Tensor:
+    """[1, T]: gamma^t where it is asked for, else 1. Each row is an episode from its start, so t is the column."""
+    t = torch.arange(episodes.mask.shape[1])
+    return (config.gamma**t if config.weigh_by_gamma_t else torch.ones_like(t, dtype=torch.float32)).unsqueeze(0)

@@ -1,0 +1,220 @@
+"""Play a policy in many environments at once: [N, T] steps, with what ended told apart from what was cut.
+
+Gymnasium's vector environments reset themselves, in one of several ways; here it is the NEXT-STEP way, which the native
+vector environments use. One environment, an episode of two steps:
+
+    column           0      1      2        3
+    observation      s0     s1     s2       s0'      s2 is the episode's last observation
+    action           a0     a1     ignored  a0'
+    mask             True   True   False    True     column 2 only resets: it is no experience and counts nowhere
+    ended            False  True   False    False
+
+So the observation after ANY step is the next column's (`last_observations` after the last): also after a truncated
+episode's last step, whose value the learner needs, and no special place has to be searched for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf.control.policies import Environment, Policy, ValueNetwork
+from minirlhf.errors import TrainingError, UserError
+from minirlhf.training import generator_for
+
+
+class Episode(NamedTuple):
+    """An episode that ended."""
+
+    env_steps: int
+    """Steps played by all environments together when it ended."""
+    episode_return: float
+    """The plain sum of its rewards."""
+    length: int
+    terminated: bool
+    """False: it was truncated, as by a time limit."""
+
+
+class Values(NamedTuple):
+    """What a value network says about a trajectory, in the form `minirlhf.returns.gae` asks for."""
+
+    values: Tensor
+    """[N, T]"""
+    last_values: Tensor
+    """[N], after the last column."""
+    truncated_values: Tensor
+    """[N, T], where an episode was truncated: the value of its last observation; elsewhere 0."""
+
+
+class Trajectory(NamedTuple):
+    """T steps of N environments; see the picture at the top of this file."""
+
+    observations: Tensor
+    """[N, T, D] float32, before each step."""
+    actions: Tensor
+    """[N, T] int64, or [N, T, A] float32."""
+    rewards: Tensor
+    """[N, T] float32"""
+    terminated: Tensor
+    """[N, T] bool: the world ended the episode with this step; nothing comes after."""
+    truncated: Tensor
+    """[N, T] bool: a time limit cut it; more would have come."""
+    mask: Tensor
+    """[N, T] bool, True = a step that counts."""
+    last_observations: Tensor
+    """[N, D], after the last column."""
+
+    @property
+    def ends(self) -> Tensor:
+        """[N, T] bool: the last step of an episode."""
+        return self.terminated | self.truncated
+
+    @torch.no_grad()
+    def estimate(self, network: ValueNetwork) -> Values:
+        """The values of all observations, in one forward pass."""
+        observations = torch.cat((self.observations, self.last_observations.unsqueeze(1)), 1)
+        values = network(observations)
+        return Values(values[:, :-1], values[:, -1], torch.where(self.truncated, values[:, 1:], 0.0))
+
+
+def make_envs(env: Environment, num_envs: int) -> Any:
+    """A gymnasium VectorEnv of `num_envs` environments: the native one where there is one (CartPole-v1), else sync.
+
+    Raises:
+        UserError: gymnasium is missing or does not know the environment, or it does not reset on the next step.
+    """
+    try:
+        import gymnasium
+        from gymnasium.vector import AutoresetMode
+    except ModuleNotFoundError as error:
+        raise UserError('gymnasium is not installed: pip install "minirlhf[course]"') from error
+
+    if callable(env):
+        envs = env(num_envs)
+    else:
+        try:
+            envs = gymnasium.make_vec(env, num_envs=num_envs)
+        except gymnasium.error.Error as error:
+            raise UserError(f"gymnasium can't make the environment {env!r}: {error}") from error
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise UserError(f"the vector environment must reset on the next step (AutoresetMode.NEXT_STEP), not {mode}")
+    if envs.num_envs != num_envs:
+        raise UserError(f"{num_envs} environments were asked for, but the vector environment has {envs.num_envs}")
+    return envs
+
+
+def to_environment(actions: Tensor, space: Any) -> np.ndarray:
+    """A policy's actions as the environment takes them: continuous ones from [-1, 1] to the space's bounds, clipped.
+
+    Where a bound is infinite there is no unit to scale by, and actions stay as they are.
+    """
+    played = actions.numpy()
+    if not hasattr(space, "low"):
+        return played
+    low, high = space.low, space.high
+    bounded = np.isfinite(low) & np.isfinite(high)
+    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+    inside = np.where(bounded, np.clip(played, -1.0, 1.0), played)
+    return (low + (inside + 1.0) * 0.5 * (high - low)).astype(space.dtype)
+
+
+class Collector:
+    """Plays a policy and remembers where each environment stands.
+
+    Args:
+        envs: from `make_envs`.
+        seed: of the environments and of the sampled actions.
+
+    Example:
+        >>> from minirlhf.control.policies import make_networks
+        >>> policy, _ = make_networks("CartPole-v1")
+        >>> collector = Collector(make_envs("CartPole-v1", 4), seed=0)
+        >>> collector.collect(policy, 16).observations.shape
+        torch.Size([4, 16, 4])
+    """
+
+    def __init__(self, envs: Any, seed: int) -> None:
+        self.envs = envs
+        self.generator = generator_for(seed, "control/actions")
+        self.env_steps = 0
+        """Steps played so far; resets don't count."""
+        self.episodes: list[Episode] = []
+        """Every episode that ended so far."""
+        environment_seed = int(torch.randint(2**31, (), generator=generator_for(seed, "control/environments")))
+        self._begin(environment_seed)
+
+    def _begin(self, seed: int | None = None) -> None:
+        self._observations = np.asarray(self.envs.reset(seed=seed)[0], dtype=np.float32)
+        self._resetting = np.zeros(self.envs.num_envs, dtype=bool)
+        self._returns = np.zeros(self.envs.num_envs)
+        self._lengths = np.zeros(self.envs.num_envs, dtype=np.int64)
+        self._restart = False
+
+    def collect(self, policy: Policy, steps: int) -> Trajectory:
+        """Play `steps` columns, going on where the last call stopped.
+
+        Raises:
+            TrainingError: the environment gave a reward or an observation that is not finite.
+        """
+        if self._restart:
+            self._begin()
+        columns = [self._step(policy) for _ in range(steps)]
+        return self._trajectory(columns)
+
+    def collect_episodes(self, policy: Policy) -> Trajectory:
+        """Play one whole episode in every environment, from its start; rows are padded (mask False) to the longest.
+
+        It needs an environment whose episodes all end. What the others play while the longest goes on is dropped.
+        """
+        self._begin()
+        running = np.ones(self.envs.num_envs, dtype=bool)
+        columns = []
+        while running.any():
+            column = self._step(policy, running)
+            columns.append(column)
+            running = running & ~(column[3] | column[4])
+        self._restart = True  # the others stand somewhere inside an episode of which nothing was kept
+        return self._trajectory(columns)
+
+    def _step(self, policy: Policy, running: np.ndarray | None = None) -> tuple[Any, ...]:
+        """One step of every environment: (observation, action, reward, terminated, truncated, mask), each [N, ...]."""
+        observations = self._observations
+        with torch.inference_mode():
+            actions = policy.sample(policy(torch.from_numpy(observations)), self.generator)
+        played = to_environment(actions, self.envs.single_action_space)
+        after, rewards, terminated, truncated, _ = self.envs.step(played)
+        self._observations = np.asarray(after, dtype=np.float32)
+        mask = ~self._resetting if running is None else running
+        self._resetting = terminated | truncated
+        self._note(rewards, terminated, mask)
+        return observations, actions.numpy(), rewards, terminated, truncated, mask
+
+    def _note(self, rewards: np.ndarray, terminated: np.ndarray, mask: np.ndarray) -> None:
+        """Keep count of steps, and of the episodes that ended."""
+        self.env_steps += int(np.count_nonzero(mask))
+        self._returns += rewards * mask
+        self._lengths += mask
+        for n in np.flatnonzero(self._resetting & mask):
+            self.episodes.append(
+                Episode(self.env_steps, float(self._returns[n]), int(self._lengths[n]), bool(terminated[n]))
+            )
+            self._returns[n], self._lengths[n] = 0.0, 0
+
+    def _trajectory(self, columns: list[tuple[Any, ...]]) -> Trajectory:
+        parts = [torch.from_numpy(np.stack(part, 1)) for part in zip(*columns, strict=True)]
+        observations, actions, rewards, terminated, truncated, mask = parts
+        last_observations = torch.from_numpy(self._observations)
+        rewards = rewards.float()
+        bad = (~rewards.isfinite() | ~observations.isfinite().all(-1)) & mask
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            raise TrainingError(
+                f"environment {row} gave the reward {float(rewards[row, column])} for the observation "
+                f"{observations[row, column].tolist()}: both must be finite; look at the environment"
+            )
+        # In an ignored column of `collect_episodes` a dropped episode may end: that is no end of this row's.
+        return Trajectory(observations, actions, rewards, terminated & mask, truncated & mask, mask, last_observations)
