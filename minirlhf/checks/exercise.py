@@ -22,6 +22,10 @@ from minirlhf.checks.untouched import is_untouched
 __all__ = ["Case", "Exercise", "Verdict", "exercise"]
 
 
+WIDTH = 92
+"""Of the lines of a stub: a notebook's cell shows no more without scrolling."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One input of an exercise.
@@ -121,10 +125,18 @@ class Exercise:
     @property
     def stub(self) -> str:
         """The code cell that the learner fills in."""
-        doc = textwrap.indent(f'"""{inspect.getdoc(self.reference)}\n"""', "    ")
-        if "\n" not in (inspect.getdoc(self.reference) or ""):
-            doc = f'    """{inspect.getdoc(self.reference)}"""'
-        return f"def my_{self.name}({', '.join(self.arguments)}):\n{doc}\n    ...  # your code here"
+        arguments = ", ".join(self.arguments)
+        if len(f"def my_{self.name}({arguments}):") > WIDTH:
+            arguments = "\n" + textwrap.fill(arguments, WIDTH, initial_indent="    ", subsequent_indent="    ") + "\n"
+        lines = (inspect.getdoc(self.reference) or "").splitlines()
+        lines[0] = f'"""{lines[0]}'
+        if len(lines) == 1 and len(lines[0]) < WIDTH - 7:
+            lines[0] += '"""'
+        else:
+            lines = [part for line in lines for part in textwrap.wrap(line, WIDTH - 4) or [""]]
+            lines.append('"""')
+        doc = textwrap.indent("\n".join(lines), "    ")
+        return f"def my_{self.name}({arguments}):\n{doc}\n    ...  # your code here"
 
     @property
     def check_line(self) -> str:
