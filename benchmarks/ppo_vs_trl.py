@@ -10,17 +10,20 @@ one to the end of the next; the figure is the median over turns of the median st
 The same on both sides, by construction or checked at run time (the run stops if it is not so):
     models        policy, value, reference and reward, each the same tiny Llama (3 layers, width 96) with the same
                   seeded weights (a checksum is compared); float32, SDPA attention, no dropout
-    answers       64 a step, each exactly 40 new tokens: <pad>, <eos> and <unk> get a logit of -10,000
+    answers       64 a step. Work "full": each exactly 40 new tokens (<pad>, <eos> and <unk> get a logit of -10,000).
+                  Work "ending": <eos> has a chance of 1 in 12 at every token, so that answers have 12 tokens on
+                  average and end at different times, at most 40, as answers do
     prompts       the same 256, of 6 to 12 words, left-padded
     optimisation  2 epochs x 2 minibatches = 4 optimizer steps for each network, counted by a hook; fused AdamW
     forwards      token positions that enter each of the four models in one step, counted by hooks and printed
     threads       torch.set_num_threads and OMP_NUM_THREADS
 
-What differs is how each library does it. trl sets `gradient_checkpointing=True` and `bf16=True` unless told
-otherwise; both are off here, which is faster on a CPU, and `--trl-checkpointing` shows the first's price. Its generation
-is transformers' `generate` with a KV cache, keeping every step's logits; its forwards build a KV cache and the logits
-of the prompt, all hidden states are kept, and it collects garbage twice a step. minirlhf clips two gradients and logs
-22 more metrics, sends the answers through text to the reward model, and appends EOS to them there (41 tokens).
+What differs is how each library does it, at its defaults. trl sets `gradient_checkpointing=True` and `bf16=True` unless
+told otherwise; both are off here, which is quicker on a CPU (`--trl-checkpointing` shows the price of the first). It
+samples by transformers' `generate` with a KV cache and keeps the logits of every token; its forwards also build a KV
+cache, the logits of the prompt and all hidden states, hold every answer at the width of the longest, and it collects
+garbage twice a step. minirlhf groups answers of like length and trims each group, leaves out the last token where
+it predicts nothing, clips both gradients, logs more metrics, and sends answers as text, closed with EOS, to the reward.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -64,6 +68,8 @@ LLAMA = {
     "bos_token_id": None,
 }
 LR, BETA, CLIP_RANGE, LAM = 3e-4, 0.05, 0.2, 0.95
+WORKS = ("full", "ending")
+MEAN_LENGTH = 12  # of the work "ending"
 
 
 # --- What both sides share: runs in either environment, so it imports neither minirlhf nor trl. ---
@@ -86,7 +92,7 @@ def make_prompts() -> list[str]:
     return [" ".join(rng.choices(words, k=rng.randint(SHORTEST, LONGEST))) for _ in range(PROMPTS)]
 
 
-def make_models() -> dict[str, Any]:
+def make_models(work: str) -> dict[str, Any]:
     """Policy and reference with equal weights, value and reward with their own; all from fixed seeds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -96,10 +102,12 @@ def make_models() -> dict[str, Any]:
         torch.manual_seed(seed)
         if name in ("policy", "reference"):
             models[name] = LlamaForCausalLM(LlamaConfig(**LLAMA))
-            # A frozen bias keeps <pad>, <eos> and <unk> from being sampled: every answer has all its tokens.
-            never = torch.zeros(len(VOCABULARY))
-            never[:3] = -1e4
-            models[name].lm_head.bias = torch.nn.Parameter(never, requires_grad=False)
+            # A frozen bias says how often <eos> is sampled, and <pad> and <unk> never.
+            bias = torch.zeros(len(VOCABULARY))
+            bias[:3] = -1e4
+            if work == "ending":  # the words' logits are close to 0 in a fresh model
+                bias[1] = math.log((len(VOCABULARY) - 3) / (MEAN_LENGTH - 1))
+            models[name].lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
         else:
             models[name] = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1))
     return models
@@ -111,7 +119,7 @@ class Probe:
     def __init__(self, models: dict[str, Any]) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []  # wall and CPU seconds
         self.tokens: Counter[str] = Counter()
         self.updated: Counter[str] = Counter()
         owner = {id(p): name for name, model in models.items() for p in model.parameters() if p.requires_grad}
@@ -133,12 +141,13 @@ class Probe:
         if not self.ends:
             for hook in self._hooks:
                 hook.remove()
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
     def report(self, warmup: int) -> dict[str, Any]:
-        seconds = [after - before for before, after in zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False)]
+        steps = list(zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False))
         return {
-            "seconds": seconds,
+            "seconds": [after[0] - before[0] for before, after in steps],
+            "cpu_seconds": [after[1] - before[1] for before, after in steps],
             "tokens": dict(self.tokens),
             "updates": dict(self.updated),
             "checksum": self.checksum,
@@ -148,13 +157,13 @@ class Probe:
 # --- One turn of each side: runs in a process of its own and prints one line of JSON. ---
 
 
-def run_minirlhf(steps: int, warmup: int) -> dict[str, Any]:
+def run_minirlhf(work: str, steps: int, warmup: int) -> dict[str, Any]:
     from minirlhf.language.reward_model import RewardModelScorer
     from minirlhf.language.rlhf import RLHFConfig, train_rlhf
     from minirlhf.language.tokenization import prepare
     from minirlhf.training import Recorder
 
-    models, tokenizer = make_models(), prepare(make_tokenizer())
+    models, tokenizer = make_models(work), prepare(make_tokenizer())
     probe = Probe(models)
 
     class TimedRecorder(Recorder):
@@ -189,10 +198,11 @@ def run_minirlhf(steps: int, warmup: int) -> dict[str, Any]:
         config,
         recorder=recorder,
     )
-    return probe.report(warmup) | {"new_tokens": recorder.history[-1]["objective/response_length"]}
+    lengths = [row["objective/response_length"] for row in recorder.history]
+    return probe.report(warmup) | {"new_tokens": statistics.mean(lengths)}
 
 
-def run_trl(steps: int, warmup: int, checkpointing: bool) -> dict[str, Any]:
+def run_trl(work: str, steps: int, warmup: int, checkpointing: bool) -> dict[str, Any]:
     import tempfile
 
     import torch
@@ -202,14 +212,14 @@ def run_trl(steps: int, warmup: int, checkpointing: bool) -> dict[str, Any]:
     from trl.experimental import ppo
     from trl.experimental.ppo import ppo_trainer
 
-    models, tokenizer = make_models(), make_tokenizer()
+    models, tokenizer = make_models(work), make_tokenizer()
     probe = Probe(models)
     lengths: list[float] = []
     generate = ppo_trainer.batch_generation
 
     def measured(model: Any, queries: Any, *args: Any) -> Any:
         answered, logits = generate(model, queries, *args)
-        lengths.append(float((answered[:, queries.shape[1] :] > 2).sum(1).float().mean()))
+        lengths.append(float((answered[:, queries.shape[1] :] != tokenizer.pad_token_id).sum(1).float().mean()))
         return answered, logits
 
     ppo_trainer.batch_generation = measured
@@ -232,6 +242,7 @@ def run_trl(steps: int, warmup: int, checkpointing: bool) -> dict[str, Any]:
             local_rollout_forward_batch_size=EPISODES,
             total_episodes=steps * EPISODES,
             response_length=NEW_TOKENS,
+            stop_token="eos",
             temperature=1.0,
             learning_rate=LR,
             kl_coef=BETA,
@@ -258,7 +269,7 @@ def run_trl(steps: int, warmup: int, checkpointing: bool) -> dict[str, Any]:
         )
         trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__}
-    return probe.report(warmup) | {"new_tokens": lengths[-1], "versions": versions}
+    return probe.report(warmup) | {"new_tokens": statistics.mean(lengths), "versions": versions}
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -269,9 +280,9 @@ def worker(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     steps = args.warmup + args.steps
     if args.worker == "minirlhf":
-        result = run_minirlhf(steps, args.warmup)
+        result = run_minirlhf(args.work[0], steps, args.warmup)
     else:
-        result = run_trl(steps, args.warmup, args.trl_checkpointing)
+        result = run_trl(args.work[0], steps, args.warmup, args.trl_checkpointing)
     result["versions"] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -304,9 +315,9 @@ def make_environment() -> Path:
     return python
 
 
-def turn(side: str, python: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
-    command = [str(python), str(Path(__file__).resolve()), "--worker", side, "--threads", str(threads)]
-    command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
+def turn(side: str, python: Path, work: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    command = [str(python), str(Path(__file__).resolve()), "--worker", side, "--work", work]
+    command += ["--threads", str(threads), "--steps", str(args.steps), "--warmup", str(args.warmup)]
     command += ["--trl-checkpointing"] if args.trl_checkpointing else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -316,12 +327,13 @@ def turn(side: str, python: Path, threads: int, args: argparse.Namespace) -> dic
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def check_same_work(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def check_same_work(work: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Stop if the two sides did not do what the header promises."""
     updates = {"policy": EPOCHS * MINIBATCHES, "value": EPOCHS * MINIBATCHES}
     for side, result in (("minirlhf", ours), ("trl", theirs)):
-        if result["new_tokens"] != NEW_TOKENS:
-            sys.exit(f"{side} sampled {result['new_tokens']} tokens an answer, not {NEW_TOKENS}")
+        expected, tolerance = (NEW_TOKENS, 0.0) if work == "full" else (MEAN_LENGTH, 2.0)
+        if abs(result["new_tokens"] - expected) > tolerance:
+            sys.exit(f"{side} sampled {result['new_tokens']} tokens an answer, not {expected}")
         if result["updates"] != updates:
             sys.exit(f"{side} made these optimizer steps in a PPO step: {result['updates']}, not {updates}")
     if ours["checksum"] != theirs["checksum"]:
@@ -338,13 +350,50 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
+def csv_row(
+    side: str, work: str, threads: int, repeat: int, result: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    seconds = result["seconds"]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "side": side,
+        "work": work,
+        "threads": threads,
+        "repeat": repeat,
+        "episodes_per_second": round(EPISODES / statistics.median(seconds), 2),
+        "seconds_median": round(statistics.median(seconds), 4),
+        "seconds_min": round(min(seconds), 4),
+        "seconds_max": round(max(seconds), 4),
+        "cpu_seconds_median": round(statistics.median(result["cpu_seconds"]), 4),
+        "steps": len(seconds),
+        "warmup": args.warmup,
+        "trl_checkpointing": args.trl_checkpointing,
+        "torch": result["versions"]["torch"],
+        "transformers": result["versions"]["transformers"],
+        "trl": result["versions"].get("trl", ""),
+        "python": platform.python_version(),
+        "machine": machine(),
+    }
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """One row of the table: the median over turns of each side, and the ratio of the medians."""
+    mine, other = ([EPISODES / statistics.median(turn["seconds"]) for turn in side] for side in (ours, theirs))
+    ratios = [a / b for a, b in zip(mine, other, strict=True)]
+    ratio = statistics.median(mine) / statistics.median(other)
+    return f"{spread(mine):22s}  {spread(other):22s}  {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def spread(numbers: list[float]) -> str:
-    return f"{statistics.median(numbers):6.1f} ({min(numbers):.1f} to {max(numbers):.1f})"
+    return f"{statistics.median(numbers):.1f} ({min(numbers):.1f} to {max(numbers):.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="PPO episodes a second: minirlhf against trl's PPOTrainer.")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts to compare, one table row each")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts to compare")
+    parser.add_argument(
+        "--work", choices=WORKS, nargs="+", default=list(WORKS), help="what kind of answers (see above)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=8, help="timed PPO steps a turn")
     parser.add_argument("--warmup", type=int, default=2, help="PPO steps before them (at least 1)")
@@ -362,44 +411,26 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/ppo_vs_trl.py", *sys.argv[1:]])
     rows: list[dict[str, Any]] = []
     table: list[str] = []
-    result: dict[str, dict[str, Any]] = {}
-    for threads in args.threads:
-        rates: dict[str, list[float]] = {"minirlhf": [], "trl": []}
-        for repeat in range(args.repeats):
-            for side, python in pythons.items():
-                result[side] = turn(side, python, threads, args)
-                seconds = result[side]["seconds"]
-                rates[side].append(EPISODES / statistics.median(seconds))
-                versions = result["minirlhf"]["versions"] | result[side]["versions"]
-                rows.append(
-                    {
-                        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                        "side": side,
-                        "threads": threads,
-                        "repeat": repeat,
-                        "episodes_per_second": round(rates[side][-1], 2),
-                        "seconds_median": round(statistics.median(seconds), 4),
-                        "seconds_min": round(min(seconds), 4),
-                        "seconds_max": round(max(seconds), 4),
-                        "steps": len(seconds),
-                        "warmup": args.warmup,
-                        "trl_checkpointing": args.trl_checkpointing,
-                        "torch": versions["torch"],
-                        "transformers": versions["transformers"],
-                        "trl": versions.get("trl", ""),
-                        "python": platform.python_version(),
-                        "machine": machine(),
-                        "command": command,
-                    }
-                )
-                print(f"threads {threads}  turn {repeat + 1}  {side:9s} {rates[side][-1]:6.1f} episodes/s", flush=True)
-            check_same_work(result["minirlhf"], result["trl"])
-        ratios = [a / b for a, b in zip(rates["minirlhf"], rates["trl"], strict=True)]
-        ratio = statistics.median(rates["minirlhf"]) / statistics.median(rates["trl"])
-        table.append(
-            f"{threads:7d}   {spread(rates['minirlhf']):24s}  {spread(rates['trl']):24s}  "
-            f"{ratio:5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+    counts: list[str] = []
+    busiest = 0.0
+    for work in args.work:
+        for threads in args.threads:
+            results: dict[str, list[dict[str, Any]]] = {side: [] for side in pythons}
+            for repeat in range(args.repeats):
+                for side, python in pythons.items():
+                    result = turn(side, python, work, threads, args)
+                    results[side].append(result)
+                    rows.append(csv_row(side, work, threads, repeat, result, args) | {"command": command})
+                    rate = rows[-1]["episodes_per_second"]
+                    print(f"{work}, {threads} threads, turn {repeat + 1}, {side:8s} {rate:7.1f} episodes/s", flush=True)
+                    if threads == 1:
+                        busiest = max(busiest, sum(result["seconds"]) / sum(result["cpu_seconds"]))
+                check_same_work(work, results["minirlhf"][-1], results["trl"][-1])
+            table.append(f"{work:7s} {threads:7d}   {compare(results['minirlhf'], results['trl'])}")
+        for side in pythons:
+            last = results[side][-1]
+            entered = "  ".join(f"{name} {count:,}" for name, count in sorted(last["tokens"].items()))
+            counts.append(f"{work:7s} {side:9s} {entered}  (answers of {last['new_tokens']:.1f} tokens)")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as stream:
@@ -408,11 +439,14 @@ def main() -> None:
         writer.writerows(rows)
 
     print(f"\nPPO episodes a second, median over turns (least to most); {machine()}")
-    print("threads   minirlhf                  trl                       ratio")
+    print("work    threads   minirlhf                trl                     ratio (least to most of a turn)")
     print("\n".join(table))
-    print("\ntoken positions that entered each model in one PPO step")
-    for side in pythons:
-        print(f"  {side:9s} " + "  ".join(f"{name} {count:,}" for name, count in sorted(result[side]["tokens"].items())))
+    print("\ntoken positions that entered each model in the first PPO step, padding included")
+    print("\n".join(counts))
+    if busiest > 1.1:
+        print(
+            f"\nThe machine was busy: a step waited {busiest - 1:.0%} longer than it computed. Run this on a quiet one."
+        )
 
 
 if __name__ == "__main__":
