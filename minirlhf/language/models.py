@@ -163,10 +163,10 @@ def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, respon
     """Logits that predict the last ``response_length`` tokens: [B, P + T] -> [B, T, V].
 
     Column t of the result was computed from the tokens before response token t: the shift by one is made here,
-    once, for everyone.
+    once, for everyone. The last token predicts nothing that is asked for, so it does not enter the model.
     """
-    out = model(**_inputs(model, tokens, mask), use_cache=False, logits_to_keep=response_length + 1)
-    return out.logits[:, -response_length - 1 : -1]
+    out = model(**_inputs(model, tokens[:, :-1], mask[:, :-1]), use_cache=False, logits_to_keep=response_length)
+    return out.logits[:, -response_length:]
 
 
 def response_logprobs(

@@ -98,8 +98,9 @@ class RLHFConfig:
     """Gradients are clipped to this norm, policy and value apart."""
     adam_eps: float = 1e-5
     """Adam's epsilon."""
-    micro_batch_tokens: int = 8192
-    """Padded tokens a forward pass: memory, not mathematics."""
+    micro_batch_tokens: int = 1024
+    """Padded tokens a forward pass: memory and speed, not mathematics (small groups hold answers of like length and
+    little padding, which is quickest on a CPU; a GPU wants ten times as many)."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatches:
@@ -300,7 +301,7 @@ def _experience(
 def _response_values(value_model: PreTrainedModel, samples: Samples) -> Tensor:
     """V before each response token: [b, T]. The value of column t has seen the tokens before t, as the policy had."""
     length = samples.response_mask.shape[1]
-    values = token_values(value_model, samples.tokens, samples.mask)[:, -length - 1 : -1]
+    values = token_values(value_model, samples.tokens[:, :-1], samples.mask[:, :-1])[:, -length:]
     return torch.where(samples.response_mask, values, 0.0)
 
 
