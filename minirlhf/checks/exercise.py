@@ -195,10 +195,16 @@ class Exercise:
     def _suspect(self, runs: list[tuple[Case, Outcome]], smallest: Case) -> str | None:
         """The sentence of the suspect that agrees with the answer on the smallest failing case and on most others."""
         best, best_count = None, 0
+        runs = sorted(runs, key=lambda item: item[0] is not smallest)
         for sentence, suspect in self.suspects.items():
-            agrees = {id(case): same(got, self.run(suspect, case), case.rtol) for case, got in runs}
-            if agrees[id(smallest)] and sum(agrees.values()) > best_count:
-                best, best_count = sentence, sum(agrees.values())
+            count = 0
+            for case, got in runs:
+                if same(got, self.run(suspect, case), case.rtol):
+                    count += 1
+                elif case is smallest:
+                    break
+            if count > best_count:
+                best, best_count = sentence, count
         return best
 
 
