@@ -176,7 +176,8 @@ class Networks(NamedTuple):
 
 
 def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
-    layer = torch.nn.utils.skip_init(nn.Linear, inputs, outputs)  # draws nothing from the global generator
+    with torch.random.fork_rng(devices=[]):  # torch's own first weights come from the global generator: leave it alone
+        layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

@@ -191,7 +191,8 @@ class Run:
             TrainingError: names the loss, where it happened and what to try.
         """
         for name, loss in losses.items():
-            if not bool(loss.detach().isfinite()):
+            loss = loss.detach()
+            if not bool(loss.isfinite()):
                 raise TrainingError(
                     f"{self.name}: the {name} loss is {float(loss)} in iteration {len(self.history)} "
                     f"({self.env_steps:,} environment steps): lower the learning rate, or look for extreme "

@@ -138,8 +138,8 @@ def trust_region_step(
         "policy/entropy": policy.entropy(old_outputs).mean(),
         "policy/grad_norm": g.norm(),
     }
-    stayed = metrics | {key: torch.tensor(0.0) for key in ("policy/kl", "policy/surrogate_gain", "policy/accepted")}
-    stayed["policy/backtracks"] = torch.tensor(float(config.backtracks))
+    outcome = ("policy/kl", "policy/surrogate_gain", "policy/accepted", "policy/backtracks")
+    stayed = metrics | {key: torch.tensor(0.0) for key in outcome}
     if not bool(g.isfinite().all()) or float(g.norm()) == 0.0:
         return stayed  # a NaN loss is reported by the caller; a zero gradient has nothing to say
 
@@ -166,7 +166,7 @@ def trust_region_step(
                     "policy/backtracks": torch.tensor(float(halvings)),
                 }
         vector_to_parameters(theta_old, parameters)
-    return stayed
+    return stayed | {"policy/backtracks": torch.tensor(float(config.backtracks))}
 
 
 def flat_gradient(y: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> Tensor:

@@ -170,9 +170,7 @@ def test_same_seed_same_bits_and_the_global_generators_are_left_alone():
 
 def test_other_ways_of_resetting_are_refused():
     def same_step(num_envs):
-        return SyncVectorEnv(
-            [lambda: gymnasium.make("CartPole-v1")] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP
-        )
+        return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
     with pytest.raises(UserError, match="reset on the next step"):
         make_envs(same_step, 2)
