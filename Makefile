@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
-NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbval-lax --nbval-current-env notebooks)
+LESSONS := $(sort $(wildcard notebooks/*.ipynb))
+NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
 MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab test fast lint world bench clean
+.PHONY: help setup run lab notebooks test fast lint world bench clean
 
 help:  ## this list
 	@echo "minirlhf: from REINFORCE to InstructGPT"
@@ -32,7 +33,10 @@ run: setup  ## from a folder of text to an aligned model and a report
 	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run $(ARGS)
 
 lab: setup  ## open the lessons in JupyterLab
-	@$(BIN)/jupyter lab $(ARGS) notebooks
+	@$(BIN)/jupyter lab $(ARGS) notebooks/00_map_and_setup.ipynb
+
+notebooks: setup  ## run every lesson in place, from top to bottom
+	@$(BIN)/python notebooks/execute.py $(ARGS)
 
 test: setup lint  ## everything that CI runs: lint, types, layers, tests, lessons
 	@$(BIN)/pytest tests $(MODULES) $(NOTEBOOKS) $(ARGS)

@@ -1,8 +1,8 @@
 """The bug museum, as learners would write it: every bug of lessons 01 to 05 is refused by a check, which names it.
 
 Numbers are the museum's, as in tests/exact/test_bug_museum.py; "-" marks mistakes that are not in it. The code here is
-independent of the suspects in minirlhf/checks, as a learner's is. Museum bugs 8, 15, 16, 18 to 20, 23 and 24 concern language
-models, whose lessons are 06 to 09; 9, 14 and 17 are met here in small.
+independent of the suspects in minirlhf/checks, as a learner's is. Museum bugs 8, 15, 16, 18 to 20, 23 and 24 concern
+language models, whose lessons are 06 to 09; 9, 14 and 17 are met here in small.
 """
 
 from __future__ import annotations
