@@ -13,8 +13,8 @@ The same on both sides:
     target       the first evaluation whose 20 greedy episodes average at least 475
     evaluation   `evaluate` below, one function for both, on gymnasium's native vector CartPole with fixed seeds; after
                  the first iteration (collect, then update) that ends at or past each multiple of 2,048 steps
-    clock        starts after the imports, before environments and networks are made; STANDS STILL during evaluations.
-                 `seconds_with_evaluation` is the same with them
+    clock        starts after the imports (torch's late ones too), before environments and networks are made;
+                 STANDS STILL during evaluations; `seconds_with_evaluation` is the same with them
     threads      one (torch.set_num_threads and OMP_NUM_THREADS): with networks this small a second one slows both
     final        training goes on to the end of the budget; then 20 greedy episodes
 
@@ -22,7 +22,7 @@ What differs: stable-baselines3 runs rl-zoo's tuned settings for CartPole-v1 (SB
 its DummyVecEnv; minirlhf runs the defaults of PPOConfig on the native vector CartPole.
 
 The second table: the same evaluation for every algorithm, each with its defaults, stopped at the target; and PPO on
-Pendulum-v1 with PENDULUM below, where the budget is the time: 20 greedy episodes after the last step.
+Pendulum-v1 with `minirlhf.control.ppo.PENDULUM`, where the budget is the time: 20 greedy episodes after the last step.
 """
 
 from __future__ import annotations
@@ -52,15 +52,6 @@ BUDGET, EVERY, EPISODES, TARGET, EVALUATION_SEED = 100_000, 2_048, 20, 475.0, 10
 # rl-baselines3-zoo, hyperparams/ppo.yml, CartPole-v1; the two rates are lines from these values to 0.
 SB3 = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "ent_coef": 0.0}
 SB3_ENVS, SB3_LR, SB3_CLIP = 8, 1e-3, 0.2
-PENDULUM = {
-    "total_steps": 200_000,
-    "num_envs": 16,
-    "rollout_steps": 128,
-    "epochs": 10,
-    "minibatch_size": 256,
-    "gamma": 0.9,
-    "lr": 1e-3,
-}
 
 
 # --- What both sides share: runs in either environment, so it imports neither minirlhf nor stable-baselines3. ---
@@ -183,7 +174,7 @@ ALGORITHMS = ("reinforce", "baseline", "actor-critic", "a2c", "trpo", "ppo", "pp
 
 def _ours(algorithm: str) -> tuple[Any, Any, str]:
     from minirlhf.control.actor_critic import A2CConfig, ActorCriticConfig, train_a2c, train_actor_critic
-    from minirlhf.control.ppo import PPOConfig, train_ppo
+    from minirlhf.control.ppo import PENDULUM, PPOConfig, train_ppo
     from minirlhf.control.reinforce import (
         BaselineConfig,
         ReinforceConfig,
@@ -199,7 +190,7 @@ def _ours(algorithm: str) -> tuple[Any, Any, str]:
         "a2c": (train_a2c, A2CConfig(total_steps=BUDGET), "CartPole-v1"),
         "trpo": (train_trpo, TRPOConfig(total_steps=BUDGET), "CartPole-v1"),
         "ppo": (train_ppo, PPOConfig(total_steps=BUDGET), "CartPole-v1"),
-        "ppo-pendulum": (train_ppo, PPOConfig(**PENDULUM), "Pendulum-v1"),
+        "ppo-pendulum": (train_ppo, PENDULUM, "Pendulum-v1"),
     }[algorithm]
 
 
@@ -208,6 +199,7 @@ def worker(library: str, algorithm: str, seed: int, stop: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one imports half of torch: before the clock
     versions = f"torch {torch.__version__}, gymnasium {gymnasium.__version__}"
     if library == "stable-baselines3":
         import stable_baselines3
@@ -310,7 +302,7 @@ def all_algorithms(seeds: int, arguments: list[str]) -> None:
         if name == "ppo-pendulum":
             returns = sorted(row["final_return"] for row in part)
             print(
-                f"{name}: {PENDULUM['total_steps']:,} steps, {median(part, 'total_seconds'):.1f} s, final return "
+                f"{name}: {median(part, 'total_steps'):,.0f} steps, {median(part, 'total_seconds'):.1f} s, final "
                 f"{returns[0]:.0f} to {returns[-1]:.0f} (median {statistics.median(returns):.0f})"
             )
             continue

@@ -54,7 +54,7 @@ class PPOConfig(ControlConfig):
     clip_range: float | None = 0.2
     """Ratios are clipped to 1 ± this; None for no clip."""
     anneal_clip: bool = False
-    """Bring clip_range down to 0 along a line over the budget; needs a clip_range."""
+    """Bring clip_range down to 0 (0.001, to be exact) along a line over the budget; needs a clip_range."""
     beta: float = 0.0
     """Coefficient of the penalty KL(old || new)."""
     target_kl: float | None = None
@@ -80,6 +80,10 @@ class PPOConfig(ControlConfig):
         self.refuse(self.target_kl is not None and self.beta == 0, "target_kl steers beta: begin with beta above 0")
         batch = self.num_envs * self.rollout_steps
         self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
+
+
+PENDULUM = PPOConfig(total_steps=150_000, num_envs=16, rollout_steps=128, gamma=0.9)
+"""For Pendulum-v1, a continuous task: near -200 on average, where -1200 is a policy that does nothing useful."""
 
 
 def train_ppo(
@@ -165,12 +169,18 @@ def train_ppo(
                 loss.backward()
                 metrics["policy/grad_norm"] = clip_gradients(run.networks.parameters(), config.max_grad_norm)
                 optimizer.step()
+                if not rows:
+                    # Nothing has moved yet: every ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
+                    ratio_error = ((logprobs.detach() - old_logprobs[index]).exp() - 1).abs().max()
+                    first = {"policy/first_ratio_error": ratio_error}
+                    first |= {f"policy/first_{key}": metrics[f"policy/{key}"] for key in ("approx_kl", "clip_fraction")}
                 rows.append(metrics)
 
         with torch.no_grad():
             kl = float(policy.kl(old_outputs, policy(observations)).mean())
         run.log(
             _summary(rows)
+            | first
             | {
                 "policy/kl": kl,
                 "policy/lr": lr,
@@ -195,12 +205,7 @@ def adapted(beta: float, kl: float, target_kl: float) -> float:
 
 
 def _summary(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over an iteration's minibatches; the first minibatch's also alone, as policy/first_*.
-
-    Nothing has moved yet in the first: its ratios are 1 and nothing is clipped, or a log-prob is wrong somewhere.
-    """
+    """The mean of each metric over an iteration's minibatches; of policy/ratio_max the largest."""
     summary = {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
     summary["policy/ratio_max"] = torch.stack([row["policy/ratio_max"] for row in rows]).max()
-    for name in ("approx_kl", "clip_fraction", "ratio_max"):
-        summary[f"policy/first_{name}"] = rows[0][f"policy/{name}"]
     return summary

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,10 +69,6 @@ class ControlConfig:
     def refuse(self, wrong: bool, message: str) -> None:
         if wrong:
             raise UserError(f"{type(self).__name__}: {message}")
-
-    def describe(self) -> str:
-        """One line of name=value, for tables and captions."""
-        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass
