@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/papers.md")
 
 
 def project() -> dict:
@@ -127,7 +127,19 @@ def test_make_setup_installs_the_same_set():
 def test_ci_runs_make_test():
     run = ROOT / ".ci" / "run"
     assert run.stat().st_mode & 0o111, "not executable"
-    assert "make test" in run.read_text(encoding="utf-8")
+    text = run.read_text(encoding="utf-8")
+    assert text.index("apt-get install") < text.index("make test"), "the test of JupyterLab needs a browser"
+
+
+def test_make_lab_opens_the_first_lesson_and_make_test_runs_them_all():
+    def dry(target: str) -> str:
+        command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), target]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "jupyter lab  notebooks/00_map_and_setup.ipynb" in dry("lab")
+    assert "notebooks/execute.py" in dry("notebooks")
+    lessons = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert f"--nbval-lax --nbval-current-env {' '.join(lessons)}" in dry("test")
 
 
 def test_pages_name_only_commands_that_are_there():
