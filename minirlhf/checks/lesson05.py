@@ -11,6 +11,7 @@ from torch import Tensor
 from minirlhf import losses
 from minirlhf.checks.cases import F64, SIZES, generators, normal, tensor
 from minirlhf.checks.exercise import Case, exercise
+from minirlhf.control import trpo
 from minirlhf.kl import exact_kl, kl_k3
 
 # 5.1 -----------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def _solver_cases() -> list[Case]:
 
 
 def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Conjugate gradient, with one mistake planted; without one, the reference."""
+    """Exercise 5.2 with one mistake planted."""
     x, residual = torch.zeros_like(b), b.clone()
     if bug == "starts at b":
         x, residual = b.clone(), b - matvec(b)
@@ -152,7 +153,7 @@ def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterati
 )
 def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """Solve F x = b, F symmetric and positive, from x = 0: matvec(v) [P] is F v [P], b is [P]; gives x [P]."""
-    return _solve_with("", matvec, b, iterations)
+    return trpo.conjugate_gradient(matvec, b, iterations, tolerance=1e-20)
 
 
 # 5.3 -----------------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def _fisher_cases() -> list[Case]:
 
 
 def _fisher_with(bug: str, policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
-    """The Fisher-vector product, with one mistake planted; without one, the reference."""
+    """Exercise 5.3 with one mistake planted."""
     theta = theta.detach().clone().requires_grad_()
     logits = policy(theta)
     kl = exact_kl(logits.detach(), logits)
@@ -239,7 +240,9 @@ def _outer(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) ->
 )
 def fisher_vector_product(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
     """F v, F the Hessian of the mean KL over states: policy(theta [P]) gives logits [N, A]; vector, result are [P]."""
-    return _fisher_with("", policy, theta, vector)
+    theta = theta.detach().clone().requires_grad_()
+    logits = policy(theta)
+    return trpo.fisher_product(lambda: exact_kl(logits.detach(), logits).mean(), [theta], damping=0.0)(vector)
 
 
 # 5.4 -----------------------------------------------------------------------------------------------------------------
