@@ -10,7 +10,7 @@ One-step actor-critic (Sutton & Barto, section 13.5, page 332), at each step of 
 `train_actor_critic` does this to the letter, in N environments at once: the N gradients are averaged and taken by Adam.
 
 A2C (Mnih et al. 2016, the synchronous form) waits for T steps and uses a longer look ahead: n steps, or GAE(lambda)
-(Schulman et al. 2016). `train_a2c` is PPO with one epoch, one minibatch and nothing to clip.
+(Schulman et al. 2016). With `value_updates=1`, `train_a2c` is PPO with one epoch, one minibatch and nothing to clip.
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ class A2CConfig(ControlConfig):
 
     num_envs: int = 16
     """N, environments played at once."""
-    rollout_steps: int = 16
+    rollout_steps: int = 32
     """T, columns played before each update."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Learning rate of the policy."""
     value_lr: float = 3e-3
     """Learning rate of the value network."""
+    value_updates: int = 10
+    """Gradient steps of the value network on each batch (1 in Mnih et al.)."""
     lam: float | None = 0.95
     """GAE's lambda; None where `n_step` is given."""
     n_step: int | None = None
@@ -75,7 +77,7 @@ class A2CConfig(ControlConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above(0, "lr", "value_lr")
-        self.at_least(1, "rollout_steps", "n_step")
+        self.at_least(1, "rollout_steps", "n_step", "value_updates")
         self.at_least(0, "entropy_coef", "lam")
         self.refuse((self.lam is None) == (self.n_step is None), "give either lam or n_step, and None for the other")
         self.refuse(self.lam is not None and self.lam > 1, f"lam must lie in [0, 1], not {self.lam}")
@@ -185,16 +187,19 @@ def train_a2c(
         entropy = masked_mean(entropy, batch.mask)
         weights = whiten(advantages, batch.mask) if config.normalize_advantages else advantages
         loss = policy_gradient_loss(logprobs, weights, batch.mask) - config.entropy_coef * entropy
-        error = value_loss(values(batch.observations), returns, batch.mask)
-        run.check_finite(policy=loss, value=error)
-
+        run.check_finite(policy=loss)
         optimizer.zero_grad()
-        value_optimizer.zero_grad()
-        (loss + error).backward()  # the two share no parameter, so each gets its own gradient
+        loss.backward()
         grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-        value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
         optimizer.step()
-        value_optimizer.step()
+
+        for _ in range(config.value_updates):
+            error = value_loss(values(batch.observations), returns, batch.mask)
+            run.check_finite(value=error)
+            value_optimizer.zero_grad()
+            error.backward()
+            value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
+            value_optimizer.step()
 
         run.log(
             {

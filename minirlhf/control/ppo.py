@@ -39,7 +39,9 @@ from minirlhf.training import generator_for, set_learning_rate
 class PPOConfig(ControlConfig):
     """PPO; an iteration is `num_envs` actors (N) times `rollout_steps` (T)."""
 
-    rollout_steps: int = 64
+    num_envs: int = 16
+    """N, environments played at once (the paper's actors)."""
+    rollout_steps: int = 128
     """T, columns played before each optimization."""
     epochs: int = 10
     """K, passes over them."""
@@ -82,7 +84,7 @@ class PPOConfig(ControlConfig):
         self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
 
 
-PENDULUM = PPOConfig(total_steps=150_000, num_envs=16, rollout_steps=128, gamma=0.9)
+PENDULUM = PPOConfig(total_steps=150_000, gamma=0.9)
 """For Pendulum-v1, a continuous task: near -200 on average, where -1200 is a policy that does nothing useful."""
 
 

@@ -31,7 +31,7 @@ class ControlConfig:
     total_steps: int = 100_000
     """The budget: steps of all environments together; the iteration that reaches it is the last."""
     num_envs: int = 8
-    """N, environments played at once (PPO's actors)."""
+    """N, environments played at once."""
     gamma: float = 0.99
     """Discount of a reward one step later."""
     max_grad_norm: float = 0.5

@@ -27,7 +27,7 @@ LEARNERS = {
     "reinforce": (train_reinforce, ReinforceConfig(**COMMON, total_steps=100)),
     "baseline": (train_reinforce_with_baseline, BaselineConfig(**COMMON, total_steps=100, value_updates=2)),
     "actor-critic": (train_actor_critic, ActorCriticConfig(**COMMON, total_steps=200)),
-    "a2c": (train_a2c, A2CConfig(**BATCH)),
+    "a2c": (train_a2c, A2CConfig(**BATCH, value_updates=2)),
     "trpo": (train_trpo, TRPOConfig(**BATCH, value_updates=2)),
     "ppo": (train_ppo, PPOConfig(**BATCH, epochs=3, minibatch_size=16)),
 }
@@ -276,7 +276,7 @@ def test_ppo_with_one_epoch_one_minibatch_and_no_clip_follows_the_policy_gradien
         "CartPole-v1",
         PPOConfig(**common, epochs=1, minibatch_size=128, clip_range=None, value_coef=1.0, lr=1e-3, anneal_lr=False),
     )
-    a2c = train_a2c("CartPole-v1", A2CConfig(**common, lr=1e-3, value_lr=1e-3))
+    a2c = train_a2c("CartPole-v1", A2CConfig(**common, lr=1e-3, value_lr=1e-3, value_updates=1))
     assert len(ppo.history) == 1 == len(a2c.history)
     torch.testing.assert_close(weights(ppo), weights(a2c), rtol=1e-4, atol=1e-6)
 
