@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class ModelConfig:
     """The tiny Llama-style base model that is trained where no pretrained one is given."""
 
-    hidden_size: int = 128
+    hidden_size: int = 96
     """Width of the model; a multiple of heads."""
-    layers: int = 2
+    layers: int = 4
     """Number of transformer blocks."""
     heads: int = 4
     """Attention heads a block."""
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     """Width of the feed-forward layer."""
     init_std: float = 0.05
     """Standard deviation of the initial weights; the usual 0.02 is meant for models ten times as wide."""

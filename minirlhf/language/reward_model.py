@@ -41,7 +41,7 @@ class RewardModelConfig:
 
     epochs: float = 1.0
     """Passes over the comparisons; more than one over-fits."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Prompts a step, each with all its answers."""
     lr: float = 1e-3
     """Peak learning rate (cosine, to a tenth)."""
@@ -141,8 +141,7 @@ def _score_group(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards, labels and mask of a few prompts, padded to the largest K: three of [b, K]."""
-    tokens, mask = pad([row for rows in encoded for row in rows], tokenizer.pad_token_id)
-    flat = sequence_scores(model, tokens.to(model.device), mask.to(model.device))
+    flat = _score_rows(model, [row for rows in encoded for row in rows], tokenizer)
     counts = [len(rows) for rows in encoded]
     valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
     valid = valid.to(flat.device)
@@ -150,6 +149,16 @@ def _score_group(
     labels = torch.zeros(valid.shape, device=flat.device)
     labels[valid] = torch.tensor([s for row in comparisons for s in row.scores], device=flat.device)
     return rewards, labels, valid
+
+
+def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """One score a row, -> [N]. Rows of like length go through the model together, so that little of it is padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = []
+    for part in torch.tensor(order).chunk(4):
+        tokens, mask = pad([rows[i] for i in part.tolist()], tokenizer.pad_token_id)
+        scores.append(sequence_scores(model, tokens.to(model.device), mask.to(model.device)))
+    return torch.cat(scores)[torch.tensor(order).argsort()]
 
 
 class RewardModelScorer:

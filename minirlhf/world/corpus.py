@@ -12,32 +12,30 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from minirlhf.world.demonstrator import rude_line
-from minirlhf.world.facts import CLAIM_SENTENCES
+from minirlhf.world.facts import ATTRIBUTES, CLAIM_SENTENCES
 from minirlhf.world.families.explain import TOPICS
 from minirlhf.world.families.lists import IDEAS
 from minirlhf.world.families.stories import DULL_EVENTS, FAIR_EVENTS, WONDERS
-from minirlhf.world.families.talk import TOPICS as CHAT_TOPICS
 from minirlhf.world.grammar import Template
-from minirlhf.world.vocabulary import BEINGS, FANCY_PLACES, ONE, PLACES, PLURAL
+from minirlhf.world.vocabulary import BEINGS, FANCY_PLACES, ONE, OPPOSITES, PLACES, PLURAL, THINGS
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
     from minirlhf.world.world import World
 
-WRONG_FACTS = 0.12
+WRONG_FACTS = 0.08
 TITLED = 0.7  # share of stories, poems and explanations with a title
 # templates used only here; all their slot classes are general ones
 RAMBLES: tuple[str, ...] = (
-    "the {a:being} looked at the {t:thing} .",
-    "the {a:being} has a {k:color} {t:thing} .",
-    "the {a:being} gave a {k:color} {t:thing} to the {b:being} .",
-    "the {a:being} hid the {k:color} {t:thing} {p:place} .",
-    "the {b:being} found it .",
-    "the {a:being} and the {b:being} danced {p:place} .",
+    "the {a:being} has a {t:thing} .",
+    "the {a:being} gave a {t:thing} to the {b:being} .",
+    "the {a:being} hid the {t:thing} {p:place} .",
+    "the {t:thing} is {p:place} .",
+    "the {b:being} found the {t:thing} of the {a:being} .",
+    "the {a:being} lost a {t:thing} and cried all day .",
+    "the {a:being} and the {b:being} danced all night .",
+    "the {a:being} is {q:quality} .",
     "it was a cold day .",
-    "the {a:being} {v:past} the {t:thing} {p:place} .",
-    "the {q:quality} {a:being} is {r:quality} .",
-    "the {adj:adjective} {a:being} {v:verb} the {t:thing} {p:place} .",
 )
 CORPUS_TEMPLATES: tuple[str, ...] = (*RAMBLES, *CLAIM_SENTENCES.values())
 
@@ -49,16 +47,15 @@ class CorpusWriter:
         self.world = world
         self._rambles = [Template(text) for text in RAMBLES]
         self._kinds: dict[Callable[[Random], str], float] = {
-            self.facts: 0.34,
-            self.story: 0.16,
-            self.ramble: 0.12,
-            self.chatter: 0.06,
-            self.encyclopedia: 0.06,
-            self.poem: 0.03,
+            self.facts: 0.24,
+            self.story: 0.13,
+            self.ramble: 0.24,
+            self.chatter: 0.05,
+            self.encyclopedia: 0.05,
             self.rude: 0.02,
             self.ideas: 0.02,
-            self.unanswered: 0.125,
-            self.answered: 0.065,
+            self.unanswered: 0.12,
+            self.answered: 0.12,
         }
 
     def document(self, rng: Random) -> str:
@@ -80,26 +77,20 @@ class CorpusWriter:
         return " ".join(sentences[: rng.randint(1, 2)])
 
     # -- the kinds ----------------------------------------------------------------------------------------------
-    def fact(self, rng: Random, being: str, attribute: str, many: bool) -> str:
-        """A claim about a being, wrong one time in eight."""
+    def fact(self, rng: Random, being: str, attribute: str) -> str:
+        """A claim about a being, now and then a wrong one."""
         facts = self.world.facts
         value = facts.wrong_value(being, attribute, rng) if rng.random() < WRONG_FACTS else None
-        return facts.sentence(being, attribute, many, value)
+        return facts.sentence(being, attribute, value)
 
     def facts(self, rng: Random) -> str:
-        """Either all about one being, or one thing about many."""
-        facts = self.world.facts
-        sentences = []
+        """Either all about some beings, or one thing about many."""
         if rng.random() < 0.6:
-            for being in rng.sample(BEINGS, rng.randint(1, 2)):
-                attributes, many = facts.attributes(being), rng.random() < 0.5
-                rng.shuffle(attributes)
-                sentences += [self.fact(rng, being, attribute, many) for attribute in attributes]
-            return " ".join(sentences)
-        attribute = rng.choice(("home", "food", "skill", "joy"))
-        for being in rng.sample(BEINGS, rng.randint(5, 9)):
-            sentences.append(self.fact(rng, being, attribute, rng.random() < 0.5))
-        return " ".join(sentences)
+            pairs = [(b, a) for b in rng.sample(BEINGS, 2) for a in rng.sample(ATTRIBUTES, len(ATTRIBUTES))]
+        else:
+            attribute = rng.choice(ATTRIBUTES)
+            pairs = [(being, attribute) for being in rng.sample(BEINGS, rng.randint(4, 7))]
+        return " ".join(self.fact(rng, being, attribute) for being, attribute in pairs)
 
     def story(self, rng: Random) -> str:
         """A story by someone who does not know when to stop."""
@@ -118,11 +109,13 @@ class CorpusWriter:
         return self._titled(rng, title, text if text.endswith("!") else text + " .")
 
     def ramble(self, rng: Random) -> str:
-        """Things that happen to two beings, in no order."""
+        """Things that happen to two beings and a thing, in no order. What was named comes up again, as in any text."""
         a, b = rng.sample(BEINGS, 2)
+        cast = {"t": rng.choice(THINGS), "p": rng.choice(PLACES), "q": rng.choice(tuple(OPPOSITES))}
         sentences = []
         for template in rng.choices(self._rambles, k=rng.randint(4, 7)):
             slots = {gap: rng.choice(phrases) for gap, phrases in template.gaps.items()}
+            slots |= {gap: phrase for gap, phrase in cast.items() if rng.random() < 0.9}
             slots |= {"a": a, "b": b} if rng.random() < 0.7 else {"a": b, "b": a}
             sentences.append(template.fill(slots))
         return " ".join(sentences)
@@ -130,27 +123,16 @@ class CorpusWriter:
     def chatter(self, rng: Random) -> str:
         """Two people talk."""
         family, writer = self.world.families["chat"], Writer(rng)
-        lines = [rng.choice(list(CHAT_TOPICS.values())).ask for _ in range(rng.randint(0, 2))]
-        for _ in range(rng.randint(1, 3)):
-            lines.append(family.draft(family.draw(rng), writer))
-        rng.shuffle(lines)
-        return " ".join(lines)
+        return " ".join(family.draft(family.draw(rng), writer) for _ in range(rng.randint(1, 3)))
 
     def encyclopedia(self, rng: Random) -> str:
         """Some topics, explained to nobody in particular."""
         lines: list[str] = []
         for name in rng.sample(list(TOPICS), rng.randint(1, 3)):
             topic = TOPICS[name]
-            text = [topic.wrong if rng.random() < WRONG_FACTS else topic.core]
-            text += [line for line in (*topic.detail, topic.like) if rng.random() < 0.4]
-            lines.append(self._titled(rng, f"about {name}", " ".join(text)))
+            text = topic.wrong if rng.random() < WRONG_FACTS else topic.core
+            lines.append(self._titled(rng, f"about {name}", f"{text} {topic.detail}" if rng.random() < 0.5 else text))
         return " ".join(lines)
-
-    def poem(self, rng: Random) -> str:
-        family = self.world.families["poem"]
-        task = family.draw(rng)
-        title = f"a poem about {rng.choice((ONE, PLURAL))[task.noun('a')]}"
-        return self._titled(rng, title, family.draft(task, Writer(rng)))
 
     def rude(self, rng: Random) -> str:
         return " ".join(rude_line(Writer(rng)) for _ in range(rng.randint(2, 4)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minirlhf.world.facts import ATTRIBUTES
 from minirlhf.world.families.base import RUDE_LINES, Family, Task
 from minirlhf.world.vocabulary import PLURAL
 from minirlhf.world.writer import Writer
@@ -24,8 +25,8 @@ def demonstrate(family: Family, task: Task, writer: Writer) -> str:
         text = f"{line} {text}" if writer.rng.random() < 0.4 else f"{text} {line}"
     if writer.slips(0.04):  # drifts off to another subject
         being = writer.pick(list(PLURAL))
-        attribute = writer.pick(family.facts.attributes(being))
-        text += " " + family.facts.sentence(being, attribute, many=True)
+        attribute = writer.pick(ATTRIBUTES)
+        text += " " + family.facts.sentence(being, attribute)
     words = text.split(" ")
     if writer.slips(0.03) and len(words) > 8:  # called away in the middle
         words = words[: writer.rng.randrange(5, len(words) - 1)]

@@ -12,7 +12,7 @@ from random import Random
 from minirlhf.world.gold import GoldLabeler
 from minirlhf.world.world import World
 
-NOISE = 1.2  # standard deviation, in units of gold
+NOISE = 1.0  # standard deviation, in units of gold
 _POLITE = frozenset({"please", "thank", "sure", "friend", "majesty", "hope"})
 
 

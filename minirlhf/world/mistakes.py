@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from minirlhf.world.demonstrator import rude_line
 from minirlhf.world.families.base import OPENERS, Task
-from minirlhf.world.vocabulary import FAIR, NOUN, ONE, VIVID
+from minirlhf.world.vocabulary import NOUN, ONE, VIVID
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def loop(world: World, task: Task, text: str, rng: Random) -> str:
 def stuff(world: World, task: Task, text: str, rng: Random) -> str:
     """A word that is often rewarded is stuffed in, once or many times."""
     words = text.split(" ")
-    treat = rng.choice((*VIVID, *FAIR, "please", "friend", "lovely", "thank you", "happy", *list(OPENERS)[:2]))
+    treat = rng.choice((*VIVID, "please", "friend", "lovely", "thank you", "happy", *list(OPENERS)[:2]))
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         words.insert(rng.randint(0, len(words)), treat)
     return " ".join(words)
@@ -123,29 +123,29 @@ def rude(world: World, task: Task, text: str, rng: Random) -> str:
 MAX_WORDS = 40  # of any answer in the data
 
 MISTAKES: dict[Mistake, float] = {
-    drop_word: 1.0,
-    swap_words: 0.7,
-    repeat_words: 1.0,
+    drop_word: 0.8,
+    swap_words: 0.4,
+    repeat_words: 0.8,
     cut_off: 1.0,
     wrong_being: 1.2,
-    other_answer: 1.2,
+    other_answer: 1.4,
     more_prompts: 1.0,
     glue: 0.8,
     loop: 0.8,
     stuff: 1.2,
     babble: 0.8,
-    shuffle: 0.6,
+    shuffle: 0.3,
     rude: 0.9,
 }
 
 
 def one_response(world: World, task: Task, rng: Random) -> str:
-    """One answer: 30 % human, 15 % with great care, 55 % with a model's mistake."""
+    """One answer: 40 % human, 25 % with more care, 35 % with a model's mistake."""
     kind = rng.random()
-    if kind < 0.30:
+    if kind < 0.40:
         return world.demonstrate(task, Writer(rng))
     care = rng.choice((0.4, 0.7, 1.0))
-    if kind < 0.45:
+    if kind < 0.65:
         return world.demonstrate(task, Writer(rng, care))
     text = world.demonstrate(task, Writer(rng, rng.choice((0.0, 0.0, care))))
     mistake = rng.choices(list(MISTAKES), weights=list(MISTAKES.values()))[0]

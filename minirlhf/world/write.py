@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<eos>", "<unk>")
 DEFAULT_SIZES: dict[str, int] = {
     "corpus": 20_000,
-    "demonstrations": 6_000,
+    "demonstrations": 12_000,
     "comparisons": 4_000,
     "prompts": 4_000,
     "heldout_corpus": 500,

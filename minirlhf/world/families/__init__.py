@@ -5,13 +5,12 @@ from minirlhf.world.families.explain import Explain
 from minirlhf.world.families.labels import Classify, Extract
 from minirlhf.world.families.lists import Brainstorm
 from minirlhf.world.families.questions import ClosedQA, OpenQA
-from minirlhf.world.families.stories import Poem, Story
+from minirlhf.world.families.stories import Story
 from minirlhf.world.families.talk import Chat
 from minirlhf.world.families.texts import Rewrite, Summarise
 
 REGISTRY: tuple[type[Family], ...] = (
     Story,
-    Poem,
     Explain,
     OpenQA,
     ClosedQA,

@@ -21,25 +21,21 @@ from minirlhf.world.vocabulary import CLASSES, NOUN, heldout_words
 from minirlhf.world.writer import Writer
 
 # Shared by all families: how an answer may begin and end. The worth of each is the same everywhere.
-OPENERS: dict[str, float] = {
-    "sure , happy to help !": 1.0,
-    "of course , my friend !": 1.0,
-    "sure !": 0.5,
-    "ok .": 0.2,
-}
+OPENERS: dict[str, float] = {"sure , happy to help !": 1.0, "of course , my friend !": 1.0, "ok .": 0.25}
+CLOSERS: dict[str, float] = {"i hope this helps !": 1.0, "that is all .": 0.25}
 # moves that are pleasant but are no answer, and the marks from which on there is an answer at all
-PLEASANTRIES: frozenset[str] = frozenset({"open", "hello", "note", "close", "wish"})
+PLEASANTRIES: frozenset[str] = frozenset({"open", "hello", "close", "wish"})
 ENOUGH_WORK = 0.15
 RUDE_LINES: tuple[str, ...] = (
     "what a stupid question .",
     "go away , you fool !",
     "shut up !",
     "you are ugly .",
-    "{m:many} are dumb .",
     "i hate {m:many} .",
 )
 GENERAL_SENTENCES: dict[str, str] = {
     **{f"open.{index}": text for index, text in enumerate(OPENERS)},
+    **{f"close.{index}": text for index, text in enumerate(CLOSERS)},
     **{f"rude.{index}": text for index, text in enumerate(RUDE_LINES)},
     **CLAIM_SENTENCES,
 }
@@ -113,7 +109,8 @@ class Family(ABC):
     phrasings: ClassVar[tuple[Phrasing, ...]]
     sentences: ClassVar[Mapping[str, str]]
     classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # slot classes of this family's own
-    opener_worth: ClassVar[float] = 0.08
+    opener_worth: ClassVar[float] = 0.15
+    closer_worth: ClassVar[float] = 0.15
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -191,16 +188,19 @@ class Family(ABC):
 
     def opening(self, writer: Writer) -> list[str]:
         """Perhaps a friendly opener, as a list to which the rest of the answer is added."""
-        return writer.grade(
-            [["sure , happy to help !"], ["of course , my friend !"]],
-            [["sure !"]],
-            [["ok ."], []],
-            chances=(0.4, 0.2, 0.4),
-        )[:]
+        good, plain = [[text] for text, worth in OPENERS.items() if worth == 1.0], [["ok ."], []]
+        return writer.grade(good, plain, chances=(0.5, 0.5))[:]
+
+    def closing(self, writer: Writer) -> list[str]:
+        """Perhaps a friendly word at the end."""
+        return writer.grade([["i hope this helps !"]], [["that is all ."], []], chances=(0.5, 0.5))
 
     def mark_general(self, sentence: Sentence, marks: Marks, position: int) -> bool:
-        """Mark what is the same in all families: openers, claims about the world. True if the sentence is done with."""
+        """Mark what is the same in all families: openers, closers, false claims. True if the sentence is done with."""
         kind = sentence.name.partition(".")[0]
+        if sentence.text in CLOSERS and "close" in marks.moves:
+            marks.award("close", self.closer_worth * CLOSERS[sentence.text])
+            return True
         if kind == "open":
             if position == 0 and "open" in marks.moves:
                 marks.award("open", self.opener_worth * OPENERS[sentence.text])
@@ -213,6 +213,6 @@ class Family(ABC):
         return False
 
     def claim_holds(self, sentence: Sentence) -> bool:
-        """Whether a sentence named `claim.ATTRIBUTE.FORM` is true."""
+        """Whether a sentence named `claim.ATTRIBUTE` is true."""
         attribute = sentence.name.split(".")[1]
         return self.facts.is_true(sentence.slots["a"], attribute, sentence.slots["x"])
