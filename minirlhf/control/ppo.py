@@ -45,9 +45,9 @@ class PPOConfig(ControlConfig):
     """T, columns played before each optimization."""
     epochs: int = 10
     """K, passes over them."""
-    minibatch_size: int = 256
+    minibatch_size: int = 512
     """M, steps in each gradient, at most (an epoch is cut into equal parts)."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate of policy and value network."""
     anneal_lr: bool = True
     """Bring the learning rate down to 0 along a line over the budget."""
@@ -84,7 +84,7 @@ class PPOConfig(ControlConfig):
         self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
 
 
-PENDULUM = PPOConfig(total_steps=150_000, gamma=0.9)
+PENDULUM = PPOConfig(total_steps=150_000, gamma=0.9, minibatch_size=256)
 """For Pendulum-v1, a continuous task: near -200 on average, where -1200 is a policy that does nothing useful."""
 
 
@@ -109,7 +109,8 @@ def train_ppo(
         "ppo", env, config, seed=seed, networks=networks, shared=config.shared, progress=progress, callback=callback
     )
     policy, values = run.networks
-    optimizer = adam(run.networks.parameters(), config.lr, config.adam_eps)
+    parameters = list(run.networks.parameters())
+    optimizer = adam(parameters, config.lr, config.adam_eps)
     shuffle = generator_for(seed, "control/minibatches")
     beta = config.beta
 
@@ -169,7 +170,7 @@ def train_ppo(
                 run.check_finite(ppo=loss)
                 optimizer.zero_grad()
                 loss.backward()
-                metrics["policy/grad_norm"] = clip_gradients(run.networks.parameters(), config.max_grad_norm)
+                metrics["policy/grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
                 optimizer.step()
                 if not rows:
                     # Nothing has moved yet: every ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.

@@ -11,7 +11,7 @@ return run.result()
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -224,11 +224,11 @@ class Run:
         )
 
 
-def adam(parameters: Iterator[torch.nn.Parameter], lr: float, eps: float) -> torch.optim.Adam:
+def adam(parameters: Iterable[torch.nn.Parameter], lr: float, eps: float) -> torch.optim.Adam:
     """Adam with all parameters updated by one fused call: with networks this small, calls are what costs."""
     return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)
 
 
-def clip_gradients(parameters: Iterator[torch.nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to a common norm of at most `max_norm`; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
