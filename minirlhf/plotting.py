@@ -15,7 +15,7 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,15 @@ COLOURS = {
 }
 NAMES = {"base": "base", "sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 DASHES = {"ppo_ptx": (0, (5, 1.6))}
+LEARNERS = {
+    "reinforce": ("REINFORCE", "#0072b2"),
+    "baseline": ("with a baseline", "#008a63"),
+    "actor_critic": ("actor-critic", "#b0568c"),
+    "a2c": ("A2C", "#8a6600"),
+    "trpo": ("TRPO", "#5e4fa2"),
+    "ppo": ("PPO", "#d55e00"),
+}
+"""Name and colour of each method of lessons 01 to 05."""
 INK, QUIET, GRID, PAPER, HEALTHY_COLOUR = "#20242c", "#5a626e", "#dfe2e7", "#fffefd", "#24763f"
 
 STYLE: Any = {  # Any: matplotlib's own type lists every key and changes with its version
@@ -159,6 +168,87 @@ def curve(
     if band is not None:
         axes.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
     axes.plot(x, y, color=colour, linestyle=DASHES.get(who, "-"), label=label or NAMES.get(who, who))
+
+
+class Evaluated(Protocol):
+    """A point of a learning curve, such as `minirlhf.control.evaluation.Evaluation`."""
+
+    @property
+    def env_steps(self) -> int: ...
+    @property
+    def mean_return(self) -> float: ...
+
+
+class LearningCurve(NamedTuple):
+    """What several seeds say together, at environment steps that all of them cover: four arrays of one length."""
+
+    env_steps: Any
+    mean: Any
+    low: Any
+    high: Any
+
+
+def learning_curves(
+    axes: Axes,
+    seeds: Sequence[Sequence[Evaluated]],
+    who: str,
+    *,
+    label: str | None = None,
+    highest: float = 500.0,
+    solved: float | None = 475.0,
+) -> LearningCurve:
+    """The learning curves of one method: a thin line a seed, their mean, and a band from the lowest to the highest.
+
+    Seeds are evaluated at steps of their own (an episode ends when it ends), so the mean is taken of the straight lines
+    between points, where all seeds have one. The axes are those of lessons 01 to 05 (CartPole-v1): the same in every
+    figure, whoever draws.
+
+    Args:
+        axes: where to draw; several methods may share it.
+        seeds: the evaluations of each seed, `[run.evaluations for run in run_seeds(...)]`.
+        who: a key of LEARNERS, or any colour.
+        label: for the legend; left out: the method's name.
+        highest: the best return there is, the top of the axis.
+        solved: the return at which the task counts as solved, a dashed line; None for no line.
+
+    Returns:
+        The mean and the band as they are drawn.
+
+    Raises:
+        ValueError: no seed, or one that was never evaluated.
+
+    Example:
+        >>> from minirlhf.control.evaluation import Evaluation
+        >>> seeds = [[Evaluation(0, 0, 20), Evaluation(100, 1, 40)], [Evaluation(0, 0, 30), Evaluation(50, 1, 90)]]
+        >>> _, axes = panels()
+        >>> curve = learning_curves(axes, seeds, "reinforce")
+        >>> float(curve.env_steps[-1]), float(curve.mean[-1])  # one seed's last point is at 50
+        (50.0, 60.0)
+    """
+    import numpy as np
+
+    if not seeds or not all(seeds):
+        raise ValueError("learning_curves needs at least one seed, and at least one evaluation of each")
+    name, colour = LEARNERS.get(who, (who, who))
+    points = [([row.env_steps for row in rows], [row.mean_return for row in rows]) for rows in seeds]
+    start, end = max(steps[0] for steps, _ in points), min(steps[-1] for steps, _ in points)
+    if end < start:
+        raise ValueError("no environment step is covered by all seeds: evaluate them more often, or train on")
+    grid = np.linspace(start, end, 200)
+    table = np.stack([np.interp(grid, *point) for point in points])
+    mean, low, high = table.mean(0), table.min(0), table.max(0)
+
+    if not axes.get_xlabel():  # the frame, once
+        label_axes(axes, "environment steps", "mean return of 20 greedy episodes")
+        axes.set_ylim(0, 1.04 * highest)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if solved is not None:
+            level(axes, solved, f"solved: {solved:g}", above=False)
+    for steps, returns in points:
+        axes.plot(steps, returns, color=colour, linewidth=0.7, alpha=0.4)
+    axes.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.plot(grid, mean, color=colour, linewidth=2.2, label=label or name)
+    return LearningCurve(grid, mean, low, high)
 
 
 def healthy_range(axes: Axes, metric: str, start: float | None = None) -> Range | None:
