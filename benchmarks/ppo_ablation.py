@@ -1,0 +1,219 @@
+"""Which of PPO's details matter, and what its mistakes look like: the long runs of lesson 05.
+
+    .venv/bin/python benchmarks/ppo_ablation.py                  both tables; about 25 minutes with two processes
+    .venv/bin/python benchmarks/ppo_ablation.py --only details
+    .venv/bin/python benchmarks/ppo_ablation.py --only bugs
+
+details -> data/results/ppo_ablation.csv: PPO as shipped, and with one detail changed at a time (DETAILS below), 5 seeds
+on CartPole-v1 and 3 on Pendulum-v1. One row a run:
+
+    mean_return   of all evaluations (20 greedy episodes each, on a schedule): high for what learns early and keeps it
+    final_return  of the last three evaluations
+    solved_at     environment steps at the first evaluation of at least 475 (CartPole-v1; empty if never)
+    policy_kl, clip_fraction   means over all updates
+
+bugs -> data/results/failure_lab.csv: every run of `minirlhf.checks.failure_lab`, and PPO as shipped ("healthy"), on
+CartPole-v1; one row an update, with the metrics that lesson 05 draws.
+
+Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
+machine; another processor rounds differently, and single runs come out differently there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data" / "results"
+Row = dict[str, Any]
+
+BUDGET = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000}
+SEEDS = {"CartPole-v1": range(5), "Pendulum-v1": range(3)}
+EVERY = {"CartPole-v1": 2_048, "Pendulum-v1": 4_096}
+LAST = 3
+"""Evaluations that final_return averages."""
+
+# One detail at a time: a name, and what it changes in the config; what is no setting has a function further down.
+DETAILS: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "advantages not normalized": {"normalize_advantages": False},
+    "lambda 1 (Monte Carlo)": {"lam": 1.0},
+    "lambda 0 (one step)": {"lam": 0.0},
+    "no clip": {"clip_range": None},
+    "no clip, adaptive KL penalty": {"clip_range": None, "beta": 1.0, "target_kl": 0.01},
+    "1 epoch": {"epochs": 1},
+    "30 epochs": {"epochs": 30},
+    "30 epochs, no clip": {"epochs": 30, "clip_range": None},
+    "one minibatch: the batch": {"minibatch_size": 2_048},
+    "learning rate 3e-4": {"lr": 3e-4},
+    "learning rate not annealed": {"anneal_lr": False},
+    "value clip 0.2": {"value_clip_range": 0.2},
+    "entropy bonus 0.01": {"entropy_coef": 0.01},
+    "no gradient clip": {"max_grad_norm": float("inf")},
+    "Adam epsilon 1e-8": {"adam_eps": 1e-8},
+    "ReLU": {"activation": "relu"},
+    "shared trunk": {"shared": True},
+    "PyTorch's own start": {},
+    "policy head started at 1": {},
+    "truncation as termination": {},
+}
+
+FAILURE_METRICS = (
+    "policy/approx_kl",
+    "policy/clip_fraction",
+    "policy/entropy",
+    "value/explained_variance",
+    "value/loss",
+)
+
+
+def start_as_pytorch(networks: Any, seed: int) -> None:
+    """nn.Linear's own first weights in place of orthogonal ones."""
+    import torch
+
+    torch.manual_seed(seed)
+    for module in torch.nn.ModuleList(networks).modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+
+
+def start_head_at_one(networks: Any, seed: int) -> None:
+    """The policy's head with gain 1 in place of 0.01: actions are unequal from the start."""
+    networks.policy.head.weight.data.mul_(100)
+
+
+STARTS: dict[str, Callable[[Any, int], None]] = {
+    "PyTorch's own start": start_as_pytorch,
+    "policy head started at 1": start_head_at_one,
+}
+
+
+def _trained(env: str, seed: int, detail: str = "as shipped", letter: str | None = None) -> tuple[Any, Any]:
+    import torch
+
+    from minirlhf.checks import failure_lab
+    from minirlhf.control.evaluation import Evaluator
+    from minirlhf.control.policies import make_networks
+    from minirlhf.control.ppo import PENDULUM, PPOConfig, train_ppo
+
+    torch.set_num_threads(1)
+    shipped = {"CartPole-v1": PPOConfig(), "Pendulum-v1": PENDULUM}[env]
+    config = replace(shipped, total_steps=BUDGET[env], **DETAILS[detail])
+    evaluator = Evaluator(env, every=EVERY[env])
+    options: dict[str, Any] = {"seed": seed, "callback": evaluator}
+    if letter is not None:
+        return failure_lab.train(letter, env, config, **options), evaluator
+    if detail in STARTS:
+        networks = make_networks(env, config.hidden, activation=config.activation, shared=config.shared, seed=seed)
+        STARTS[detail](networks, seed)
+        options["networks"] = networks
+    instead = {"gae": failure_lab.truncation_as_termination} if detail == "truncation as termination" else {}
+    with failure_lab.planted(instead):
+        return train_ppo(env, config, **options), evaluator
+
+
+def detail_run(job: tuple[str, str, int]) -> list[Row]:
+    env, detail, seed = job
+    result, evaluator = _trained(env, seed, detail)
+    returns = [row.mean_return for row in evaluator.rows]
+    solved = [row.env_steps for row in evaluator.rows if row.mean_return >= 475]
+    return [
+        {
+            "env": env,
+            "detail": detail,
+            "seed": seed,
+            "mean_return": round(sum(returns) / len(returns), 1),
+            "final_return": round(sum(returns[-LAST:]) / LAST, 1),
+            "solved_at": solved[0] if solved and env == "CartPole-v1" else "",
+            "policy_kl": _mean(result.history, "policy/kl"),
+            "clip_fraction": _mean(result.history, "policy/clip_fraction"),
+        }
+    ]
+
+
+def bug_run(job: tuple[str, int]) -> list[Row]:
+    letter, seed = job
+    result, evaluator = _trained("CartPole-v1", seed, letter=None if letter == "healthy" else letter)
+    # An update that was not evaluated has an empty return.
+    returns = {row.env_steps: round(row.mean_return, 1) for row in evaluator.rows}
+    return [
+        {
+            "run": letter,
+            "seed": seed,
+            "env_steps": int(row["perf/env_steps"]),
+            "return": returns.get(int(row["perf/env_steps"]), ""),
+            **{metric: f"{row[metric]:.4g}" for metric in FAILURE_METRICS},
+        }
+        for row in result.history
+    ]
+
+
+def _mean(history: list[dict[str, float]], metric: str) -> str:
+    return f"{sum(row[metric] for row in history) / len(history):.4g}"
+
+
+def bug_jobs() -> list[tuple[str, int]]:
+    from minirlhf.checks.failure_lab import RUNS
+
+    healthy = [("healthy", seed) for seed in SEEDS["CartPole-v1"]]
+    # The lab has a healthy run among its letters: other seeds, or it would lie on the band's own lines.
+    return healthy + [(letter, seed) for letter in RUNS for seed in range(5, 8)]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# {stamp()}\n")
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(aside, path)
+    print(f"{path.relative_to(ROOT)}: {len(rows)} rows")
+
+
+def stamp() -> str:
+    from importlib.metadata import version
+
+    processor = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "minirlhf"))
+    command = shlex.join(["python", "benchmarks/ppo_ablation.py", *sys.argv[1:]])
+    machine = f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{machine}; {versions}; {datetime.date.today()}; {command}"
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description="The long runs of lesson 05.")
+    parser.add_argument("--only", choices=("details", "bugs"), help="one table; left out: both")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    details = [(env, detail, seed) for env in BUDGET for detail in DETAILS for seed in SEEDS[env]]
+    tables = {"bugs": ("failure_lab.csv", bug_run, bug_jobs()), "details": ("ppo_ablation.csv", detail_run, details)}
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for name, (file, function, jobs) in tables.items():
+            if options.only in (None, name):
+                runs = tqdm(pool.map(function, jobs), total=len(jobs), desc=name, unit=" runs")
+                write(RESULTS / file, [row for rows in runs for row in rows])
+
+
+if __name__ == "__main__":
+    main()
