@@ -313,11 +313,15 @@ def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG, equal bytes for equal figures."""
-    stream = io.BytesIO()
+    """The figure as a PNG, equal bytes for equal figures. 256 colours of its own choice: a third of the bytes."""
+    from PIL import Image  # matplotlib's own image library
+
+    stream, small = io.BytesIO(), io.BytesIO()
     with style():
         figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    return stream.getvalue()
+    picture = Image.open(stream).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    return small.getvalue()
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from minirlhf import plotting
 from minirlhf.control.evaluation import Evaluation
@@ -66,3 +69,20 @@ def test_seeds_that_never_meet_are_an_error() -> None:
 
 def test_learners_are_told_apart() -> None:
     assert len({colour for _, colour in plotting.LEARNERS.values()}) == len(plotting.LEARNERS)
+
+
+def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
+    """Committed lessons hold their pictures: 256 colours weigh a third, and must not shift what the legend says."""
+    with plotting.style():
+        figure, axes = plotting.panels()
+        for height, (_, colour) in enumerate(plotting.LEARNERS.values()):
+            axes.plot([0, 1], [height, height + 1], color=colour, linewidth=8)
+            axes.fill_between([0, 1], [0, 1], [2, 3], color=colour, alpha=0.13)
+    png = plotting.to_png(figure)
+    assert png == plotting.to_png(figure) and len(png) < 40_000
+    picture = Image.open(io.BytesIO(png))
+    assert picture.mode == "P"
+    shown = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    for _, colour in plotting.LEARNERS.values():
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(shown - wanted).max(1).min() <= 8, colour
