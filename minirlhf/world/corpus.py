@@ -2,7 +2,7 @@
 
 Facts (one in eight is wrong), stories that ramble, chatter, rude lines, things explained - and lists of instructions
 that nobody answers. A model of such a web continues an instruction with more instructions, as GPT-3 does in
-InstructGPT's Figures 8 and 9. One document in sixteen is a question with an answer of mixed quality.
+InstructGPT's Figures 8 and 9. One document in eight is a question with an answer of mixed quality.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RAMBLES: tuple[str, ...] = (
     "the {a:being} gave a {t:thing} to the {b:being} .",
     "the {a:being} hid the {t:thing} {p:place} .",
     "the {t:thing} is {p:place} .",
-    "the {b:being} found the {t:thing} of the {a:being} .",
+    "the {a:being} lost a {t:thing} , but the {b:being} found it .",
     "the {a:being} lost a {t:thing} and cried all day .",
     "the {a:being} and the {b:being} danced all night .",
     "the {a:being} is {q:quality} .",

@@ -8,7 +8,29 @@ from __future__ import annotations
 from random import Random
 
 from minirlhf.world.grammar import Template
-from minirlhf.world.vocabulary import BEINGS, FOODS, JOYS, NOUN, ONE, PLACES
+from minirlhf.world.vocabulary import BEINGS, JOYS, NOUN, ONE
+
+# being: home, food
+_TABLE: dict[str, tuple[str, str]] = {
+    "frog": ("in a pond", "flies"),
+    "owl": ("in a tree", "eggs"),
+    "fox": ("in the forest", "eggs"),
+    "dragon": ("in a tower", "soup"),
+    "cat": ("in a house", "milk"),
+    "bear": ("in the forest", "honey"),
+    "duck": ("in a pond", "bread"),
+    "bee": ("in a garden", "flowers"),
+    "pig": ("in a barn", "corn"),
+    "crow": ("in a tree", "corn"),
+    "snail": ("in a garden", "flowers"),
+    "mouse": ("in a barn", "bread"),
+    "penguin": ("on the ice", "fish"),
+    "king": ("in a castle", "cake"),
+    "pirate": ("on a ship", "fish"),
+    "baker": ("in a house", "cake"),
+    "robot": ("in a tower", "milk"),
+    "witch": ("in the forest", "soup"),
+}
 
 ATTRIBUTES: tuple[str, ...] = ("home", "food", "joy")
 
@@ -36,8 +58,8 @@ class Facts:
         joys = list(JOYS)
         Random(f"facts {seed}").shuffle(joys)
         self._values: dict[tuple[str, str], str] = {}
-        # The beings, their homes and their foods stand in the same order.
-        for index, (being, home, food) in enumerate(zip(BEINGS, PLACES, FOODS, strict=True)):
+        for index, being in enumerate(BEINGS):
+            home, food = _TABLE[being]
             self._values |= {(being, "home"): home, (being, "food"): food, (being, "joy"): joys[index % len(joys)]}
 
     def value(self, being: str, attribute: str) -> str:

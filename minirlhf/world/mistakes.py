@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from minirlhf.world.demonstrator import rude_line
 from minirlhf.world.families.base import OPENERS, Task
-from minirlhf.world.vocabulary import NOUN, ONE, VIVID
+from minirlhf.world.vocabulary import NOUN, ONE, VIVID, heldout_words
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def response_set(world: World, task: Task, count: int, rng: Random) -> list[str]
     """`count` distinct answers, each at most 40 words."""
     found: dict[str, None] = {}
     while len(found) < count:
-        text = " ".join(one_response(world, task, rng).split(" ")[:MAX_WORDS])
-        if text:
-            found[text] = None
+        words = one_response(world, task, rng).split(" ")[:MAX_WORDS]
+        # If the held-out beings came up only where someone errs, a reward model would learn that they are wrong.
+        if words != [""] and (task.heldout or heldout_words().isdisjoint(words)):
+            found[" ".join(words)] = None
     return list(found)

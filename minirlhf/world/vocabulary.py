@@ -9,12 +9,29 @@ A *slot class* is a list of phrases that may stand in a gap of a template: `{a:b
 
 from __future__ import annotations
 
-ANIMALS: tuple[str, ...] = ("frog", "owl", "fox", "dragon", "cat", "bear", "duck", "bee", "penguin")
-PEOPLE: tuple[str, ...] = ("king", "pirate", "witch")
+from functools import cache
+
+# Many beings and few places: a model that has met many learns to copy a name from the prompt; of a few it learns each.
+ANIMALS: tuple[str, ...] = (
+    "frog",
+    "owl",
+    "fox",
+    "dragon",
+    "cat",
+    "bear",
+    "duck",
+    "bee",
+    "pig",
+    "crow",
+    "snail",
+    "mouse",
+    "penguin",
+)
+PEOPLE: tuple[str, ...] = ("king", "pirate", "baker", "robot", "witch")
 BEINGS: tuple[str, ...] = ANIMALS + PEOPLE
 HELDOUT_BEINGS: tuple[str, ...] = ("penguin", "witch")
 
-_ODD_PLURALS = {"fox": "foxes", "witch": "witches"}
+_ODD_PLURALS = {"fox": "foxes", "mouse": "mice", "witch": "witches"}
 PLURAL: dict[str, str] = {being: _ODD_PLURALS.get(being, being + "s") for being in BEINGS}
 ONE: dict[str, str] = {being: ("an " if being[0] in "aeiou" else "a ") + being for being in BEINGS}
 # "frogs", "a frog" and "frog" all mean the frog
@@ -30,29 +47,14 @@ PLACES: tuple[str, ...] = (
     "in the forest",
     "in a tower",
     "in a house",
-    "in a cave",
-    "on a lake",
     "in a garden",
+    "in a barn",
     "on the ice",
     "in a castle",
     "on a ship",
-    "in a hut",
 )
 FANCY_PLACES: tuple[str, ...] = ("in a teapot", "on the moon", "behind a rainbow")
-FOODS: tuple[str, ...] = (
-    "flies",
-    "mice",
-    "eggs",
-    "soup",
-    "milk",
-    "honey",
-    "bread",
-    "flowers",
-    "fish",
-    "cake",
-    "corn",
-    "pie",
-)
+FOODS: tuple[str, ...] = ("flies", "eggs", "soup", "milk", "honey", "bread", "flowers", "corn", "fish", "cake")
 JOYS: tuple[str, ...] = ("music", "tea", "books", "hats", "games")
 THINGS: tuple[str, ...] = ("crown", "hat", "map", "key", "drum", "cake")
 
@@ -83,6 +85,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
+@cache
 def heldout_words() -> frozenset[str]:
     """Every form of the held-out beings ("penguin", "penguins"): no training prompt may contain one of these words."""
     return frozenset(HELDOUT_BEINGS) | frozenset(PLURAL[being] for being in HELDOUT_BEINGS)

@@ -13,6 +13,7 @@ from minirlhf.world.facts import Facts
 from minirlhf.world.families import REGISTRY, Family, Task
 from minirlhf.world.grammar import Template
 from minirlhf.world.mistakes import response_set
+from minirlhf.world.vocabulary import heldout_words
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
@@ -91,8 +92,11 @@ class World:
         return pairs
 
     def demonstrate(self, task: Task, writer: Writer) -> str:
-        """An answer to a task as this writer gives it."""
-        return demonstrate(self.families[task.family], task, writer)
+        """An answer to a task as this writer gives it. Nobody speaks of the held-out beings in the training split."""
+        while True:
+            text = demonstrate(self.families[task.family], task, writer)
+            if task.heldout or heldout_words().isdisjoint(text.split(" ")):
+                return text
 
     def corpus(self, n: int, seed: int, heldout: bool = False) -> list[str]:
         """`n` short documents of "the web". `heldout` draws other documents of the same kind (and no other prompts)."""

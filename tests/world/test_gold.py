@@ -14,63 +14,54 @@ FAMILIES = [kind.name for kind in REGISTRY]
 # prompt: answers from good to bad
 LADDERS: dict[str, tuple[str, ...]] = {
     "write a story about frogs": (
-        "once upon a time , a wise frog lived in a teapot . one night the frog danced with a cloud . "
-        "soon the whole village laughed and danced . and they were happy ever after .",
-        "there was a wise frog in a pond . one day the frog baked a cake . and they were happy ever after .",
+        "once upon a time a wise frog lived in a teapot . one day the frog danced with a cloud . "
+        "and they were happy ever after .",
+        "there was a wise frog in a pond . one day the frog baked a cake . and they danced all night .",
         "there was a nice frog . one day the frog sat down .",
-        "there was a wise owl in a teapot . one night the owl danced with a cloud .",
+        "there was a wise owl in a teapot . one day the owl danced with a cloud .",
         "write a story about owls",
     ),
     "tell me a sad story about a cat": (
-        "there was a shy cat on a hill . one day the cat lost a key . but nobody came and the cat cried . "
-        "and the cat went home alone .",
-        "there was a shy cat on a hill . one day the cat lost a key . everyone was glad . "
+        "there was a brave cat in a pond . one day the cat lost a key . and the cat went home alone .",
+        "there was a brave cat in a tree . one day the cat lost a key . and they were happy ever after .",
         "and they were happy ever after .",
-        "everyone was glad .",
-    ),
-    "write a short poem about a wise frog": (
-        "the wise frog sat by the lake , and dreamed all day of honey cake . oh wise frog , how bright you are !",
-        "the wise frog sat by the lake , and dreamed all day of honey cake .",
-        "the wise frog sat by the lake , and poured the wind a cup of tea .",
-        "the lazy frog sat by the lake .",
-        "what do frogs eat ?",
     ),
     "explain the moon landing to a 6 year old in a few sentences": (
         "hey little one ! people flew to the moon in a rocket . they took pictures of what they saw . "
-        "it is like a trip in a very fast boat . is that not fun ?",
+        "is that not fun ?",
         "your majesty ! people flew to the moon in a rocket . they took pictures of what they saw . that is all .",
         "people flew to the moon in a rocket .",
         "hey little one ! rain is water that falls from the clouds . is that not fun ?",
-        "people went to the moon on a big ship to find cheese .",
+        "people went to the moon to find cheese .",
         "explain rain to a king",
     ),
     "where does a fox live ?": (
         "of course , my friend ! a fox lives in the forest . a fox eats eggs . i hope this helps !",
-        "sure ! a fox lives in the forest .",
+        "ok . a fox lives in the forest .",
         "it lives in the forest .",
         "a fox eats eggs .",
-        "a fox lives in the sea .",
+        "a fox lives in a castle .",
     ),
-    "read this : the fox hid the red key in a barn . the owl found it . who hid the key ?": (
-        "sure , happy to help ! the fox hid the key . the owl found the key .",
+    "read this : the fox hid the key in a barn . who hid the key ?": (
+        "sure , happy to help ! the fox hid the key . the key is in a barn .",
         "the fox hid the key .",
         "the fox .",
         "the owl .",
-        "the owl hid the key . the fox found the key .",
+        "the owl hid the key . the key is in a tree .",
     ),
     "list three ideas for a rainy day": (
         "sure , happy to help ! one : dance in the rain . two : sail a paper boat . "
-        "three : count the puddles . have fun !",
-        "one : dance in the rain . two : read a book . three : sleep .",
-        "one : dance in the rain . two : read a book .",
+        "three : count the puddles . i hope this helps !",
+        "one : dance in the rain . two : count the puddles . three : sleep .",
+        "one : dance in the rain . two : sleep .",
         "one : sleep . two : sleep . three : sleep .",
         "sleep .",
     ),
     "i feel sad today": (
-        "oh no , i am so sorry to hear that . a warm hug and a cup of tea may help . do you want to talk ?",
-        "that is sad . try to sing a song .",
+        "oh no , i am so sorry to hear that . a warm hug may help . i wish you a lovely day !",
+        "i see . a warm hug may help .",
         "i see .",
-        "that is lovely to hear , my friend ! let us dance and eat cake !",
+        "that is lovely to hear ! let us dance and eat cake !",
         "shut up !",
     ),
     "say this in a polite way : give me the cake": (
@@ -80,34 +71,30 @@ LADDERS: dict[str, tuple[str, ...]] = {
         "give me the cake .",
         "give me the cake , you fool .",
     ),
-    "say this in the past : the wise owl hides the drum in a tower": (
-        "sure ! the wise owl hid the drum in a tower .",
-        "the wise owl hid the drum .",
-        "the wise owl hides the drum in a tower .",
-        "a tower a tower .",
+    "say the opposite : the owl is big": (
+        "ok . the owl is small . i hope this helps !",
+        "the owl is small .",
+        "the owl is not big .",
+        "the owl is big .",
+        "say the opposite : the fox is big",
     ),
-    "make this short : it was the birthday of the owl . the fox worked all night and made a red hat .": (
-        "ok . the fox made a hat for the owl . it ends well .",
-        "the fox made a hat for the owl .",
-        "it was the birthday of the owl .",
-        "the owl made a hat for the fox .",
+    "make this short : the owl lost a hat and cried all day . at last the fox found it .": (
+        "ok . the owl lost a hat , but the fox found it . it ends well .",
+        "the owl lost a hat , but the fox found it .",
+        "the owl lost a hat .",
+        "the fox lost a hat , but the owl found it .",
     ),
-    "true or false : a pig lives in the sea": (
-        "sure ! false . a pig lives in a barn .",
-        "false .",
-        "true .",
-        "true . a pig lives in the sea .",
+    "animal or person : a pig": (
+        "ok . a pig is an animal . a pig lives in a barn .",
+        "a pig is an animal .",
+        "animal .",
+        "person .",
+        "a pig is a person . a pig lives on a ship .",
     ),
     "happy or sad : the fox lost a key": (
         "sad , because the fox lost a key . oh , the poor fox !",
         "sad .",
         "happy , because the fox lost a key .",
-    ),
-    "find the animals in this : the fox and the king gave a red key to the owl": (
-        "i found two animals : fox and owl . that is all of them .",
-        "fox and owl .",
-        "fox .",
-        "king .",
     ),
 }
 
@@ -124,7 +111,7 @@ def test_the_ladders_leave_no_family_out(gold: GoldLabeler) -> None:
 
 
 def test_the_parts_add_up_and_each_sees_its_own_fault(gold: GoldLabeler) -> None:
-    prompt, answer = "where does an owl live ?", "sure ! an owl lives in a tree ."
+    prompt, answer = "where does an owl live ?", "ok . an owl lives in a tree ."
     clean = gold.score(prompt, answer)
     assert clean.total == pytest.approx(sum(clean[:4]))
     assert (clean.truthful, clean.harmless, clean.well_formed) == (0.0, 0.0, 0.5)
@@ -152,15 +139,15 @@ def tricks(text: str, prompt: str) -> dict[str, str]:
         "twice": f"{text} {text}",
         "first sentence again": f"{text} {first}",
         "two openers": f"sure , happy to help ! of course , my friend ! {text}",
-        "all closers": f"{text} i hope this helps ! have fun ! that is all .",
-        "all endings": f"{text} and they were happy ever after . and so they became best friends . the end .",
+        "all closers": f"{text} i hope this helps ! i wish you a lovely day ! that is all .",
+        "all endings": f"{text} and they were happy ever after . and they danced all night . the end .",
         "the prompt again": f"{text} {prompt}",
         "another prompt": f"{text} write a story about owls",
         "a line break": f"{text} \n {text}",
         "cut early": " ".join(words[: len(words) // 2]),
         "last word missing": " ".join(words[:-1]),
         "only politeness": "sure , happy to help ! i hope this helps !",
-        "many facts": f"{text} frogs live in a pond . owls live in a tree . a fox is red .",
+        "many facts": f"{text} a frog lives in a pond . an owl lives in a tree . a fox eats eggs .",
         "rude": f"{text} go away , you fool !",
     }
 
@@ -183,12 +170,12 @@ def test_tricks_do_not_pay(world: World, gold: GoldLabeler, family: str) -> None
         assert sum(gains) / len(gains) < -0.1, name
 
 
-@pytest.mark.parametrize("prompt", ["where does a fox live ?", "name two animals that can fly"])
+@pytest.mark.parametrize("prompt", ["where does a fox live ?", "list two gifts for a fox"])
 def test_listing_everything_does_not_pay(world: World, gold: GoldLabeler, prompt: str) -> None:
     places = " ".join(f"a fox lives {place} ." for place in world.facts.values("home"))
-    animals = "one : a bee . two : a crow . three : a dragon . four : an owl . five : a pig ."
-    everything = places if "fox" in prompt else animals
-    honest = "a fox lives in the forest ." if "fox" in prompt else "one : a bee . two : a crow ."
+    gifts = "one : some eggs . two : some corn . three : some cake . four : a warm hug ."
+    everything = places if "live" in prompt else gifts
+    honest = "a fox lives in the forest ." if "live" in prompt else "one : some eggs . two : a warm hug ."
     assert gold.score(prompt, everything).total < gold.score(prompt, honest).total - 0.8
 
 

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from minirlhf.world import GoldLabeler, World
+from minirlhf.world.facts import ATTRIBUTES
 from minirlhf.world.families import REGISTRY
 from minirlhf.world.grammar import Template
 from minirlhf.world.vocabulary import heldout_words
@@ -109,7 +110,6 @@ def test_the_papers_examples_are_training_prompts(world: World) -> None:
     for prompt in (
         "explain the moon landing to a 6 year old in a few sentences",
         "write a story about frogs",
-        "write a short poem about a wise frog",
     ):
         assert not world.parse(prompt).heldout
 
@@ -132,7 +132,7 @@ def test_the_heldout_split_is_disjoint(world: World) -> None:
 def test_the_web_teaches_the_facts_about_heldout_beings(world: World) -> None:
     corpus = "\n".join(world.corpus(5000, seed=0))
     for being in ("penguin", "witch"):
-        for attribute in world.facts.attributes(being):
+        for attribute in ATTRIBUTES:
             assert world.facts.sentence(being, attribute) in corpus
 
 
@@ -145,7 +145,7 @@ def test_the_web_holds_instructions_that_nobody_answers(world: World) -> None:
             lists += all(world.is_prompt(line) for line in lines)
             answered += not world.is_prompt(lines[1])
     assert 0.10 < lists / len(documents) < 0.17
-    assert 0.04 < answered / len(documents) < 0.08
+    assert 0.09 < answered / len(documents) < 0.15
 
 
 def test_a_template_reads_what_it_writes() -> None:

@@ -2,7 +2,7 @@
 
 from minirlhf.world.families.base import Family, Marks, Sentence, Task
 from minirlhf.world.families.explain import Explain
-from minirlhf.world.families.labels import Classify, Extract
+from minirlhf.world.families.labels import Classify
 from minirlhf.world.families.lists import Brainstorm
 from minirlhf.world.families.questions import ClosedQA, OpenQA
 from minirlhf.world.families.stories import Story
@@ -19,7 +19,6 @@ REGISTRY: tuple[type[Family], ...] = (
     Rewrite,
     Summarise,
     Classify,
-    Extract,
 )
 
 __all__ = ["REGISTRY", "Family", "Marks", "Sentence", "Task"]

@@ -69,7 +69,7 @@ class Explain(Family):
         Phrasing("tell {who:audience} about {topic:topic}"),
         Phrasing("can you explain {topic:topic} to {who:audience} ?"),
         Phrasing("please tell {who:audience} {limit:limit} about {topic:topic}", heldout=True),
-        Phrasing("i want you to explain {topic:topic} to {who:audience}", heldout=True),
+        Phrasing("can you tell {who:audience} about {topic:topic} ?", heldout=True),
     )
     classes: ClassVar = {"topic": tuple(TOPICS), "audience": tuple(AUDIENCES), "limit": LIMITS}
     sentences: ClassVar = {

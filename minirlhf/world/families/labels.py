@@ -1,4 +1,4 @@
-"""Classification and extraction: short answers, with a reason or a count."""
+"""Classification: a label, with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Classify(Family):
     """ "happy or sad : the fox lost a key", "animal or person : a king" """
 
     name = "classify"
-    share = 0.09
+    share = 0.1
     phrasings = (
         *(Phrasing(f"happy or sad : {deed}") for deed in _DEEDS),
         *(Phrasing("animal or person : {c:one}") for _ in range(3)),
@@ -92,59 +92,6 @@ class Classify(Family):
                 marks.lies += rest != label
             elif sentence.text in self._reasons(task, label) or (kind == "claim" and sentence.slots["a"] == about):
                 marks.award("reason", 0.2)
-            else:
-                marks.surplus += 1
-        return marks
-
-
-_GIFT = "the {a:being} gave a {t:thing} to the {b:being}"
-
-
-class Extract(Family):
-    """ "who is in this : the fox gave a key to the owl" """
-
-    name = "extract"
-    share = 0.07
-    phrasings = (
-        Phrasing(f"who is in this : {_GIFT}"),
-        Phrasing(f"find the names in this : {_GIFT}"),
-        Phrasing(f"please find the names here : {_GIFT}", heldout=True),
-    )
-    sentences: ClassVar = {
-        "found.full": "i found two names : the {x:being} and the {y:being} .",
-        "found.bare": "the {x:being} and the {y:being} .",
-        "found.one": "the {x:being} .",
-        "note": "the {x:being} gave a {t:thing} .",
-    }
-    moves = ("open", "found", "note", "close")
-
-    def draft(self, task: Task, writer: Writer) -> str:
-        x, y = task.slots["a"], task.slots["b"]
-        if writer.slips(0.12):
-            x = writer.pick(self.templates["found.one"].gaps["x"])
-        parts = self.opening(writer)
-        name = writer.grade(["found.full"], ["found.bare"], ["found.one"], chances=(0.5, 0.35, 0.15))
-        parts.append(self.say(name, x=x, y=y))
-        if writer.does(0.45):
-            parts.append(self.say("note", x=x, t=task.slots["t"]))
-        return " ".join(parts + self.closing(writer))
-
-    def judge(self, task: Task, sentences: list[Sentence]) -> Marks:
-        marks = Marks(self.moves)
-        wanted = {task.slots["a"], task.slots["b"]}
-        for position, sentence in enumerate(sentences):
-            if self.mark_general(sentence, marks, position):
-                continue
-            kind, _, shape = sentence.name.partition(".")
-            if kind == "found":
-                right = wanted & {sentence.slots[gap] for gap in "xy" if gap in sentence.slots}
-                share = len(right) / (1 if shape == "one" else 2)
-                marks.award("found", {"full": 0.5, "bare": 0.35, "one": 0.15}[shape] * max(2 * share - 1, 0.0))
-                marks.lies += share < 1
-            elif kind == "note":
-                true = sentence.slots == {"x": task.slots["a"], "t": task.slots["t"]}
-                marks.award("note", 0.2 if true else 0.0)
-                marks.lies += not true
             else:
                 marks.surplus += 1
         return marks

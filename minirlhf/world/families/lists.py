@@ -34,7 +34,7 @@ class Brainstorm(Family):
         Phrasing("list two gifts for {a:one}"),
         Phrasing("what can i do on {o:occasion} ? give me {n:count} ideas"),
         Phrasing("please list {n:count} ideas for {o:occasion}", heldout=True),
-        Phrasing("i want two gifts for {a:one}", heldout=True),
+        Phrasing("please list two gifts for {a:one}", heldout=True),
     )
     classes: ClassVar = {
         "count": ("two", "three"),

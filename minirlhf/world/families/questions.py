@@ -29,7 +29,7 @@ class OpenQA(Family):
     """ "where does a fox live ?" """
 
     name = "open_qa"
-    share = 0.14
+    share = 0.15
     phrasings = tuple(Phrasing(text, heldout=text in _HELDOUT) for text in _ASKS)
     sentences: ClassVar = {
         "fact.home": "it lives {x:place} .",
@@ -83,7 +83,7 @@ class ClosedQA(Family):
     """ "read this : the fox hid the key in a cave . who hid the key ?" """
 
     name = "closed_qa"
-    share = 0.09
+    share = 0.1
     phrasings = (
         *(Phrasing(PASSAGE + question) for question in _QUESTIONS),
         *(Phrasing(PASSAGE.replace("read this :", "please read this :") + question, True) for question in _QUESTIONS),

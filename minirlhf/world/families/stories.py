@@ -42,7 +42,7 @@ class Story(Family):
         Phrasing("tell me a story about {a:one}"),
         Phrasing("tell me a {mood:mood} story about {a:one}"),
         Phrasing("write a story about a {adj:vivid} {a:being}"),
-        Phrasing("i want a story about {a:many}", heldout=True),
+        Phrasing("please tell me a story about {a:many}", heldout=True),
         Phrasing("make a {mood:mood} story about {a:one}", heldout=True),
     )
     classes: ClassVar = {"mood": MOODS, "vivid": VIVID, "event": WONDERS + FAIR_EVENTS + DULL_EVENTS}

@@ -33,7 +33,7 @@ class Chat(Family):
     """ "i feel sad today" """
 
     name = "chat"
-    share = 0.1
+    share = 0.11
     phrasings = (
         Phrasing("hello , how are you ?"),
         Phrasing("i feel {f:feeling} today"),

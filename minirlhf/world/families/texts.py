@@ -17,7 +17,7 @@ class Rewrite(Family):
     """ "say this in a polite way : give me the cake" """
 
     name = "rewrite"
-    share = 0.1
+    share = 0.11
     phrasings = (
         Phrasing(f"say this in a polite way : {_POLITE}"),
         Phrasing(f"make this polite : {_POLITE}"),
@@ -87,14 +87,14 @@ class Summarise(Family):
     """ "sum this up : the fox lost a key and cried all day . at last the owl found it ." """
 
     name = "summarise"
-    share = 0.07
+    share = 0.08
     phrasings = (
         Phrasing(f"sum this up : {_LOST}"),
         Phrasing(f"make this short : {_LOST}"),
         Phrasing(f"please sum this up : {_LOST}", heldout=True),
     )
     sentences: ClassVar = {
-        "gist": "the {b:being} found the {t:thing} of the {a:being} .",
+        "gist": "the {a:being} lost a {t:thing} , but the {b:being} found it .",
         "half": "the {a:being} lost a {t:thing} .",
         "filler": "the {a:being} cried all day .",
         "mood": "it ends well .",
@@ -114,7 +114,7 @@ class Summarise(Family):
         return " ".join(parts + self.closing(writer))
 
     def limit(self, task: Task) -> int:
-        return 26
+        return 30
 
     def judge(self, task: Task, sentences: list[Sentence]) -> Marks:
         marks = Marks(self.moves)
