@@ -114,57 +114,63 @@ RUNS: dict[str, Planted] = {
     "A": Planted(
         "The ratio is always 1: `old_logprobs` is computed again from the new policy, `ratio = (logprobs - "
         "logprobs.detach()).exp()`. The clip never acts, and ten epochs on one batch run away.",
-        "approx_kl and clip_fraction are exactly 0, in every update, while the entropy falls: the policy does move, "
-        "and the meter does not. A healthy run moves both after the first minibatch.",
+        "approx_kl and clip_fraction are exactly 0 in every update, while the entropy falls: the policy does move, and "
+        "the meter does not. In a healthy run both rise as soon as the first minibatch is over.",
         {"ppo_loss": ratio_of_the_policy_to_itself},
     ),
     "B": Planted(
-        "A = r - V in place of G - V: `advantages = rewards - values`. All rewards after the first are forgotten, so "
-        "the best state is the one that promises least.",
-        "the return sinks below that of a policy that knows nothing (about 20), to 9, the fastest way to fall. But KL "
-        "and clip fraction are healthy and the entropy falls slowly: the optimizer works well, on the wrong goal.",
+        "A = r - V in place of G - V: `advantages = rewards - values`. On CartPole r is always 1, so this depends on "
+        "the state alone and says nothing about the action: a baseline with nothing to subtract it from, whose mean "
+        "gradient is 0 (lesson 02). The policy wanders.",
+        "nothing looks sick, and nothing is learned: KL and clip fraction are *below* the healthy band in the first "
+        "updates, the entropy falls late, and the greedy return sits at 9 (a nearly random policy with a favourite "
+        "action) or wherever chance took it.",
         {"gae": reward_minus_value},
     ),
     "C": Planted(
-        "`torch.maximum` for `torch.minimum` in the clipped loss. The optimist's choice: beyond the clip the slope is "
-        "zero where it should pull back, and full where it should stop.",
-        "KL and clip fraction are many times too large from the very first update: nothing stops a step. The entropy "
-        "collapses within a few updates, and the return jumps between 9 and 500.",
+        "`torch.maximum` for `torch.minimum` in the clipped loss. The optimist's choice: the slope is full where it "
+        "should stop, and zero where it should pull back.",
+        "KL and clip fraction are tens of times too large from the first update on and stay so, for nothing ends a "
+        "step. The entropy collapses within a few updates; the return jumps up, now and then, and comes down again.",
         {"ppo_loss": max_for_min},
     ),
     "D": Planted(
         "None: this run is healthy, under other seeds than the band.",
-        "every curve runs inside of the grey band, or near it. (Also a part of the job: not to mend what works.)",
+        "every curve runs inside of the grey band, or close to it. (Not to mend what works is a part of the job.)",
         {},
     ),
     "E": Planted(
         "Value targets from whitened advantages: `returns = whiten(advantages) + values`. The value network learns "
-        "numbers of size 1 where the returns are of size 100.",
-        "the value loss is near 1/2 from the first update on, and stays: that is half the variance of a whitened "
-        "advantage. It is small because the targets run along with the values, and the explained variance is measured "
-        "against the same wrong targets. The return still rises: whitening hides most of the damage on this task.",
+        "numbers of the wrong size.",
+        "the value loss is near 1/2 from the first update to the last: half the variance of a whitened advantage. It "
+        "is small because the targets run along with the values, and the explained variance is measured against the "
+        "same wrong targets, so it looks better than healthy. The return still rises, only later: on this task "
+        "whitening hides the damage.",
         {"gae": targets_from_whitened},
     ),
     "F": Planted(
         "The minus sign is missing: `loss = torch.minimum(...).mean()`. The optimizer makes good actions rarer.",
-        "the return falls to 9 at once, as in B; but the clip is gone with the sign, so the first KL is a hundred "
-        "times too large, and the entropy is 0 after a few updates. Explained variance near 1: falling over at once is "
-        "easy to predict.",
+        "the return falls to 9, the fastest way to drop the pole, and never leaves it. The clip is gone with the sign: "
+        "the first KL is tens of times too large and the entropy is near 0 after two updates. Then all is quiet, with "
+        "an explained variance near 1: falling over at once is easy to predict.",
         {"ppo_loss": minus_missing},
     ),
     "G": Planted(
         "Termination treated as truncation: the value of the last observation is added where the pole fell, "
-        "`truncated_values = where(ends, V(s'), 0)`. Falling costs almost nothing, since the value network promises a "
-        "future after it.",
-        "KL, clip fraction and entropy look well, but the return stalls far below 500 or comes and goes, and the "
-        "explained variance sinks to 0: every state is worth about 1 / (1 - gamma) = 100, whatever the policy does.",
+        "`truncated_values = where(ends, V(s'), 0)`. Falling costs little, since the value network promises a future "
+        "after it.",
+        "KL, clip fraction and entropy look well, but the return stalls below the band, and the explained variance "
+        "sinks to 0 early, while the policy is still bad: every state is worth about 1 / (1 - gamma) = 100, whatever "
+        "the policy does. (In a healthy run it ends near 0 too, but once every episode lasts 500 steps: then all "
+        "states really are worth the same.)",
         {"gae": termination_as_truncation},
     ),
     "H": Planted(
         "done and next_done swapped: the flag that belongs to the next observation is used as this step's, so the "
-        "first step of each episode counts as its last, and the real last step gets the next episode's value.",
-        "the least visible of all: it learns later than the band, with an explained variance below it at first. Only "
-        "a test finds it surely: two episodes in one row, worked by hand.",
+        "first step of each episode counts as its last, and the real last step is credited with the next episode.",
+        "the least visible of all: it learns late, and at the end, with a perfect return, its value loss is still many "
+        "times the healthy one, for the first step of each episode has the target 1. Only a test finds it surely: two "
+        "episodes in one row, worked by hand.",
         {"gae": end_kept_with_the_next_observation},
     ),
 }
