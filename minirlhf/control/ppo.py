@@ -39,13 +39,11 @@ from minirlhf.training import generator_for, set_learning_rate
 class PPOConfig(ControlConfig):
     """PPO; an iteration is `num_envs` actors (N) times `rollout_steps` (T)."""
 
-    num_envs: int = 16
-    """N, environments played at once (the paper's actors)."""
     rollout_steps: int = 128
     """T, columns played before each optimization."""
     epochs: int = 10
     """K, passes over them."""
-    minibatch_size: int = 512
+    minibatch_size: int = 256
     """M, steps in each gradient, at most (an epoch is cut into equal parts)."""
     lr: float = 2e-3
     """Learning rate of policy and value network."""
@@ -84,7 +82,7 @@ class PPOConfig(ControlConfig):
         self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
 
 
-PENDULUM = PPOConfig(total_steps=150_000, gamma=0.9, minibatch_size=256)
+PENDULUM = PPOConfig(total_steps=150_000, num_envs=16, gamma=0.9)
 """For Pendulum-v1, a continuous task: near -200 on average, where -1200 is a policy that does nothing useful."""
 
 
@@ -149,7 +147,7 @@ def train_ppo(
             order = torch.randperm(len(actions), generator=shuffle)
             for index in order.tensor_split(math.ceil(len(order) / config.minibatch_size)):
                 outputs, new_values = run.networks.both(observations[index])
-                logprobs, entropy = policy.logprobs_and_entropy(outputs, actions[index])
+                logprobs = policy.logprobs(outputs, actions[index])
                 loss, metrics = ppo_loss(
                     logprobs,
                     old_logprobs[index],
@@ -158,7 +156,7 @@ def train_ppo(
                     values=new_values,
                     old_values=old_values[index],
                     returns=returns[index],
-                    entropy=entropy,
+                    entropy=policy.entropy(outputs) if config.entropy_coef else None,
                     clip_range=clip_range,
                     value_clip_range=config.value_clip_range,
                     value_coef=config.value_coef,
@@ -186,6 +184,7 @@ def train_ppo(
             | first
             | {
                 "policy/kl": kl,
+                "policy/entropy": policy.entropy(old_outputs).mean(),
                 "policy/lr": lr,
                 "policy/beta": beta,
                 "value/explained_variance": explained_variance(old_values, returns),
