@@ -45,7 +45,8 @@ EVERY = {"CartPole-v1": 2_048, "Pendulum-v1": 4_096}
 LAST = 3
 """Evaluations that final_return averages."""
 
-# One detail at a time: a name, and what it changes in the config; what is no setting has a function further down.
+# One detail at a time: a name, and what it changes in the config. {}: it depends on the task or is no setting, see
+# `_trained`.
 DETAILS: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "advantages not normalized": {"normalize_advantages": False},
@@ -56,7 +57,7 @@ DETAILS: dict[str, dict[str, Any]] = {
     "1 epoch": {"epochs": 1},
     "30 epochs": {"epochs": 30},
     "30 epochs, no clip": {"epochs": 30, "clip_range": None},
-    "one minibatch: the batch": {"minibatch_size": 2_048},
+    "whole batch, no minibatches": {},
     "learning rate 3e-4": {"lr": 3e-4},
     "learning rate not annealed": {"anneal_lr": False},
     "value clip 0.2": {"value_clip_range": 0.2},
@@ -111,6 +112,8 @@ def _trained(env: str, seed: int, detail: str = "as shipped", letter: str | None
     torch.set_num_threads(1)
     shipped = {"CartPole-v1": PPOConfig(), "Pendulum-v1": PENDULUM}[env]
     config = replace(shipped, total_steps=BUDGET[env], **DETAILS[detail])
+    if detail == "whole batch, no minibatches":
+        config = replace(config, minibatch_size=config.num_envs * config.rollout_steps)
     evaluator = Evaluator(env, every=EVERY[env])
     options: dict[str, Any] = {"seed": seed, "callback": evaluator}
     if letter is not None:

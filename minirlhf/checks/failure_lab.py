@@ -122,16 +122,17 @@ RUNS: dict[str, Planted] = {
         "A = r - V in place of G - V: `advantages = rewards - values`. On CartPole r is always 1, so this depends on "
         "the state alone and says nothing about the action: a baseline with nothing to subtract it from, whose mean "
         "gradient is 0 (lesson 02). The policy wanders.",
-        "nothing looks sick, and nothing is learned: KL and clip fraction are *below* the healthy band in the first "
-        "updates, the entropy falls late, and the greedy return sits at 9 (a nearly random policy with a favourite "
-        "action) or wherever chance took it.",
+        "nothing looks sick, and nothing is learned: KL and clip fraction begin *below* the healthy band, the entropy "
+        "drifts, and the greedy return sits at 9 (a nearly random policy with a favourite action) or wherever chance "
+        "took it.",
         {"gae": reward_minus_value},
     ),
     "C": Planted(
         "`torch.maximum` for `torch.minimum` in the clipped loss. The optimist's choice: the slope is full where it "
         "should stop, and zero where it should pull back.",
-        "KL and clip fraction are tens of times too large from the first update on and stay so, for nothing ends a "
-        "step. The entropy collapses within a few updates; the return jumps up, now and then, and comes down again.",
+        "the first KL is tens of times too large, the clip fraction six times, and they stay so for many updates, for "
+        "nothing ends a step. The entropy falls off a cliff, and once it is 0 nothing new is tried any more: all "
+        "meters come to rest, the return at 9.",
         {"ppo_loss": max_for_min},
     ),
     "D": Planted(
@@ -150,27 +151,27 @@ RUNS: dict[str, Planted] = {
     ),
     "F": Planted(
         "The minus sign is missing: `loss = torch.minimum(...).mean()`. The optimizer makes good actions rarer.",
-        "the return falls to 9, the fastest way to drop the pole, and never leaves it. The clip is gone with the sign: "
-        "the first KL is tens of times too large and the entropy is near 0 after two updates. Then all is quiet, with "
-        "an explained variance near 1: falling over at once is easy to predict.",
+        "the return falls to 9 at once, the fastest way to drop the pole, and hardly ever leaves it. The clip is gone "
+        "with the sign: the first KL is tens of times too large, and that single update takes nearly all the entropy. "
+        "Then it is quiet, unlike C, with an explained variance near 1: falling over at once is easy to predict.",
         {"ppo_loss": minus_missing},
     ),
     "G": Planted(
         "Termination treated as truncation: the value of the last observation is added where the pole fell, "
         "`truncated_values = where(ends, V(s'), 0)`. Falling costs little, since the value network promises a future "
         "after it.",
-        "KL, clip fraction and entropy look well, but the return stalls below the band, and the explained variance "
-        "sinks to 0 early, while the policy is still bad: every state is worth about 1 / (1 - gamma) = 100, whatever "
-        "the policy does. (In a healthy run it ends near 0 too, but once every episode lasts 500 steps: then all "
-        "states really are worth the same.)",
+        "all policy meters look well, but the return stalls or comes and goes. And while the policy is still bad, the "
+        "value loss is already tiny: every state is worth about 1 / (1 - gamma) = 100, whatever the policy does, and a "
+        "constant is easy to learn. (A healthy run ends like that too, once every episode lasts 500 steps: then all "
+        "states really are worth the same, and the explained variance means nothing.)",
         {"gae": termination_as_truncation},
     ),
     "H": Planted(
         "done and next_done swapped: the flag that belongs to the next observation is used as this step's, so the "
         "first step of each episode counts as its last, and the real last step is credited with the next episode.",
-        "the least visible of all: it learns late, and at the end, with a perfect return, its value loss is still many "
-        "times the healthy one, for the first step of each episode has the target 1. Only a test finds it surely: two "
-        "episodes in one row, worked by hand.",
+        "the least visible of all: it learns, only later, and then the return is perfect. But the value loss stays at "
+        "20 to 100 where a healthy one falls to nearly 0, for the first step of each episode has the target 1 and all "
+        "others 100. Only a test finds it surely: two episodes in one row, worked by hand.",
         {"gae": end_kept_with_the_next_observation},
     ),
 }
