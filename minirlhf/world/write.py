@@ -85,13 +85,17 @@ def heldout_corpus(world: World, n: int, seed: int, seen: frozenset[str]) -> lis
 
 
 def heldout_prompts(world: World, n: int, seed: int) -> list[str]:
-    """`n` distinct prompts of the held-out split (fewer only if the world has no more)."""
-    found: dict[str, None] = {}
-    for batch in range(20):
-        found.update(dict.fromkeys(world.prompts(n, seed + 1000 * batch, heldout=True)))
-        if len(found) >= n:
-            break
-    return list(found)[:n]
+    """`n` prompts of the held-out split in the families' shares, distinct as far as a family has so many."""
+    rng = Random(f"heldout prompts {seed}")
+    found: dict[str, int] = {}
+    for _ in range(n):
+        task = world.task(rng, heldout=True)
+        for _ in range(20):
+            if task.prompt not in found:
+                break
+            task = world.task(rng, heldout=True, family=task.family)
+        found[task.prompt] = found.get(task.prompt, 0) + 1
+    return [prompt for prompt, count in found.items() for _ in range(count)]
 
 
 def heldout_comparisons(world: World, n: int, seed: int) -> list[dict[str, Any]]:
