@@ -1,6 +1,6 @@
 """PPO on CartPole-v1 against stable-baselines3, and every algorithm of `minirlhf.control` on its task.
 
-    .venv/bin/python benchmarks/cartpole_vs_sb3.py                  both tables, about 6 minutes on two cores
+    .venv/bin/python benchmarks/cartpole_vs_sb3.py                  both tables, about 8 minutes on two cores
     .venv/bin/python benchmarks/cartpole_vs_sb3.py --only sb3       PPO against stable-baselines3
     .venv/bin/python benchmarks/cartpole_vs_sb3.py --only algorithms
 
