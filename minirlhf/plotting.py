@@ -243,7 +243,16 @@ def learning_curves(
         axes.set_ylim(0, 1.04 * highest)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if solved is not None:
-            level(axes, solved, f"solved: {solved:g}", above=False)
+            axes.axhline(solved, color=QUIET, linewidth=1.1, linestyle=(0, (2, 2)))
+            axes.annotate(  # at the left, where no curve is high yet
+                f"solved: {solved:g}",
+                (0, solved),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 3),
+                textcoords="offset points",
+                color=QUIET,
+                fontsize=8.5,
+            )
     for steps, returns in points:
         axes.plot(steps, returns, color=colour, linewidth=0.7, alpha=0.4)
     axes.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
