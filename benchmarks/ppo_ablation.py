@@ -15,8 +15,10 @@ on CartPole-v1 and 3 on Pendulum-v1. One row a run:
 bugs -> data/results/failure_lab.csv: every run of `minirlhf.checks.failure_lab`, and PPO as shipped ("healthy"), on
 CartPole-v1; one row an update, with the metrics that lesson 05 draws.
 
-Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
-machine; another processor rounds differently, and single runs come out differently there.
+A command that was stopped goes on where it was (build/ppo_ablation holds the runs that are done, as long as neither
+`minirlhf.control` nor this script changes). Each run uses one thread; the first line of a file names machine, date and
+command. Seeds make results repeat on one machine; another processor rounds differently, and single runs come out
+differently there.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import hashlib
+import json
 import os
 import platform
 import shlex
@@ -175,6 +179,27 @@ def bug_jobs() -> list[tuple[str, int]]:
     return healthy + [(letter, seed) for letter in RUNS for seed in range(5, 8)]
 
 
+class Done:
+    """The runs that are done, kept in a file whose name tells which code made them."""
+
+    def __init__(self, name: str) -> None:
+        sources = [Path(__file__), *sorted((ROOT / "minirlhf" / "control").glob("*.py"))]
+        code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+        self.path = ROOT / "build" / "ppo_ablation" / f"{name}-{code}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, list[Row]] = {}
+        if self.path.exists():
+            # A last line that was cut off has no line break yet.
+            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+            self.rows = dict(json.loads(line) for line in whole.splitlines())
+            self.path.write_text(whole and whole + "\n", encoding="utf-8")
+
+    def add(self, job: Any, rows: list[Row]) -> None:
+        self.rows[str(job)] = rows
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([str(job), rows]) + "\n")
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,8 +239,12 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for name, (file, function, jobs) in tables.items():
             if options.only in (None, name):
-                runs = tqdm(pool.map(function, jobs), total=len(jobs), desc=name, unit=" runs")
-                write(RESULTS / file, [row for rows in runs for row in rows])
+                done = Done(name)
+                todo = [job for job in jobs if str(job) not in done.rows]
+                runs = zip(todo, pool.map(function, todo), strict=True)
+                for job, rows in tqdm(runs, total=len(todo), desc=name, unit=" runs"):
+                    done.add(job, rows)
+                write(RESULTS / file, [row for job in jobs for row in done.rows[str(job)]])
 
 
 if __name__ == "__main__":
