@@ -5,7 +5,7 @@ Example:
     >>> world = World(seed=0)
     >>> gold = GoldLabeler(world)
     >>> gold.score("where does a frog live ?", "a frog lives in a pond .").total
-    2.15
+    2.0
 """
 
 from minirlhf.world.gold import GoldLabeler, GoldScore
