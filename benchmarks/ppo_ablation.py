@@ -1,6 +1,6 @@
 """Which of PPO's details matter, and what its mistakes look like: the long runs of lesson 05.
 
-    .venv/bin/python benchmarks/ppo_ablation.py                  both tables; about 25 minutes with two processes
+    .venv/bin/python benchmarks/ppo_ablation.py                  both tables; about 20 minutes with two processes
     .venv/bin/python benchmarks/ppo_ablation.py --only details
     .venv/bin/python benchmarks/ppo_ablation.py --only bugs
 
