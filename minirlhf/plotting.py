@@ -322,14 +322,14 @@ def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG, equal bytes for equal figures. 256 colours of its own choice: a third of the bytes."""
+    """The figure as a PNG, equal bytes for equal figures. 64 colours of its own choice: a quarter of the bytes."""
     from PIL import Image  # matplotlib's own image library
 
     stream, small = io.BytesIO(), io.BytesIO()
     with style():
         figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     picture = Image.open(stream).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    picture.quantize(64, kmeans=2, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
     return small.getvalue()
 
 
@@ -359,11 +359,11 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
     return re.sub(r"\n\s*", "\n", opening + text[text.index(">") + 1 :]).strip()
 
 
-def show(figure: Figure, caption: str = "") -> None:
-    """Show a figure in a notebook, its caption below."""
+def show(figure: Figure, caption: str = "", dpi: int = 110) -> None:
+    """Show a figure in a notebook, its caption below; `dpi` is dots an inch: fewer for a figure of many panels."""
     import importlib
 
     display = importlib.import_module("IPython.display")
-    display.display(display.Image(to_png(figure), alt=caption or "plot"))
+    display.display(display.Image(to_png(figure, dpi), alt=caption or "plot"))
     if caption:
         display.display(display.Markdown(f"*{caption}*"))

@@ -72,7 +72,7 @@ def test_learners_are_told_apart() -> None:
 
 
 def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
-    """Committed lessons hold their pictures: 256 colours weigh a third, and must not shift what the legend says."""
+    """Committed lessons hold their pictures: 64 colours weigh a quarter, and must not shift what the legend says."""
     with plotting.style():
         figure, axes = plotting.panels()
         for height, (_, colour) in enumerate(plotting.LEARNERS.values()):

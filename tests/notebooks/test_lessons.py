@@ -20,7 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
-PLANNED = ("05_trpo_to_ppo",)
+PLANNED: tuple[str, ...] = ()
 """They may link to each other before all of them are written."""
 
 
