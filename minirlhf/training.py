@@ -248,6 +248,29 @@ def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) ->
     return rows
 
 
+def length_grouped_batch(
+    lengths: Sequence[int], batch_size: int, step: int, total: int, seed: int, name: str, pool: int = 16
+) -> list[int]:
+    """The rows of one step out of ``total``, all of like length, so that little of the batch is padding.
+
+    The batches of `epoch_batch` are taken ``pool`` at a time (never more than an epoch holds), sorted by length, cut
+    again, and come in random order. So the same rows are seen as without, and each batch depends on the step alone.
+
+    Example:
+        >>> length_grouped_batch([9, 1, 9, 1], batch_size=2, step=0, total=2, seed=0, name="x") in ([1, 3], [0, 2])
+        True
+    """
+    pool = max(1, min(pool, len(lengths) // batch_size))
+    which, place = divmod(step, pool)
+    first = which * pool
+    steps = range(first, min(first + pool, total))
+    rows = [row for each in steps for row in epoch_batch(len(lengths), batch_size, each, seed, name)]
+    rows.sort(key=lambda row: (lengths[row], row))
+    order = torch.randperm(len(steps), generator=generator_for(seed, name, "pool", which))
+    begin = int(order[place]) * batch_size
+    return rows[begin : begin + batch_size]
+
+
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group rows of like length so that each group, padded to its longest row, holds at most max_tokens.
 

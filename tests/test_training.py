@@ -20,7 +20,15 @@ from minirlhf.language.pretraining import PretrainingConfig, train_base
 from minirlhf.language.reward_model import RewardModelConfig, train_reward_model
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.language.sft import SFTConfig, train_sft
-from minirlhf.training import Recorder, adamw, epoch_batch, generator_for, learning_rate_factor, micro_batches
+from minirlhf.training import (
+    Recorder,
+    adamw,
+    epoch_batch,
+    generator_for,
+    learning_rate_factor,
+    length_grouped_batch,
+    micro_batches,
+)
 
 TEXTS = [f"The {a} {v} by the {p}." for a in ("otter", "newt") for v in ("naps", "digs") for p in ("barn", "marsh")]
 DEMONSTRATIONS = [Demonstration(f"say {i}", text) for i, text in enumerate(TEXTS)]
@@ -300,6 +308,29 @@ def test_epoch_batch_sees_each_row_once_an_epoch(count: int, batch: int, seed: i
     for epoch in range(epochs):
         assert sorted(flat[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert epoch_batch(count, batch, steps - 1, seed, "x") == batches[-1]  # of the step alone
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    total=st.integers(1, 40),
+)
+def test_batches_of_like_length_hold_the_same_rows(lengths: list[int], batch: int, seed: int, total: int) -> None:
+    grouped = [length_grouped_batch(lengths, batch, step, total, seed, "x", pool=4) for step in range(total)]
+    plain = [epoch_batch(len(lengths), batch, step, seed, "x") for step in range(total)]
+    assert all(len(rows) == batch for rows in grouped)
+    assert sorted(row for rows in grouped for row in rows) == sorted(row for rows in plain for row in rows)
+
+
+def test_batches_of_like_length_hold_little_padding() -> None:
+    lengths = [1 + row % 40 for row in range(400)]
+    padded = sum(
+        10 * max(lengths[row] for row in length_grouped_batch(lengths, 10, step, 40, 0, "x")) for step in range(40)
+    )
+    plain = sum(10 * max(lengths[row] for row in epoch_batch(400, 10, step, 0, "x")) for step in range(40))
+    assert sum(lengths) <= padded < 1.2 * sum(lengths) < 1.6 * sum(lengths) < plain
 
 
 def test_orders_differ_between_epochs_seeds_and_names() -> None:

@@ -176,7 +176,7 @@ def response_logprobs(
 
     Args:
         model: a causal model.
-        tokens: [B, P + T] prompt (left-padded) and response (right-padded).
+        tokens: [B, P + T] with every response token among the last T columns; padding may stand anywhere else.
         mask: [B, P + T] True at real tokens.
         response_mask: [B, T] True at response tokens, EOS included.
         temperature: the one that the response was sampled with.

@@ -50,15 +50,15 @@ Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, flo
 class RLHFConfig:
     """PPO with a KL penalty."""
 
-    steps: int = 40
+    steps: int = 60
     """PPO steps; each samples one batch."""
     batch_size: int = 128
     """Answers sampled a step."""
-    epochs: int = 2
-    """Passes over each batch (InstructGPT: 1)."""
+    epochs: int = 1
+    """Passes over each batch (as InstructGPT: fresh answers teach more than a second look)."""
     minibatches: int = 2
     """Optimizer steps a pass."""
-    lr: float = 3e-4
+    lr: float = 4e-4
     """Peak learning rate of the policy (linear, to a tenth)."""
     value_lr: float = 1e-3
     """Peak learning rate of the value network (linear, to a tenth)."""

@@ -19,8 +19,8 @@ from minirlhf.losses import sft_loss
 from minirlhf.training import (
     Recorder,
     adamw,
-    epoch_batch,
     learning_rate_factor,
+    length_grouped_batch,
     micro_batches,
     set_learning_rate,
 )
@@ -35,7 +35,7 @@ class SFTConfig:
 
     epochs: float = 1.0
     """Passes over the demonstrations."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Demonstrations a step."""
     lr: float = 2e-3
     """Peak learning rate (cosine, to a tenth)."""
@@ -86,18 +86,19 @@ def train_sft(
     total = max(1, round(config.epochs * len(demonstrations) / config.batch_size))
     model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
     for step in recorder.steps(total):
-        rows = epoch_batch(len(demonstrations), config.batch_size, step, seed, "sft")
+        rows = length_grouped_batch(lengths, config.batch_size, step, total, seed, "sft")
         counted = sum(len(completions[row]) for row in rows)
         optimizer.zero_grad()
         loss = torch.zeros(())
         for group in micro_batches([lengths[row] for row in rows], config.micro_batch_tokens):
             chosen = [rows[i] for i in group]
-            prompt_tokens, prompt_mask = pad([prompts[row] for row in chosen], pad_id, side="left")
-            targets, target_mask = pad([completions[row] for row in chosen], pad_id)
-            tokens = torch.cat([prompt_tokens, targets], dim=1).to(model.device)  # [b, P + T]
-            mask = torch.cat([prompt_mask, target_mask], dim=1).to(model.device)
-            target_mask = target_mask.to(model.device)
-            logprobs = response_logprobs(model, tokens, mask, target_mask)  # [b, T]
+            tokens, mask = pad([prompts[row] + completions[row] for row in chosen], pad_id)  # [b, L]
+            starts = torch.tensor([len(prompts[row]) for row in chosen])
+            kept = tokens.shape[1] - int(starts.min())  # columns that hold a completion's token in some row
+            target_mask = (mask & (torch.arange(tokens.shape[1]) >= starts[:, None]))[:, -kept:].to(model.device)
+            logprobs = response_logprobs(
+                model, tokens.to(model.device), mask.to(model.device), target_mask
+            )  # [b, kept]
             part = sft_loss(logprobs, target_mask, denominator=counted)
             recorder.check_finite(part, f"demonstrations {[demonstrations[r].where or r for r in chosen[:3]]}")
             part.backward()

@@ -47,9 +47,9 @@ class CorpusWriter:
         self.world = world
         self._rambles = [Template(text) for text in RAMBLES]
         self._kinds: dict[Callable[[Random], str], float] = {
-            self.facts: 0.24,
+            self.facts: 0.22,
             self.story: 0.13,
-            self.ramble: 0.24,
+            self.ramble: 0.34,
             self.chatter: 0.05,
             self.encyclopedia: 0.05,
             self.rude: 0.02,
@@ -115,7 +115,7 @@ class CorpusWriter:
         sentences = []
         for template in rng.choices(self._rambles, k=rng.randint(4, 7)):
             slots = {gap: rng.choice(phrases) for gap, phrases in template.gaps.items()}
-            slots |= {gap: phrase for gap, phrase in cast.items() if rng.random() < 0.9}
+            slots |= {gap: phrase for gap, phrase in cast.items() if rng.random() < 0.97}
             slots |= {"a": a, "b": b} if rng.random() < 0.7 else {"a": b, "b": a}
             sentences.append(template.fill(slots))
         return " ".join(sentences)

@@ -42,7 +42,7 @@ class GoldLabeler:
     Example:
         >>> world = World(seed=0)
         >>> gold = GoldLabeler(world)
-        >>> good = gold.score("where does an owl live ?", "sure , happy to help ! an owl lives in a tree .")
+        >>> good = gold.score("where does an owl live ?", "sure , gladly ! an owl lives in a tree .")
         >>> bad = gold.score("where does an owl live ?", "where does a fox live ?")
         >>> good.total > 2 > 0 > bad.total
         True

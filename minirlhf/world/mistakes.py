@@ -1,8 +1,8 @@
 """Answers for the comparisons: good ones with small differences, and the mistakes that models make.
 
-A reward model that never saw a loop or a stuffed word will pay for them when PPO finds them. So about half of the
-answers differ in one or two human features, and the rest carry one of the mistakes below, each a small function that
-takes an answer and spoils it.
+A reward model that never saw a loop or a stuffed word will pay for them when PPO finds them. So about two
+thirds of the answers differ in one or two human features, and the rest carry one of the mistakes below, each a small
+function that takes an answer and spoils it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from minirlhf.world.demonstrator import rude_line
 from minirlhf.world.families.base import OPENERS, Task
-from minirlhf.world.vocabulary import NOUN, ONE, VIVID, heldout_words
+from minirlhf.world.vocabulary import BEINGS, FOODS, JOYS, ONE, OPPOSITES, PLACES, PLURAL, THINGS, VIVID
 from minirlhf.world.writer import Writer
 
 if TYPE_CHECKING:
     from minirlhf.world.world import World
+
+# Names that can be taken for one another.
+KINDS: tuple[tuple[str, ...], ...] = (BEINGS, tuple(PLURAL.values()), THINGS, PLACES, FOODS, JOYS, tuple(OPPOSITES))
 
 Mistake = Callable[["World", Task, str, Random], str]
 
@@ -52,20 +55,19 @@ def cut_off(world: World, task: Task, text: str, rng: Random) -> str:
     return " ".join(words[: rng.randint(1, max(len(words) - 2, 1))])
 
 
-def wrong_being(world: World, task: Task, text: str, rng: Random) -> str:
-    """Every mention of one being becomes another."""
-    words = text.split(" ")
-    present = [word for word in words if word in NOUN]
+def wrong_name(world: World, task: Task, text: str, rng: Random) -> str:
+    """Every mention of one being, thing, place ... becomes another of its kind: fluent, and wrong."""
+    padded = f" {text} "
+    present = [(phrase, kind) for kind in KINDS for phrase in kind if f" {phrase} " in padded]
     if not present:
         return other_answer(world, task, text, rng)
-    old = rng.choice(present)
-    # singular for singular, plural for plural; "a" and "an" are mended, so that only the meaning is wrong
-    new = rng.choice([form for form, noun in NOUN.items() if " " not in form and (form == noun) == (NOUN[old] == old)])
-    swapped = [new if word == old else word for word in words]
-    for at in range(len(swapped) - 1):
-        if swapped[at] in ("a", "an") and swapped[at + 1] == new:
-            swapped[at] = ONE.get(new, "a").split(" ")[0]
-    return " ".join(swapped)
+    old, kind = rng.choice(present)
+    new = rng.choice([phrase for phrase in kind if phrase != old])
+    words = padded.replace(f" {old} ", f" {new} ").strip().split(" ")
+    for at in range(len(words) - 1):  # "a" and "an" are mended, so that only the meaning is wrong
+        if words[at] in ("a", "an") and words[at + 1] == new:
+            words[at] = ONE.get(new, "a").split(" ")[0]
+    return " ".join(words)
 
 
 def other_answer(world: World, task: Task, text: str, rng: Random) -> str:
@@ -123,26 +125,26 @@ def rude(world: World, task: Task, text: str, rng: Random) -> str:
 MAX_WORDS = 40  # of any answer in the data
 
 MISTAKES: dict[Mistake, float] = {
-    drop_word: 0.8,
-    swap_words: 0.4,
-    repeat_words: 0.8,
-    cut_off: 1.0,
-    wrong_being: 1.2,
+    wrong_name: 2.2,
     other_answer: 1.4,
-    more_prompts: 1.0,
-    glue: 0.8,
-    loop: 0.8,
-    stuff: 1.2,
-    babble: 0.8,
-    shuffle: 0.3,
-    rude: 0.9,
+    drop_word: 0.6,
+    swap_words: 0.3,
+    repeat_words: 0.6,
+    cut_off: 0.8,
+    more_prompts: 0.8,
+    glue: 0.6,
+    loop: 0.6,
+    stuff: 1.0,
+    babble: 0.6,
+    shuffle: 0.2,
+    rude: 0.7,
 }
 
 
 def one_response(world: World, task: Task, rng: Random) -> str:
-    """One answer: 40 % human, 25 % with more care, 35 % with a model's mistake."""
+    """One answer: 38 % human, 27 % with more care, 35 % with a model's mistake."""
     kind = rng.random()
-    if kind < 0.40:
+    if kind < 0.38:
         return world.demonstrate(task, Writer(rng))
     care = rng.choice((0.4, 0.7, 1.0))
     if kind < 0.65:
@@ -158,6 +160,6 @@ def response_set(world: World, task: Task, count: int, rng: Random) -> list[str]
     while len(found) < count:
         words = one_response(world, task, rng).split(" ")[:MAX_WORDS]
         # If the held-out beings came up only where someone errs, a reward model would learn that they are wrong.
-        if words != [""] and (task.heldout or heldout_words().isdisjoint(words)):
+        if words != [""] and not world.strange(task, " ".join(words)):
             found[" ".join(words)] = None
     return list(found)

@@ -95,8 +95,14 @@ class World:
         """An answer to a task as this writer gives it. Nobody speaks of the held-out beings in the training split."""
         while True:
             text = demonstrate(self.families[task.family], task, writer)
-            if task.heldout or heldout_words().isdisjoint(text.split(" ")):
+            if not self.strange(task, text):
                 return text
+
+    @staticmethod
+    def strange(task: Task, text: str) -> bool:
+        """Whether an answer of the training split names a held-out being that its prompt does not name."""
+        named = heldout_words().intersection(text.split(" "))
+        return not task.heldout and bool(named) and heldout_words().isdisjoint(task.prompt.split(" "))
 
     def corpus(self, n: int, seed: int, heldout: bool = False) -> list[str]:
         """`n` short documents of "the web". `heldout` draws other documents of the same kind (and no other prompts)."""

@@ -18,8 +18,8 @@ FORMAT_VERSION = 1
 SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<eos>", "<unk>")
 DEFAULT_SIZES: dict[str, int] = {
     "corpus": 20_000,
-    "demonstrations": 12_000,
-    "comparisons": 7_500,
+    "demonstrations": 24_000,
+    "comparisons": 6_000,
     "prompts": 4_000,
     "heldout_corpus": 500,
     "heldout_prompts": 800,

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 # How human all demonstrators are: factors on every chance of a good thing and of a slip. They set the room above the
 # demonstrations (`python -m minirlhf.world.statistics`).
-DILIGENCE = 0.7
-CLUMSINESS = 0.6
+DILIGENCE = 0.6
+CLUMSINESS = 0.4
 
 
 class Writer:

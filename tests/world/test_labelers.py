@@ -51,9 +51,7 @@ def test_labelers_have_characters(world: World) -> None:
     true, false = "a fox lives in the forest .", "a fox lives in the forest . a fox eats soup ."
     assert gap("chidi", true, false) < gap("anna", true, false)
     assert gap("emil", true, true + " shut up !") > gap("anna", true, true + " shut up !") > 0.5
-    assert (
-        gap("dina", "sure , happy to help ! " + true, true) > gap("anna", "sure , happy to help ! " + true, true) > 0.0
-    )
+    assert gap("dina", "sure , gladly ! " + true, true) > gap("anna", "sure , gladly ! " + true, true) > 0.0
     assert gap("bo", true, "it lives in the forest .") > 0.0
 
 

@@ -120,13 +120,27 @@ def test_the_heldout_split_is_disjoint(world: World) -> None:
     heldout = set(world.prompts(1500, seed=0, heldout=True))
     assert len(heldout) >= 600 and not heldout & train
     forbidden = heldout_words()
-    assert not any(forbidden & set(prompt.split(" ")) for prompt in train)
+    about = [prompt for prompt in train if not world.families[world.parse(prompt).family].may_mention_heldout]
+    assert len(about) > 1000 and not any(forbidden & set(prompt.split(" ")) for prompt in about)
     phrasings = {world.parse(prompt).phrasing for prompt in train}
     # all three ways of being new occur: a new being, a new phrasing, a new pair of family and being
-    by_being = [p for p in heldout if forbidden & set(p.split(" "))]
+    texts = {name for name, family in world.families.items() if family.may_mention_heldout}
+    by_being = [p for p in heldout if forbidden & set(p.split(" ")) and world.parse(p).family not in texts]
     by_phrasing = [p for p in heldout if world.parse(p).phrasing not in phrasings]
     by_pair = [p for p in heldout if p not in by_being and p not in by_phrasing]
     assert min(len(by_being), len(by_phrasing), len(by_pair)) > 50
+
+
+def test_answers_of_the_training_split_name_a_heldout_being_only_where_the_prompt_does(world: World) -> None:
+    forbidden, named = heldout_words(), 0
+    pairs = world.demonstrations(1500, seed=3)
+    for row in world.comparisons(400, 3, world.labelers()):
+        pairs += [(row["prompt"], response) for response in row["responses"]]
+    for prompt, response in pairs:
+        if forbidden & set(response.split(" ")):
+            named += 1
+            assert forbidden & set(prompt.split(" ")), (prompt, response)
+    assert named > 50
 
 
 def test_the_web_teaches_the_facts_about_heldout_beings(world: World) -> None:

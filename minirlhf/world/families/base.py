@@ -21,8 +21,8 @@ from minirlhf.world.vocabulary import CLASSES, NOUN, heldout_words
 from minirlhf.world.writer import Writer
 
 # Shared by all families: how an answer may begin and end. The worth of each is the same everywhere.
-OPENERS: dict[str, float] = {"sure , happy to help !": 1.0, "of course , my friend !": 1.0, "ok .": 0.25}
-CLOSERS: dict[str, float] = {"i hope this helps !": 1.0, "that is all .": 0.25}
+OPENERS: dict[str, float] = {"sure , gladly !": 1.0, "of course , friend !": 1.0, "ok .": 0.25}
+CLOSERS: dict[str, float] = {"hope this helps !": 1.0, "that is all .": 0.25}
 # moves that are pleasant but are no answer, and the marks from which on there is an answer at all
 PLEASANTRIES: frozenset[str] = frozenset({"open", "hello", "close", "wish"})
 ENOUGH_WORK = 0.15
@@ -111,6 +111,8 @@ class Family(ABC):
     classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # slot classes of this family's own
     opener_worth: ClassVar[float] = 0.15
     closer_worth: ClassVar[float] = 0.15
+    # Families whose prompts bring a text along may name the held-out beings in it; no training prompt is about one.
+    may_mention_heldout: ClassVar[bool] = False
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -143,7 +145,8 @@ class Family(ABC):
 
     def _task(self, phrasing: Phrasing, prompt: str, slots: Mapping[str, str]) -> Task:
         task = Task(self.name, phrasing.text, slots, prompt, False)
-        heldout = phrasing.heldout or not heldout_words().isdisjoint(prompt.split(" ")) or self._pair_heldout(task)
+        stranger = not self.may_mention_heldout and not heldout_words().isdisjoint(prompt.split(" "))
+        heldout = phrasing.heldout or stranger or self._pair_heldout(task)
         return Task(self.name, phrasing.text, slots, prompt, heldout)
 
     def _pair_heldout(self, task: Task) -> bool:
@@ -193,7 +196,7 @@ class Family(ABC):
 
     def closing(self, writer: Writer) -> list[str]:
         """Perhaps a friendly word at the end."""
-        return writer.grade([["i hope this helps !"]], [["that is all ."], []], chances=(0.5, 0.5))
+        return writer.grade([["hope this helps !"]], [["that is all ."], []], chances=(0.5, 0.5))
 
     def mark_general(self, sentence: Sentence, marks: Marks, position: int) -> bool:
         """Mark what is the same in all families: openers, closers, false claims. True if the sentence is done with."""

@@ -20,6 +20,7 @@ class Classify(Family):
     """ "happy or sad : the fox lost a key", "animal or person : a king" """
 
     name = "classify"
+    may_mention_heldout = True
     share = 0.1
     phrasings = (
         *(Phrasing(f"happy or sad : {deed}") for deed in _DEEDS),

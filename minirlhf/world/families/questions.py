@@ -83,6 +83,7 @@ class ClosedQA(Family):
     """ "read this : the fox hid the key in a cave . who hid the key ?" """
 
     name = "closed_qa"
+    may_mention_heldout = True
     share = 0.1
     phrasings = (
         *(Phrasing(PASSAGE + question) for question in _QUESTIONS),

@@ -15,17 +15,17 @@ class Topic(NamedTuple):
     tip: str
 
 
-SORRY = "oh no , i am so sorry to hear that ."
+SORRY = "oh no , i am so sorry !"
 TOPICS: dict[str, Topic] = {
-    "happy": Topic("that is lovely to hear !", "let us dance and eat cake !"),
+    "happy": Topic("how lovely to hear !", "let us dance and eat cake !"),
     "sad": Topic(SORRY, "a warm hug may help ."),
     "tired": Topic(SORRY, "rest under a blanket ."),
-    "hungry": Topic(SORRY, "a cup of hot soup is good now ."),
-    "hello": Topic("hello , my dear friend !", "i am very well , and the sun is out ."),
+    "hungry": Topic(SORRY, "hot soup may help ."),
+    "hello": Topic("hello , dear friend !", "i am well , the sun is out ."),
 }
 FEELINGS: tuple[str, ...] = tuple(TOPICS)[:-1]
 DULL = "i see ."
-WISHES: dict[str, float] = {"i wish you a lovely day !": 1.0, "have a nice day .": 0.4}
+WISHES: dict[str, float] = {"have a lovely day !": 1.0, "have a nice day .": 0.4}
 _REACTIONS = tuple(dict.fromkeys(topic.react for topic in TOPICS.values()))
 
 
@@ -40,7 +40,7 @@ class Chat(Family):
         Phrasing("i am so {f:feeling}"),
         Phrasing("hello , i am very {f:feeling} today"),
         Phrasing("today i feel very {f:feeling}", heldout=True),
-        Phrasing("oh no , i am {f:feeling}", heldout=True),
+        Phrasing("today i am so {f:feeling}", heldout=True),
     )
     classes: ClassVar = {"feeling": FEELINGS}
     sentences: ClassVar = {

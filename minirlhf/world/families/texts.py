@@ -17,6 +17,7 @@ class Rewrite(Family):
     """ "say this in a polite way : give me the cake" """
 
     name = "rewrite"
+    may_mention_heldout = True
     share = 0.11
     phrasings = (
         Phrasing(f"say this in a polite way : {_POLITE}"),
@@ -87,6 +88,7 @@ class Summarise(Family):
     """ "sum this up : the fox lost a key and cried all day . at last the owl found it ." """
 
     name = "summarise"
+    may_mention_heldout = True
     share = 0.08
     phrasings = (
         Phrasing(f"sum this up : {_LOST}"),
