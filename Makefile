@@ -8,7 +8,7 @@ NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
 MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab notebooks test fast lint world bench clean
+.PHONY: help setup run lab notebooks test fast lint world checkpoints figures bench clean
 
 help:  ## this list
 	@echo "minirlhf: from REINFORCE to InstructGPT"
@@ -58,6 +58,13 @@ world: setup  ## rebuild data/small_world from its seed
 	else \
 		rm -rf data/small_world && mv build/small_world data/small_world && echo "data/small_world: replaced"; \
 	fi
+
+checkpoints: setup  ## rebuild data/checkpoints: the default run, its models in half precision
+	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run --out runs/checkpoints --seed 0
+	@$(BIN)/python -m minirlhf.pipeline.export runs/checkpoints data/checkpoints
+
+figures: setup  ## rerun the long experiments that the lessons show (data/results)
+	@for script in benchmarks/figure_*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 bench: setup  ## measure the kernels
 	@test -f kernels/benchmarks/run.py || { echo "make bench: kernels/benchmarks/run.py is not here yet"; exit 1; }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
@@ -36,6 +36,9 @@ class RunConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     save_seconds: float = 10.0
     """Seconds between two saved training states."""
+    side_by_side: bool = True
+    """On a CPU with two threads or more, train PPO and PPO-ptx at the same time, each in a process of its own with half
+    of the threads."""
     model_size: ModelConfig = field(default_factory=ModelConfig)
     """Size of the base model that is trained from nothing."""
     base: PretrainingConfig = field(default_factory=PretrainingConfig)
@@ -48,6 +51,21 @@ class RunConfig:
     """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The measurements at the end."""
+
+
+def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
+    """The settings of a run as its config.json holds them (all but `out` and `save_seconds`)."""
+
+    def filled(config: Any, values: dict[str, Any]) -> Any:
+        changes: dict[str, Any] = {}
+        for one in fields(config):
+            if one.name in values:
+                old, new = getattr(config, one.name), values[one.name]
+                changes[one.name] = filled(old, new) if is_dataclass(old) else new
+        return replace(config, **changes)
+
+    config: RunConfig = filled(RunConfig(), settings)
+    return replace(config, out=out, data=Path(config.data) if config.data is not None else None)
 
 
 def preset(name: PresetName) -> RunConfig:

@@ -61,7 +61,9 @@ class Recorder:
         save_seconds: float = 10.0,
         show: Sequence[str] = (),
         progress: bool = True,
+        position: int = 0,
     ) -> None:
+        self.position = position
         self.name, self.folder, self.show, self.progress = name, folder, tuple(show), progress
         self.save_seconds = save_seconds
         self.history: list[Metrics] = []
@@ -110,6 +112,7 @@ class Recorder:
             desc=self.name,
             disable=not self.progress,
             dynamic_ncols=True,
+            position=self.position,
             mininterval=0.5,
         )
         began, saved = time.monotonic(), time.monotonic()

@@ -95,7 +95,8 @@ def test_report_has_every_key(finished: Path) -> None:
 
     seconds = report["seconds"]
     assert set(seconds) == {"preparation", *STEPS, "evaluation", "total"}
-    assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
+    overlap = seconds["ppo"] if report["side_by_side"] else 0.0
+    assert seconds["total"] >= sum(v for k, v in seconds.items() if k != "total") - overlap - 1e-6
     assert all(v > 0 for v in seconds.values())
     assert report["parameters"] > 1000
     keys = {"accuracy", "accuracy_heldout_labelers", "ceiling", "length_baseline", "calibration_error"}
@@ -194,10 +195,11 @@ def test_damaged_config_and_foreign_folder(finished: Path, tiny_folder: Path, tm
     assert "config.json" in capsys.readouterr().err
 
 
-def kill_when(command: list[str], condition: Callable[[], bool], log: Path) -> None:
+def kill_when(command: list[str], condition: Callable[[], bool], log: Path, threads: int = 1) -> None:
     """Start the command, SIGKILL it as soon as the condition holds."""
     with log.open("a") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
     deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, f"ended before it could be killed: {log.read_text()[-2000:]}"
@@ -235,6 +237,49 @@ def test_killed_three_times_ends_with_the_same_weights(finished: Path, tiny_fold
         steps = [json.loads(line)["step"] for line in (out / step / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(len(steps)))
         assert len(steps) == count(finished / step / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_side_by_side_is_the_same_as_one_after_the_other(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Two threads: PPO and PPO-ptx train at once, each with one. A kill ends both, and both go on from their states."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("ppo", "ppo_ptx"):
+        shutil.rmtree(out / name)
+    for name in ("report.json", "report.html", "answers.json"):
+        (out / name).unlink()
+    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out, "--save-seconds", "0")]
+    rows = {name: out / f"{name}.partial" / "metrics.jsonl" for name in ("ppo", "ppo_ptx")}
+    kill_when(command, lambda: count(rows["ppo"]) >= 1, tmp_path / "log", threads=2)
+    time.sleep(1.0)
+    before = {name: count(file) for name, file in rows.items()}
+    time.sleep(1.5)
+    assert before == {name: count(file) for name, file in rows.items()}  # nobody trains on
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(out) == weights(finished)
+    report = strict((out / "report.json").read_text())
+    assert report["side_by_side"] is True
+    seconds = report["seconds"]
+    apart = sum(v for k, v in seconds.items() if k != "total")
+    assert apart - seconds["ppo"] - 1e-6 <= seconds["total"]
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_beside_another_is_reported(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("ppo", "ppo_ptx"):
+        shutil.rmtree(out / name)
+    for name in ("report.json", "report.html", "answers.json"):
+        (out / name).unlink()
+    (out / "ppo.partial").mkdir()
+    (out / "ppo.partial" / "state.safetensors").write_bytes(b"damaged")
+    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 2
+    assert "damaged training state" in done.stderr and "ppo stopped with exit code 2" in done.stderr
+    assert not (out / "report.json").exists()
 
 
 def test_chat_answers_with_every_policy(finished: Path, capsys) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class PretrainingConfig:
     """The base model's training."""
 
-    steps: int = 1100
+    steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
     """Blocks a step."""

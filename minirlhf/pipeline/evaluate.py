@@ -48,7 +48,7 @@ def evaluate_run(
     proxy: RewardModelScorer,
     device: torch.device,
     *,
-    prepared_seconds: float,
+    other_seconds: tuple[float, float],
     command: str,
     progress: bool,
 ) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def evaluate_run(
         judge: scores the answers: gold, or the reward model where no truth is known.
         proxy: the run's reward model.
         device: where the models run.
-        prepared_seconds: time that reading and tokenizing took.
+        other_seconds: time that reading and tokenizing took, and time spent waiting for a step beside another.
         command: the command line.
         progress: whether to draw a progress bar.
 
@@ -96,8 +96,11 @@ def evaluate_run(
         _gold(judge),
     )
     _write_answers(config.out, config, prompts, answers, judge, inputs)
-    seconds = {"preparation": prepared_seconds} | {step: summaries[step]["seconds"] for step in STEPS}
+    prepared, waited = other_seconds
+    seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in STEPS}
     seconds["evaluation"] = time.monotonic() - began
+    side_by_side = summaries["ppo"].get("beside", False)  # then its seconds are not added to PPO-ptx's
+    total = sum(seconds.values()) + waited - (seconds["ppo"] if side_by_side else 0.0)
     return {
         "judge": "gold" if judge.is_gold else "reward_model",
         "heldout_prompts": len(prompts),
@@ -106,7 +109,8 @@ def evaluate_run(
         "reward_model": reward_model,
         "alignment_tax": _alignment_tax(evaluation),
         "parameters": summaries["base"]["parameters"],
-        "seconds": seconds | {"total": sum(seconds.values())},
+        "seconds": seconds | {"total": total},
+        "side_by_side": side_by_side,
         "seed": config.seed,
         "preset": config.preset,
         "data": inputs.folder.path.name,

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from minirlhf.checkpoints import save_model
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.tokenization import load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, STEPS, hide_loading_bars, load_policy, load_reward_model
+
+METRICS = "metrics.jsonl"
 
 
 def export_checkpoints(run: Path, out: Path) -> None:
@@ -40,8 +42,11 @@ def export_checkpoints(run: Path, out: Path) -> None:
     cpu = torch.device("cpu")
     for step in STEPS:
         model = load_policy(run, step, cpu) if step in POLICIES else load_reward_model(run, cpu)[0]
-        save_model(aside / step, model.half(), load_tokenizer(run / step))
-    shutil.copyfile(run / "report.json", aside / "report.json")
+        partial = aside / f"{step}.partial"
+        partial.mkdir()
+        if step in ("ppo", "ppo_ptx"):  # their curves are few rows, and worth a look
+            shutil.copyfile(run / step / METRICS, partial / METRICS)
+        save_model(aside / step, model.half(), load_tokenizer(run / step), aside=partial)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(aside, out)
 
@@ -52,6 +57,6 @@ if __name__ == "__main__":
         sys.exit("usage: python -m minirlhf.pipeline.export RUN OUT")
     try:
         export_checkpoints(Path(sys.argv[1]), Path(sys.argv[2]))
-    except CheckpointError as error:
+    except UserError as error:
         sys.exit(f"export: {error}")
     print(f"wrote {sys.argv[2]}")

@@ -24,6 +24,7 @@ from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
+from minirlhf.pipeline.beside import StepBeside
 from minirlhf.pipeline.evaluate import evaluate_run
 from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data, load_inputs
@@ -78,30 +79,53 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     write_json(config.out / "config.json", settings)
     prepared = time.monotonic() - began
 
+    left = [step for step in STEPS if not (config.out / step).is_dir()]
     for step in STEPS:
-        folder = config.out / step
-        if folder.is_dir():
-            verify_model(folder)
-            continue
-        recorder = Recorder(
-            step,
-            config.out / f"{step}.partial",
-            save_seconds=config.save_seconds,
-            show=SHOWN[step],
-            progress=progress,
-        )
-        model = TRAINERS[step](config, inputs, recorder, device)
-        summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
-        save_model(folder, model, inputs.tokenizer, aside=config.out / f"{step}.partial", summary=summary)
+        if step not in left:
+            verify_model(config.out / step)
+    threads = torch.get_num_threads()
+    # Two small models at a time use two cores far better than one model with two threads.
+    together = config.side_by_side and device.type == "cpu" and threads > 1 and {"ppo", "ppo_ptx"} <= set(left)
+    waited = 0.0  # for the step beside, after the own one was done
+    for step in left[:-1] if together else left:
+        if together and step == "ppo":
+            torch.set_num_threads(threads // 2)
+            with StepBeside(config, "ppo", threads - threads // 2, progress):
+                train_step("ppo_ptx", config, inputs, device, progress)
+                done = time.monotonic()
+            waited = time.monotonic() - done
+            torch.set_num_threads(threads)
+        else:
+            train_step(step, config, inputs, device, progress)
 
     proxy = RewardModelScorer(*load_reward_model(config.out, device))
     judge = find_judge(inputs.folder, proxy)
     results = evaluate_run(
-        config, inputs, judge, proxy, device, prepared_seconds=prepared, command=command, progress=progress
+        config, inputs, judge, proxy, device, other_seconds=(prepared, waited), command=command, progress=progress
     )
     write_json(config.out / "report.json", results)
     write_report(config.out)
     return report
+
+
+def train_step(
+    step: str, config: RunConfig, inputs: Inputs, device: torch.device, progress: bool, beside: bool = False
+) -> None:
+    """Train one step and save it, going on from the state that a killed run left.
+
+    Args:
+        step: one of `STEPS`; the models it starts from stand in the run's folder.
+        config, inputs, device, progress: as in `run_pipeline`.
+        beside: another step trains at the same time, and has the first line for its progress bar.
+    """
+    aside = config.out / f"{step}.partial"
+    recorder = Recorder(
+        step, aside, save_seconds=config.save_seconds, show=SHOWN[step], progress=progress, position=int(beside)
+    )
+    model = TRAINERS[step](config, inputs, recorder, device)
+    summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    summary |= {"beside": beside}
+    save_model(config.out / step, model, inputs.tokenizer, aside=aside, summary=summary)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -130,14 +130,15 @@ def facts(run: Run) -> str:
         "size": f"{report['parameters']:,} parameters",
         "machine": escape(f"{machine['device']}, {machine['threads']} threads, {machine['platform']}"),
         "versions": escape(", ".join(f"{name} {version}" for name, version in report["versions"].items())),
-        "time": escape(_seconds(report["seconds"])),
+        "time": escape(_seconds(report["seconds"], report.get("side_by_side", False))),
     }
     return _facts_table(rows) + _settings(run.config)
 
 
-def _seconds(seconds: dict[str, float]) -> str:
+def _seconds(seconds: dict[str, float], side_by_side: bool) -> str:
     parts = ", ".join(f"{NAMES.get(k, k)} {number(v, 1)} s" for k, v in seconds.items() if k != "total")
-    return f"{duration(seconds['total'])} ({parts})"
+    beside = "; PPO and PPO-ptx at the same time" if side_by_side else ""
+    return f"{duration(seconds['total'])} ({parts}{beside})"
 
 
 def _facts_table(rows: dict[str, str]) -> str:

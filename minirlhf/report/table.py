@@ -72,4 +72,5 @@ def _time(run: Run) -> str:
     seconds = dict(run.report["seconds"])
     total = seconds.pop("total")
     parts = ", ".join(f"{NAMES.get(name, name)} {number(value, 0)} s" for name, value in seconds.items())
-    return f"time: {duration(total)} ({parts})"
+    beside = "; PPO and PPO-ptx at the same time" if run.report.get("side_by_side") else ""
+    return f"time: {duration(total)} ({parts}{beside})"

@@ -64,7 +64,7 @@ class Story(Family):
         if "adj" in task.slots and writer.does(0.65):
             adjective = task.slots["adj"]
         place = writer.grade(FANCY_PLACES, PLACES, chances=(0.5, 0.5))
-        shape = writer.grade(["set.once"], ["set.there"], ["set.plain"], chances=(0.5, 0.3, 0.2))
+        shape = writer.grade(["set.once"], ["set.there"], ["set.plain"], chances=(0.6, 0.25, 0.15))
         event = writer.grade(WONDERS, FAIR_EVENTS, DULL_EVENTS, chances=(0.5, 0.25, 0.25))
         parts = [self.say(shape, adj=adjective, a=hero, p=place), self.say("event.day", a=hero, e=event)]
         good = [name for name, its_mood in _END_MOODS.items() if its_mood == mood]

@@ -1,0 +1,90 @@
+"""Train one step of a run in a process of its own, beside another step.
+
+Models of this size keep one core busy and hardly two: on two cores, two trainings side by side take little longer than
+one. PPO and PPO-ptx both start from the SFT model and the reward model and don't need each other.
+
+The child reads its settings from the run's config.json. It ends when its parent does, however that ends: the parent
+holds the other end of its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from minirlhf.config import RunConfig, config_from_dict
+from minirlhf.errors import TrainingError, UserError
+
+
+class StepBeside:
+    """One step of a run, training in another process.
+
+    Args:
+        config: of the run; its folder has a config.json already.
+        step: its name, such as "ppo".
+        threads: for the child.
+        progress: whether the child draws a bar.
+    """
+
+    def __init__(self, config: RunConfig, step: str, threads: int, progress: bool) -> None:
+        self.step = step
+        arguments = [str(config.out), step, str(threads), str(int(progress)), str(config.save_seconds)]
+        # A parent whose threads are bound would bind the child to the same core.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "minirlhf.pipeline.beside", *arguments], stdin=subprocess.PIPE, env=environment
+        )
+
+    def __enter__(self) -> StepBeside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """Wait for the child; where the parent's own step failed, end it: it goes on when the run does.
+
+        Raises:
+            TrainingError: the child failed; its own message stands above.
+        """
+        assert self._process.stdin is not None
+        if kind is not None:
+            self._process.terminate()
+        code = self._process.wait()
+        self._process.stdin.close()
+        if kind is None and code != 0:
+            raise TrainingError(f"{self.step} stopped with exit code {code}: see its message above")
+
+
+def main(run: Path, step: str, threads: int, progress: bool, save_seconds: float) -> None:
+    """The child: train the step and save it, as `run_pipeline` would."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    import torch
+
+    from minirlhf.pipeline.folder import find_device, hide_loading_bars
+    from minirlhf.pipeline.inputs import find_data, load_inputs
+    from minirlhf.pipeline.run import train_step
+
+    torch.set_num_threads(threads)
+    hide_loading_bars()
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = replace(config_from_dict(settings, run), save_seconds=save_seconds)
+    inputs = load_inputs(config, find_data(config))
+    train_step(step, config, inputs, find_device(config.device), progress, beside=True)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # returns when the parent is gone, or closes its end
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", float(sys.argv[5]))
+    except UserError as failure:
+        print(f"minirlhf: error: {failure}", file=sys.stderr)
+        sys.exit(2)

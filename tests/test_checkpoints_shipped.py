@@ -1,0 +1,56 @@
+"""The checkpoints that the lessons start from: whole, small, and what they say they are."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from minirlhf.checkpoints import CHECKSUMS, verify_model
+from minirlhf.errors import CheckpointError
+from minirlhf.language.evaluation import EvaluationConfig, answer
+from minirlhf.language.reward_model import RewardModelScorer
+from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.pipeline.export import export_checkpoints
+from minirlhf.pipeline.folder import POLICIES, STEPS, load_policy, load_reward_model
+from minirlhf.world import GoldLabeler, World
+
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints"
+CPU = torch.device("cpu")
+
+
+def test_every_file_is_the_one_that_was_written() -> None:
+    assert {path.name for path in SHIPPED.iterdir() if path.is_dir()} == set(STEPS)
+    for step in STEPS:
+        assert (SHIPPED / step / CHECKSUMS).is_file()
+        verify_model(SHIPPED / step)
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 6e6
+
+
+def test_each_step_of_the_ladder_is_better_by_gold() -> None:
+    world = World(0)
+    gold, rng = GoldLabeler(world), Random(3)
+    prompts = [world.task(rng, heldout=True).prompt for _ in range(150)]
+    means = {}
+    for name in POLICIES:
+        policy = load_policy(SHIPPED, name, CPU)
+        assert policy.dtype == torch.float32
+        said = answer(policy, load_tokenizer(SHIPPED / name), prompts, EvaluationConfig(), seed=0)
+        scores = [gold.score(*row).total for row in zip(prompts, said.responses, said.ended, strict=True)]
+        means[name] = sum(scores) / len(scores)
+    assert means["base"] < 0 < 1.2 < means["sft"] < means["ppo"] - 0.3
+    assert means["sft"] < means["ppo_ptx"]
+
+
+def test_the_reward_model_prefers_the_better_answer() -> None:
+    reward = RewardModelScorer(*load_reward_model(SHIPPED, CPU))
+    prompt = "where does an owl live ?"
+    good, wrong, none = reward([prompt] * 3, ["sure , gladly ! an owl lives in a tree .", "in a tower .", "go away !"])
+    assert good > wrong and good > none
+
+
+def test_an_unfinished_run_is_not_shipped(tmp_path: Path) -> None:
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="has no sft, reward_model, ppo, ppo_ptx; finish it first"):
+        export_checkpoints(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
