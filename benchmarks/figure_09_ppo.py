@@ -1,0 +1,180 @@
+"""How much KL, how much pretraining, and what mistakes look like: the runs of lesson 09.
+
+    .venv/bin/python benchmarks/figure_09_ppo.py                 both tables; about six minutes on one thread
+    .venv/bin/python benchmarks/figure_09_ppo.py --only sweep
+
+Every run is a short one: PPO from data/checkpoints/sft against data/checkpoints/reward_model, SETTINGS below.
+
+sweep -> data/results/ppo_kl_ptx_sweep.csv: each pair of (beta, ptx_coef) in SWEEP, 3 seeds; one row a run, measured
+after it:
+
+    score, gold       means of EVALUATED held-out prompts answered once: the reward model's, and the truth
+    kl                nats an answer from the SFT model, exact at each token of those answers
+    length, ended     tokens of an answer; share of them that ended by themselves
+    corpus_loss       nats a token of the held-out corpus
+
+lab -> data/results/text_failure_lab.csv: every run of `minirlhf.checks.text_failure_lab`, and the same without a
+mistake ("healthy"); one row a step, with the metrics that lesson 09 draws.
+
+Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
+machine; another processor rounds differently, and single runs come out differently there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minirlhf.checks import text_failure_lab
+from minirlhf.data import read_folder
+from minirlhf.language.evaluation import EvaluationConfig, answer, mean_and_error
+from minirlhf.language.models import clone
+from minirlhf.language.pretraining import blocks_of, corpus_loss
+from minirlhf.language.reward_model import RewardModelScorer
+from minirlhf.language.rlhf import RLHFConfig
+from minirlhf.language.tokenization import encode_texts
+from minirlhf.pipeline.folder import hide_loading_bars, load_policy, load_reward_model
+from minirlhf.training import Recorder
+from minirlhf.world import GoldLabeler, World
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, CHECKPOINTS = ROOT / "data" / "results", ROOT / "data" / "checkpoints"
+Row = dict[str, Any]
+
+# Two epochs at a rate above the default run's: short runs must go far enough for beta to matter.
+SETTINGS: dict[str, Any] = {"steps": 16, "batch_size": 64, "epochs": 2, "lr": 1e-3, "warmup": 3}
+BETA = 0.1
+SWEEP = ((0.0, 0.0), (BETA, 0.0), (0.5, 0.0), (BETA, 0.05), (BETA, 0.2), (BETA, 1.0))
+SEEDS, LAB_SEEDS, BAND_SEEDS = (0, 1, 2), (10, 11), (0, 1, 2)
+EVALUATED = 200
+LAB_METRICS = (
+    "objective/score",
+    "objective/kl",
+    "objective/entropy",
+    "policy/first_ratio_error",
+    "value/loss",
+    "value/explained_variance",
+)
+
+
+class Bench:
+    """Models and data, loaded once."""
+
+    def __init__(self) -> None:
+        hide_loading_bars()
+        cpu = torch.device("cpu")
+        self.sft = load_policy(CHECKPOINTS, "sft", cpu)
+        self.reward_model, self.tokenizer = load_reward_model(CHECKPOINTS, cpu)
+        self.reward = RewardModelScorer(self.reward_model, self.tokenizer)
+        self.gold = GoldLabeler(World(0))
+        folder = read_folder(ROOT / "data" / "small_world", 0)
+        self.prompts = [row.text for row in folder.prompts]
+        self.heldout = [row.text for row in folder.heldout_prompts][:EVALUATED]
+        self.corpus, self.heldout_corpus = (
+            blocks_of(encode_texts(self.tokenizer, [row.text for row in rows]), 64)
+            for rows in (folder.corpus, folder.heldout_corpus)
+        )
+
+    def train(self, letter: str, seed: int, name: str, **settings: Any) -> tuple[Any, list[dict[str, float]]]:
+        recorder = Recorder(name, show=("objective/score", "objective/kl"))
+        policy = text_failure_lab.train(
+            letter,
+            clone(self.sft).eval(),
+            clone(self.reward_model).eval(),
+            self.sft,
+            self.reward,
+            self.tokenizer,
+            self.prompts,
+            RLHFConfig(**(SETTINGS | {"beta": BETA} | settings)),
+            corpus_blocks=self.corpus,
+            seed=seed,
+            recorder=recorder,
+        )
+        return policy, recorder.history
+
+    def measure(self, policy: Any) -> Row:
+        answers = answer(policy, self.tokenizer, self.heldout, EvaluationConfig(), reference=self.sft, seed=0)
+        golds = [
+            self.gold.score(p, r, e).total
+            for p, r, e in zip(self.heldout, answers.responses, answers.ended, strict=True)
+        ]
+        return {
+            "score": mean_and_error(self.reward(self.heldout, answers.responses).tolist())[0],
+            "gold": mean_and_error(golds)[0],
+            "kl": mean_and_error(answers.kl)[0],
+            "length": mean_and_error([float(n) for n in answers.lengths])[0],
+            "ended": sum(answers.ended) / len(answers.ended),
+            "corpus_loss": corpus_loss(policy, self.heldout_corpus),
+        }
+
+
+def sweep(bench: Bench) -> Iterable[Row]:
+    yield {"beta": "", "ptx_coef": "", "seed": ""} | bench.measure(bench.sft)  # where all of them begin
+    for beta, ptx_coef in SWEEP:
+        for seed in SEEDS:
+            # Letter C is no mistake at all: plain train_rlhf.
+            policy, _ = bench.train("C", seed, f"beta {beta} ptx {ptx_coef}", beta=beta, ptx_coef=ptx_coef)
+            yield {"beta": beta, "ptx_coef": ptx_coef, "seed": seed} | bench.measure(policy)
+
+
+def lab(bench: Bench) -> Iterable[Row]:
+    jobs = [("healthy", "C", seed) for seed in BAND_SEEDS]
+    jobs += [(letter, letter, seed) for letter in text_failure_lab.RUNS for seed in LAB_SEEDS]
+    for name, letter, seed in jobs:
+        for row in bench.train(letter, seed, name)[1]:
+            yield {"run": name, "seed": seed, "step": int(row["step"])} | {key: row[key] for key in LAB_METRICS}
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    rows = list(rows)
+    aside = path.with_suffix(".csv.partial")
+    with open(aside, "w", newline="", encoding="utf-8") as file:
+        file.write(f"# {stamp()}\n")
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    os.replace(aside, path)
+    print(f"{path.relative_to(ROOT)}: {len(rows)} rows", flush=True)
+
+
+def stamp() -> str:
+    """Machine, versions, date and command."""
+    from importlib.metadata import version
+
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "minirlhf"))
+    command = shlex.join(["python", "benchmarks/figure_09_ppo.py", *sys.argv[1:]])
+    python = platform.python_version()
+    return f"{cpu}, {os.cpu_count()} cores, Python {python}; {versions}; {datetime.date.today()}; {command}"
+
+
+TABLES = {"lab": (lab, "text_failure_lab.csv"), "sweep": (sweep, "ppo_kl_ptx_sweep.csv")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The runs of lesson 09.")
+    parser.add_argument("--only", choices=list(TABLES), help="one table; left out: both")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench()
+    for name, (rows, file) in TABLES.items():
+        if options.only in (None, name):
+            write(RESULTS / file, rows(bench))
+
+
+if __name__ == "__main__":
+    main()
