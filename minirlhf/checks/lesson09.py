@@ -1,4 +1,4 @@
-"""Lesson 09, PPO with a KL penalty: the answer's mask, token rewards, KL estimators, experience, PPO-ptx."""
+"""Lesson 09, PPO with a KL penalty: the answer's mask, token rewards, experience, KL estimators, PPO-ptx."""
 
 from __future__ import annotations
 
@@ -201,89 +201,6 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, respon
 # 9.3 -----------------------------------------------------------------------------------------------------------------
 
 
-def _kl_cases() -> list[Case]:
-    near = torch.tensor([[-1.0, -1.002, -1.005, -1.01]])
-    cases = [
-        Case("the same policy", (tensor([-1]), tensor([-1])), (tensor([0.0]), tensor([0.0]), tensor([0.0]))),
-        Case(
-            "d = log 2",
-            (tensor([0.5]).log(), tensor([0.25]).log()),
-            (tensor([0.6931472]), tensor([0.2402265]), tensor([0.1931472])),
-        ),
-        Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
-    ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        new, ref = -normal(generator, *size).abs(), -normal(generator, *size).abs()
-        cases.append(Case(f"random, of shape {size}", (new, ref)))
-    return cases
-
-
-Three = tuple[Tensor, Tensor, Tensor]
-
-
-def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
-    """Exercise 9.3 with one mistake planted."""
-    d = ref - logprobs if bug == "reversed" else logprobs - ref
-    k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
-    if bug == "digits":
-        k3 = ((-d).exp() - 1) + d
-    if bug == "k3 reversed":
-        k3 = torch.expm1(d) - d
-    if bug == "half":
-        k2 = d.square()
-    if bug == "falls through":
-        k3 = k1
-    if bug == "no graph":
-        return k1.detach(), k2.detach(), k3.detach()
-    if bug == "absolute":
-        k1 = d.abs()
-    return k1, k2, k3
-
-
-@exercise(
-    "9.3",
-    "three estimates of one KL",
-    difficulty=2,
-    minutes=10,
-    task="Tokens drawn from $\\pi$, $d = \\log\\pi - \\log\\pi_\\text{ref}$. Schulman's three estimates of "
-    "$\\mathrm{KL}(\\pi \\| \\pi_\\text{ref})$ a token: $k_1 = d$, $k_2 = d^2/2$, $k_3 = e^{-d} - 1 + d$. Mind the "
-    "digits: near $d = 0$ the large terms of $k_3$ cancel.",
-    cases=_kl_cases,
-    suspects={
-        "The half of k2 is missing.": partial(_estimates_with, "half"),
-        "k1 has lost its sign: single estimates may be negative, only so is the mean right.": (
-            partial(_estimates_with, "absolute")
-        ),
-        "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
-            partial(_estimates_with, "reversed")
-        ),
-        "k3 is reversed: expm1(-d) + d. (expm1(d) - d would be right for tokens drawn from the reference.)": (
-            partial(_estimates_with, "k3 reversed")
-        ),
-        "The third is k1 again: a chain of ifs falls through to the wrong one.": (
-            partial(_estimates_with, "falls through")
-        ),
-        "The digits cancel: exp(-d) - 1 loses in float32 what is left after adding d. Use torch.expm1(-d) + d.": (
-            partial(_estimates_with, "digits")
-        ),
-        "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
-            partial(_estimates_with, "no graph")
-        ),
-    },
-    hints=(
-        "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
-        "`d = logprobs - ref_logprobs`; `return d, d.square() / 2, torch.expm1(-d) + d`.",
-    ),
-    leaves=("logprobs",),
-)
-def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> Three:
-    """k1, k2 and k3 of KL(pi || ref) from tokens of pi: two tensors [...] give three, with gradient."""
-    return kl.kl_k1(logprobs, ref_logprobs), kl.kl_k2(logprobs, ref_logprobs), kl.kl_k3(logprobs, ref_logprobs)
-
-
-# 9.4 -----------------------------------------------------------------------------------------------------------------
-
-
 def _experience_cases() -> list[Case]:
     same = tensor([-1, -1])
     cases = [
@@ -330,7 +247,7 @@ def _experience_with(
     beta: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Exercise 9.4 with one mistake planted."""
+    """Exercise 9.3 with one mistake planted."""
     if bug == "twice":
         scores = scores - beta * torch.where(mask, logprobs - ref, 0.0).sum(1)
     if bug == "free":
@@ -357,7 +274,7 @@ def _experience_with(
 
 
 @exercise(
-    "9.4",
+    "9.3",
     "from scores to advantages",
     difficulty=4,
     minutes=25,
@@ -402,6 +319,89 @@ def experience(
     ends = torch.zeros_like(response_mask).scatter(1, _last(response_mask), True)
     advantages, returns = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)
     return whiten(advantages, response_mask), returns
+
+
+# 9.4 -----------------------------------------------------------------------------------------------------------------
+
+
+def _kl_cases() -> list[Case]:
+    near = torch.tensor([[-1.0, -1.002, -1.005, -1.01]])
+    cases = [
+        Case("the same policy", (tensor([-1]), tensor([-1])), (tensor([0.0]), tensor([0.0]), tensor([0.0]))),
+        Case(
+            "d = log 2",
+            (tensor([0.5]).log(), tensor([0.25]).log()),
+            (tensor([0.6931472]), tensor([0.2402265]), tensor([0.1931472])),
+        ),
+        Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        new, ref = -normal(generator, *size).abs(), -normal(generator, *size).abs()
+        cases.append(Case(f"random, of shape {size}", (new, ref)))
+    return cases
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
+    """Exercise 9.4 with one mistake planted."""
+    d = ref - logprobs if bug == "reversed" else logprobs - ref
+    k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
+    if bug == "digits":
+        k3 = ((-d).exp() - 1) + d
+    if bug == "k3 reversed":
+        k3 = torch.expm1(d) - d
+    if bug == "half":
+        k2 = d.square()
+    if bug == "falls through":
+        k3 = k1
+    if bug == "no graph":
+        return k1.detach(), k2.detach(), k3.detach()
+    if bug == "absolute":
+        k1 = d.abs()
+    return k1, k2, k3
+
+
+@exercise(
+    "9.4",
+    "three estimates of one KL",
+    difficulty=2,
+    minutes=10,
+    task="Tokens drawn from $\\pi$, $d = \\log\\pi - \\log\\pi_\\text{ref}$. Schulman's three estimates of "
+    "$\\mathrm{KL}(\\pi \\| \\pi_\\text{ref})$ a token: $k_1 = d$, $k_2 = d^2/2$, $k_3 = e^{-d} - 1 + d$. Mind the "
+    "digits: near $d = 0$ the large terms of $k_3$ cancel.",
+    cases=_kl_cases,
+    suspects={
+        "The half of k2 is missing.": partial(_estimates_with, "half"),
+        "k1 has lost its sign: single estimates may be negative, only so is the mean right.": (
+            partial(_estimates_with, "absolute")
+        ),
+        "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
+            partial(_estimates_with, "reversed")
+        ),
+        "k3 is reversed: expm1(-d) + d. (expm1(d) - d would be right for tokens drawn from the reference.)": (
+            partial(_estimates_with, "k3 reversed")
+        ),
+        "The third is k1 again: a chain of ifs falls through to the wrong one.": (
+            partial(_estimates_with, "falls through")
+        ),
+        "The digits cancel: exp(-d) - 1 loses in float32 what is left after adding d. Use torch.expm1(-d) + d.": (
+            partial(_estimates_with, "digits")
+        ),
+        "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
+            partial(_estimates_with, "no graph")
+        ),
+    },
+    hints=(
+        "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
+        "`d = logprobs - ref_logprobs`; `return d, d.square() / 2, torch.expm1(-d) + d`.",
+    ),
+    leaves=("logprobs",),
+)
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> Three:
+    """k1, k2 and k3 of KL(pi || ref) from tokens of pi: two tensors [...] give three, with gradient."""
+    return kl.kl_k1(logprobs, ref_logprobs), kl.kl_k2(logprobs, ref_logprobs), kl.kl_k3(logprobs, ref_logprobs)
 
 
 # 9.5 -----------------------------------------------------------------------------------------------------------------

@@ -17,17 +17,17 @@ def my_token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
     return rewards
 
 
-def my_kl_estimates(logprobs, ref_logprobs):
-    d = logprobs - ref_logprobs
-    return d, d.square() / 2, torch.expm1(-d) + d
-
-
 def my_experience(scores, logprobs, ref_logprobs, values, response_mask, beta, lam):
     rewards = my_token_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
     ends = torch.zeros_like(response_mask)
     ends[torch.arange(len(scores)), response_mask.sum(1) - 1] = True
     advantages, returns = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)
     return whiten(advantages, response_mask), returns
+
+
+def my_kl_estimates(logprobs, ref_logprobs):
+    d = logprobs - ref_logprobs
+    return d, d.square() / 2, torch.expm1(-d) + d
 
 
 def my_ppo_ptx_loss(ppo_loss, corpus_logprobs, ptx_coef):
