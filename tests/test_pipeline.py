@@ -239,40 +239,42 @@ def test_killed_three_times_ends_with_the_same_weights(finished: Path, tiny_fold
         assert len(steps) == count(finished / step / "metrics.jsonl")
 
 
+def without_step_3(finished: Path, out: Path) -> Path:
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("ppo", "ppo_ptx", "report.*", "answers.json"))
+    return out
+
+
 @pytest.mark.slow
 def test_side_by_side_is_the_same_as_one_after_the_other(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Two threads: PPO and PPO-ptx train at once, each with one. A kill ends both, and both go on from their states."""
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    for name in ("ppo", "ppo_ptx"):
-        shutil.rmtree(out / name)
-    for name in ("report.json", "report.html", "answers.json"):
-        (out / name).unlink()
-    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out, "--save-seconds", "0")]
-    rows = {name: out / f"{name}.partial" / "metrics.jsonl" for name in ("ppo", "ppo_ptx")}
-    kill_when(command, lambda: count(rows["ppo"]) >= 1, tmp_path / "log", threads=2)
-    time.sleep(1.0)
-    before = {name: count(file) for name, file in rows.items()}
-    time.sleep(1.5)
-    assert before == {name: count(file) for name, file in rows.items()}  # nobody trains on
+    out = without_step_3(finished, tmp_path / "run")
+    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert weights(out) == weights(finished)
     report = strict((out / "report.json").read_text())
-    assert report["side_by_side"] is True
     seconds = report["seconds"]
-    apart = sum(v for k, v in seconds.items() if k != "total")
-    assert apart - seconds["ppo"] - 1e-6 <= seconds["total"]
+    assert report["side_by_side"] is True
+    assert seconds["total"] < sum(v for k, v in seconds.items() if k != "total") + 10
+
+
+@pytest.mark.slow
+def test_a_kill_ends_both_and_the_rest_is_trained_as_before(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = without_step_3(finished, tmp_path / "run")
+    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out, "--save-seconds", "0")]
+    rows = out / "ppo.partial" / "metrics.jsonl"
+    kill_when(command, lambda: count(rows) >= 1, tmp_path / "log", threads=2)
+    time.sleep(1.0)
+    before = count(rows)
+    time.sleep(1.5)
+    assert before == count(rows) < 6  # nobody trains on
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(out) == weights(finished)
 
 
 @pytest.mark.slow
 def test_a_step_that_fails_beside_another_is_reported(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    for name in ("ppo", "ppo_ptx"):
-        shutil.rmtree(out / name)
-    for name in ("report.json", "report.html", "answers.json"):
-        (out / name).unlink()
+    out = without_step_3(finished, tmp_path / "run")
     (out / "ppo.partial").mkdir()
     (out / "ppo.partial" / "state.safetensors").write_bytes(b"damaged")
     command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out)]

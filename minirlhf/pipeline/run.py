@@ -34,6 +34,7 @@ from minirlhf.training import Recorder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BESIDE = {"ppo", "ppo_ptx"}  # steps that need what stands before them, and not each other
 SHOWN = {
     "base": ("base/loss",),
     "sft": ("sft/loss",),
@@ -83,20 +84,23 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     for step in STEPS:
         if step not in left:
             verify_model(config.out / step)
+    # Two small models at a time use two cores far better than one model with two threads. A step that was left over by
+    # a killed run gets its half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
-    # Two small models at a time use two cores far better than one model with two threads.
-    together = config.side_by_side and device.type == "cpu" and threads > 1 and {"ppo", "ppo_ptx"} <= set(left)
+    apart = config.side_by_side and device.type == "cpu" and threads > 1
     waited = 0.0  # for the step beside, after the own one was done
-    for step in left[:-1] if together else left:
-        if together and step == "ppo":
-            torch.set_num_threads(threads // 2)
-            with StepBeside(config, "ppo", threads - threads // 2, progress):
-                train_step("ppo_ptx", config, inputs, device, progress)
-                done = time.monotonic()
-            waited = time.monotonic() - done
-            torch.set_num_threads(threads)
-        else:
+    for step in [step for step in left if step not in BESIDE]:
+        train_step(step, config, inputs, device, progress)
+    torch.set_num_threads(threads // 2 if apart else threads)
+    if apart and set(left) >= BESIDE:
+        with StepBeside(config, "ppo", threads // 2, progress):
+            train_step("ppo_ptx", config, inputs, device, progress)
+            done = time.monotonic()
+        waited = time.monotonic() - done
+    else:
+        for step in [step for step in left if step in BESIDE]:
             train_step(step, config, inputs, device, progress)
+    torch.set_num_threads(threads)
 
     proxy = RewardModelScorer(*load_reward_model(config.out, device))
     judge = find_judge(inputs.folder, proxy)
