@@ -3,16 +3,16 @@
     .venv/bin/python benchmarks/figure_08_reward_model.py                 both tables; about six minutes on one thread
     .venv/bin/python benchmarks/figure_08_reward_model.py --only pairs
 
-pairs -> data/results/reward_model_pairs.csv: reward models trained from data/checkpoints/sft on the same rankings, 150
-prompts with K = 9 answers and so 150 x 36 = 5,400 comparisons, in three ways (WAYS below). All see 72 comparisons an
+pairs -> data/results/reward_model_pairs.csv: reward models trained from data/checkpoints/sft on the same rankings, 100
+prompts with K = 9 answers and so 100 x 36 = 3,600 comparisons, in three ways (WAYS below). All see 72 comparisons an
 update, with the same settings. K is 9 throughout: 1/C(K, 2) is one constant, and not a second difference. A row for
-each fifth (PARTS) of a run:
+each quarter (PARTS) of a run:
 
     share             of the run that is done
     updates, answers  optimizer steps; answers that went forwards and backwards through the model
     batch_loss        mean loss of the batches since the row before, each before its own update
-    heldout_loss, heldout_accuracy   on 120 prompts with other texts than the training prompts', from the same labelers
-    train_loss, train_accuracy       on the 150 training prompts, in the last row of a run
+    heldout_loss, heldout_accuracy   on 80 prompts with other texts than the training prompts', from the same labelers
+    train_loss, train_accuracy       on the 100 training prompts, in the last row of a run
 
 sizes -> data/results/reward_model_sizes.csv: reward models as the pipeline trains them, on the rankings of so many
 prompts; accuracy and calibration error on data/small_world/heldout, for training labelers and for held-out ones.
@@ -51,9 +51,9 @@ CHECKPOINTS = ROOT / "data" / "checkpoints"
 Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
-K, PROMPTS, HELDOUT = 9, 150, 120
+K, PROMPTS, HELDOUT = 9, 100, 80
 COMPARISONS_AN_UPDATE = 72
-PARTS = 5
+PARTS = 4
 # Name -> epochs. "shuffled" cuts the rankings into single comparisons first.
 WAYS: dict[str, float] = {"K-way": 1, "shuffled": 1, "K-way, 4 epochs": 4}
 SIZES = (100, 300, 1000)
