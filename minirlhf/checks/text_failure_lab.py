@@ -57,14 +57,13 @@ RUNS: dict[str, Planted] = {
         "The answers are sampled at temperature 0.7, the log-probabilities of the update are taken at 1 (top-k left on "
         "while sampling does the same): the data are another policy's than the one that is updated.",
         "the first minibatch of the first step, where nothing has been learned yet: its ratio is not 1, and the KL to "
-        "the reference is not 0. The entropy starts too low. The score looks better than healthy, since cold samples "
-        "are better answers: a bug that flatters.",
+        "the reference is not 0.",
         {"sample": sampled_colder},
     ),
     "B": Planted(
         "The sign of the KL reward: `+beta * d`. The policy is paid for leaving the reference.",
-        "the KL climbs past the healthy runs and does not bend, and the entropy with it: being unlike the SFT model "
-        "has become a way to earn.",
+        "the KL climbs and does not bend: being unlike the SFT model has become a way to earn. With no reward but the "
+        "KL (lesson 09, probe 5) it rises where it should fall.",
         {"kl_rewards": kl_paid_out},
     ),
     "C": Planted(
@@ -74,14 +73,14 @@ RUNS: dict[str, Planted] = {
     ),
     "D": Planted(
         "The score is paid at the first token and not at the last: every later token is told of the KL alone.",
-        "the score hardly moves while the KL stays near 0, since from the second token on there is nothing to gain by "
-        "leaving the reference. The value loss gets small: a return that is 0 nearly everywhere is easy to learn.",
+        "the first token is credited with all that the others did; from the second on there is nothing to gain by "
+        "leaving the reference, and the values there go to 0.",
         {"kl_rewards": score_at_the_first_token},
     ),
     "E": Planted(
         "Value targets from whitened advantages: `returns = whiten(advantages) + values`.",
-        "the value loss stays near 1/2, half the variance of a whitened advantage, from the first step to the last; "
-        "the targets run along with the values. The score may well rise all the same.",
+        "the value loss: its targets run along with the values, so it can't fall (half the variance of a whitened "
+        "advantage is 1/2, before the value clip).",
         {"gae": targets_from_whitened},
     ),
 }
