@@ -15,7 +15,8 @@ each quarter (PARTS) of a run:
     train_loss, train_accuracy       on the 100 training prompts, in the last row of a run
 
 sizes -> data/results/reward_model_sizes.csv: reward models as the pipeline trains them, on the rankings of so many
-prompts; accuracy and calibration error on data/small_world/heldout, for training labelers and for held-out ones.
+prompts; accuracy and calibration error on the first 200 prompts of data/small_world/heldout/comparisons, for training
+labelers and for held-out ones.
 
 Seeds draw the training prompts, the head's first weights and the order. They make results repeat on one machine.
 """
@@ -56,7 +57,8 @@ COMPARISONS_AN_UPDATE = 72
 PARTS = 4
 # Name -> epochs. "shuffled" cuts the rankings into single comparisons first.
 WAYS: dict[str, float] = {"K-way": 1, "shuffled": 1, "K-way, 4 epochs": 4}
-SIZES = (100, 300, 1000)
+SIZES = (50, 150, 500)
+MEASURED = 400  # rows of the held-out file: 200 prompts, each ranked by a training labeler and by a held-out one
 
 
 def single_comparisons(rows: Sequence[Comparison]) -> list[Comparison]:
@@ -139,8 +141,9 @@ def sizes_runs(sft: Any, tokenizer: Any, folder: DataFolder, seeds: Iterable[int
     from tqdm import tqdm
 
     training = {row.labeler for row in folder.comparisons}
-    known = [row for row in folder.heldout_comparisons if row.labeler in training]
-    others = [row for row in folder.heldout_comparisons if row.labeler not in training]
+    measured = folder.heldout_comparisons[:MEASURED]
+    known = [row for row in measured if row.labeler in training]
+    others = [row for row in measured if row.labeler not in training]
     table: list[Row] = []
     for size, seed in tqdm([(size, seed) for seed in seeds for size in SIZES], desc="sizes", unit=" runs"):
         rows = random.Random(seed).sample(folder.comparisons, size)
