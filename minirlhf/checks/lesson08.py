@@ -90,8 +90,7 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     leaves=("chosen", "rejected"),
 )
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r_w - r_l), the mean over pairs: rewards of the preferred and of the other answers, both [P], give a
-    0-d tensor."""
+    """Mean of -log sigmoid(r_w - r_l): rewards of preferred and of other answers, both [P], give a 0-d tensor."""
     rewards = torch.stack((chosen, rejected), dim=1)
     return losses.ranking_loss(rewards, torch.tensor([1.0, 0.0]).expand(len(rewards), 2))
 
@@ -237,8 +236,7 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
     leaves=("rewards",),
 )
 def ranking_loss(rewards: Tensor, scores: Tensor) -> Tensor:
-    """The K-way loss: rewards (the model's) and scores (the labeler's, higher is better), both [B, K], give a 0-d
-    tensor."""
+    """The K-way loss: the model's rewards and the labeler's scores (high = good), both [B, K], give a 0-d tensor."""
     return losses.ranking_loss(rewards, scores)
 
 
@@ -318,8 +316,7 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
     ),
 )
 def usable_pairs(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Which pairs to learn from: tokens [B, K, T] as the model reads them, scores [B, K]; gives bool [B, K, K], True at
-    [b, i, j] where answer i is better than answer j and is another text."""
+    """True at [b, i, j] where answer i is better than j and another text: tokens [B, K, T], scores [B, K]."""
     better = scores[:, :, None] > scores[:, None, :]
     return better & (tokens[:, :, None] != tokens[:, None, :]).any(-1)
 
@@ -414,8 +411,7 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
     leaves=("token_values",),
 )
 def last_token_scores(token_values: Tensor, mask: Tensor) -> Tensor:
-    """The score of each answer: token_values [B, T], the head at every token, and mask [B, T], True at real tokens,
-    give [B]."""
+    """Each answer's score [B] from the head at every token [B, T] and the mask [B, T], True at real tokens."""
     columns = torch.arange(token_values.shape[1])
     last = torch.where(mask, columns, -1).amax(1)
     return token_values.gather(1, last[:, None]).squeeze(1)
@@ -608,6 +604,5 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
     ),
 )
 def score_offset(model: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Tensor:
-    """The mean score of all demonstrations: model(rows [n, T]) gives [n], rows is [N, T], at most batch_size of them at
-    a time; gives a 0-d tensor."""
+    """The mean score of all rows [N, T], a 0-d tensor: model(batch [n, T]) gives [n], n at most batch_size."""
     return torch.cat([model(batch) for batch in rows.split(batch_size)]).mean()
