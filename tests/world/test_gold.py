@@ -224,4 +224,4 @@ def test_demonstrators_make_every_good_choice_now_and_then(world: World, gold: G
             possible[move] = possible.get(move, 0) + 1
             seen[move] = seen.get(move, 0) + (sheets[1].get(move, 0.0) >= 0.8 * worth)
     for move, count in possible.items():
-        assert seen[move] / count > 0.24, (move, seen[move] / count)
+        assert seen[move] / count > 0.15, (move, seen[move] / count)
