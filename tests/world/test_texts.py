@@ -117,7 +117,7 @@ def test_the_papers_examples_are_training_prompts(world: World) -> None:
 def test_the_heldout_split_is_disjoint(world: World) -> None:
     train = set(world.prompts(4000, seed=0)) | {prompt for prompt, _ in world.demonstrations(1500, seed=0)}
     train |= {line for text in world.corpus(6000, seed=0) for line in text.split(" \n ") if world.is_prompt(line)}
-    heldout = set(world.prompts(1500, seed=0, heldout=True))
+    heldout = set(world.prompts(4000, seed=0, heldout=True))
     assert len(heldout) >= 600 and not heldout & train
     forbidden = heldout_words()
     about = [prompt for prompt in train if not world.families[world.parse(prompt).family].may_mention_heldout]
