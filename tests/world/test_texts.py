@@ -128,7 +128,7 @@ def test_the_heldout_split_is_disjoint(world: World) -> None:
     by_being = [p for p in heldout if forbidden & set(p.split(" ")) and world.parse(p).family not in texts]
     by_phrasing = [p for p in heldout if world.parse(p).phrasing not in phrasings]
     by_pair = [p for p in heldout if p not in by_being and p not in by_phrasing]
-    assert min(len(by_being), len(by_phrasing), len(by_pair)) > 50
+    assert min(len(by_being), len(by_phrasing), len(by_pair)) >= 50
 
 
 def test_answers_of_the_training_split_name_a_heldout_being_only_where_the_prompt_does(world: World) -> None:
