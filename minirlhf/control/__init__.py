@@ -31,9 +31,9 @@ and raises `UserError` for settings or environments that don't fit, and `Trainin
 observation is NaN or infinite.
 
 Around them: `policies` (networks for discrete and continuous actions), `rollout` (vectorised play, terminated and
-truncated told apart), `evaluation` (`evaluate`, `Evaluator`, `run_seeds`), `run` (the clock and the metrics), and
-`tiny`, problems whose true values and gradients are known. The mathematics is that of `minirlhf.returns`,
-`minirlhf.losses` and `minirlhf.kl`, the same that RLHF runs on.
+truncated told apart), `evaluation` (`evaluate`, `Evaluator`, `run_seeds`), `gradients` (`episode_gradients`: how noisy
+a gradient is), `run` (the clock and the metrics), and `tiny`, problems whose true values and gradients are known. The
+mathematics is that of `minirlhf.returns`, `minirlhf.losses` and `minirlhf.kl`, the same that RLHF runs on.
 
 Metric names: perf/env_steps, perf/seconds; objective/episode_return and objective/episode_length (the mean over the
 episodes that ended in the iteration; absent where none did); policy/loss, policy/entropy, policy/grad_norm;

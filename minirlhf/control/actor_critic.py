@@ -77,7 +77,8 @@ class A2CConfig(ControlConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above(0, "lr", "value_lr")
-        self.at_least(1, "rollout_steps", "n_step", "value_updates")
+        self.at_least(1, "n_step", "value_updates")
+        self.long_enough(self.rollout_steps)
         self.at_least(0, "entropy_coef", "lam")
         self.refuse((self.lam is None) == (self.n_step is None), "give either lam or n_step, and None for the other")
         self.refuse(self.lam is not None and self.lam > 1, f"lam must lie in [0, 1], not {self.lam}")
@@ -97,7 +98,12 @@ def train_actor_critic(
 ) -> Result:
     """Train by one-step actor-critic, learning after every step. Arguments and result as in `minirlhf.control`.
 
-    A row of metrics is the mean over `REPORT_EVERY` steps.
+    A row of metrics is the mean over `REPORT_EVERY` steps, those in which all environments only reset left out.
+
+    Example:
+        >>> result = train_actor_critic("CartPole-v1", ActorCriticConfig(total_steps=1_000), seed=1)
+        >>> result.env_steps >= 1_000, "value/td_error" in result.history[0]
+        (True, True)
     """
     config = config or ActorCriticConfig()
     run = Run("actor-critic", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
@@ -107,7 +113,7 @@ def train_actor_critic(
     I = torch.ones(config.num_envs, 1)  # noqa: E741 (Sutton's name)
 
     for _ in run.iterations():
-        totals: dict[str, Tensor] = {}
+        rows: list[dict[str, Tensor]] = []
         for _ in range(REPORT_EVERY):
             step = run.collector.collect(policy, 1)  # every field [N, 1]
             observations, after = step.observations, step.last_observations
@@ -156,8 +162,8 @@ def train_actor_critic(
                 "value/grad_norm": value_grad_norm,
                 "value/td_error": masked_mean(deltas.abs(), step.mask),
             }
-            totals = {key: totals.get(key, 0.0) + value.detach() / REPORT_EVERY for key, value in row.items()}
-        run.log(totals)
+            rows.append({key: value.detach() for key, value in row.items()})
+        run.log({key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]})
     return run.result()
 
 
@@ -170,7 +176,13 @@ def train_a2c(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Result:
-    """Train by advantage actor-critic with n-step or GAE advantages. Arguments and result as in `minirlhf.control`."""
+    """Train by advantage actor-critic with n-step or GAE advantages. Arguments and result as in `minirlhf.control`.
+
+    Example:
+        >>> result = train_a2c("CartPole-v1", A2CConfig(total_steps=1_000, lam=None, n_step=5), seed=1)
+        >>> result.env_steps >= 1_000, "value/explained_variance" in result.history[0]
+        (True, True)
+    """
     config = config or A2CConfig()
     run = Run("a2c", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy, values = run.networks

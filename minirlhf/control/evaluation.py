@@ -27,6 +27,9 @@ def evaluate(policy: Policy, env: Environment, episodes: int = 20, *, greedy: bo
         greedy: play the most likely action (True), or sample.
         seed: of the environments and of the sampling; the same seed gives the same episodes to every policy.
 
+    Raises:
+        UserError: episodes is below 1.
+
     Example:
         >>> from minirlhf.control.policies import make_networks
         >>> returns = evaluate(make_networks("CartPole-v1").policy, "CartPole-v1", episodes=4)
@@ -69,6 +72,9 @@ class Evaluator:
         greedy: see `evaluate`.
         seed: see `evaluate`.
 
+    Raises:
+        UserError: every is below 1.
+
     Example:
         >>> evaluator = Evaluator("CartPole-v1", every=10_000, target=475)
         >>> result = train_ppo("CartPole-v1", PPOConfig(), callback=evaluator)  # doctest: +SKIP
@@ -86,6 +92,8 @@ class Evaluator:
         greedy: bool = True,
         seed: int = 1000,
     ) -> None:
+        if every < 1:
+            raise UserError(f"every must be at least 1 environment step, not {every}")
         self.env, self.every, self.episodes, self.target = env, every, episodes, target
         self.greedy, self.seed = greedy, seed
         self.rows: list[Evaluation] = []

@@ -72,7 +72,11 @@ class PPOConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "rollout_steps", "epochs", "minibatch_size")
+        self.at_least(1, "epochs", "minibatch_size")
+        self.long_enough(self.rollout_steps)
+        # Below 3 the last part of an epoch may be a single step, which has no variance to divide by.
+        alone = self.normalize_advantages and self.minibatch_size < 3
+        self.refuse(alone, "minibatch_size must be at least 3, or normalize_advantages False")
         self.above(0, "lr", "clip_range", "target_kl", "value_clip_range")
         self.at_least(0, "beta", "value_coef", "entropy_coef")
         self.within(0, 1, "lam")

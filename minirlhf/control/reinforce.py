@@ -69,6 +69,11 @@ def train_reinforce(
 
     A truncated episode is taken as it is: without a value there is nothing to say about what was cut off.
     Arguments and result as in `minirlhf.control`.
+
+    Example:
+        >>> result = train_reinforce("CartPole-v1", ReinforceConfig(total_steps=1_000), seed=1)
+        >>> result.values is None, len(result.episodes) % 8  # eight whole episodes an update
+        (True, 0)
     """
     config = config or ReinforceConfig()
     run = Run("reinforce", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
@@ -112,6 +117,11 @@ def train_reinforce_with_baseline(
 
     The return of a truncated episode goes on with v of its last observation. Arguments and result as in
     `minirlhf.control`.
+
+    Example:
+        >>> result = train_reinforce_with_baseline("CartPole-v1", BaselineConfig(total_steps=1_000), seed=1)
+        >>> "value/explained_variance" in result.history[0]
+        True
     """
     config = config or BaselineConfig()
     run = Run("baseline", env, config, seed=seed, networks=networks, progress=progress, callback=callback)

@@ -66,6 +66,12 @@ class ControlConfig:
             if not low <= value <= high:
                 raise UserError(f"{type(self).__name__}: {name} must lie in [{low}, {high}], not {value}")
 
+    def long_enough(self, rollout_steps: int) -> None:
+        """Environments may all reset in one column (CartPole's time limit ends them together), and then nothing counts
+        in it: a batch needs columns around that one."""
+        short = f"rollout_steps must be at least 3, not {rollout_steps}; train_actor_critic learns after every step"
+        self.refuse(rollout_steps < 3, short)
+
     def refuse(self, wrong: bool, message: str) -> None:
         if wrong:
             raise UserError(f"{type(self).__name__}: {message}")

@@ -52,7 +52,8 @@ class TRPOConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "rollout_steps", "cg_iterations", "value_updates")
+        self.at_least(1, "cg_iterations", "value_updates")
+        self.long_enough(self.rollout_steps)
         self.at_least(0, "cg_damping", "backtracks")
         self.above(0, "max_kl", "value_lr")
         self.within(0, 1, "lam")
@@ -70,6 +71,11 @@ def train_trpo(
     """Train a policy by TRPO, and a value network beside it by Adam. Arguments and result as in `minirlhf.control`.
 
     `max_grad_norm` acts on the value network: the policy's step is bounded by the KL.
+
+    Example:
+        >>> result = train_trpo("CartPole-v1", TRPOConfig(total_steps=2_000), seed=1)
+        >>> all(row["policy/kl"] <= 0.01 for row in result.history)
+        True
     """
     config = config or TRPOConfig()
     run = Run("trpo", env, config, seed=seed, networks=networks, progress=progress, callback=callback)

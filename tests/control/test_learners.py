@@ -1,5 +1,6 @@
 """What all five learners promise: the same seed the same bits, every setting at work, clear refusals, and learning."""
 
+import math
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -196,11 +197,34 @@ def test_a2c_looks_as_many_steps_ahead_as_it_is_told():
         (lambda: ReinforceConfig(num_envs=0), "num_envs must be at least 1"),
         (lambda: BaselineConfig(value_updates=0), "value_updates must be at least 1"),
         (lambda: ActorCriticConfig(entropy_coef=-1.0), "entropy_coef must be at least 0"),
+        (lambda: PPOConfig(minibatch_size=2), "minibatch_size must be at least 3, or normalize_advantages False"),
+        (lambda: PPOConfig(rollout_steps=2), "PPOConfig: rollout_steps must be at least 3, not 2"),
+        (lambda: A2CConfig(rollout_steps=1), "A2CConfig: rollout_steps must be at least 3, not 1; train_actor_critic"),
+        (lambda: TRPOConfig(rollout_steps=0), "TRPOConfig: rollout_steps must be at least 3, not 0"),
+        (lambda: Evaluator("CartPole-v1", every=0), "every must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["a2c", "trpo", "ppo"])
+def test_the_shortest_batches_of_one_environment_hold_enough(name):
+    """One of the three columns may be a reset, which is no experience."""
+    train, config = LEARNERS[name]
+    least = {"minibatch_size": 3} if name == "ppo" else {}
+    result = train("CartPole-v1", replace(config, num_envs=1, rollout_steps=3, total_steps=150, **least))
+    assert len(result.episodes) >= 2 and bool(weights(result).isfinite().all())
+
+
+def test_a_row_of_one_step_actor_critic_is_the_mean_over_the_steps_that_were_played():
+    """One environment resets in columns of its own: they must not pull the mean down."""
+    config = ActorCriticConfig(num_envs=1, hidden=(8,), total_steps=300, lr=1e-9)
+    result = train_actor_critic("CartPole-v1", config)
+    assert len(result.episodes) >= 5
+    for row in result.history:
+        assert row["policy/entropy"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name != "ppo"])
