@@ -21,6 +21,7 @@ LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
 PLANNED: tuple[str, ...] = ()
+TO_COME = {"06"}  # between lessons that stand already
 """They may link to each other before all of them are written."""
 
 
@@ -55,7 +56,9 @@ def exercises(path: Path) -> list[Exercise]:
 
 def test_there_are_lessons():
     assert LESSONS and LESSONS[0].name == "00_map_and_setup.ipynb"
-    assert [path.name[:2] for path in LESSONS] == [f"{index:02d}" for index in range(len(LESSONS))], "one is missing"
+    numbers = {path.name[:2] for path in LESSONS}
+    assert not numbers & TO_COME, "take it out of TO_COME: it is here"
+    assert sorted(numbers | TO_COME) == [f"{index:02d}" for index in range(len(numbers | TO_COME))], "one is missing"
 
 
 def test_is_small(path):
