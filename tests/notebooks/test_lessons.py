@@ -21,8 +21,9 @@ LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
 PLANNED: tuple[str, ...] = ()
-TO_COME = {"06"}  # between lessons that stand already
 """They may link to each other before all of them are written."""
+TO_COME = {"06"}
+"""Numbers between lessons that stand already."""
 
 
 @pytest.fixture(params=LESSONS, ids=lambda path: path.stem)
