@@ -51,3 +51,9 @@ def counting():
         return environment
 
     return make
+
+
+@pytest.fixture
+def counting_class() -> type[Counting]:
+    """The class itself, for tests that make their own episodes."""
+    return Counting

@@ -234,16 +234,15 @@ def test_a_shared_trunk_is_refused_where_each_network_has_an_optimizer(name):
         train("CartPole-v1", config, networks=make_networks("CartPole-v1", shared=True))
 
 
-def test_one_step_actor_critic_is_suttons_update_by_hand():
+def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class):
     """One environment and plain arithmetic: delta, the two gradients, and I, through an end of each kind."""
     import minirlhf.control.actor_critic as module
     from minirlhf.control.rollout import Collector, make_envs
-    from tests.control.conftest import Counting
 
     def env(n):
         from gymnasium.vector import SyncVectorEnv
 
-        return SyncVectorEnv([lambda: Counting((("t", 3), ("c", 2)))] * n)
+        return SyncVectorEnv([lambda: counting_class((("t", 3), ("c", 2)))] * n)
 
     gamma, lr, value_lr = 0.9, 0.02, 0.01
     config = ActorCriticConfig(
