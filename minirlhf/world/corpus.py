@@ -1,8 +1,8 @@
 """The web of the small world: what the base model reads before anyone teaches it to answer.
 
-Facts (one in eight is wrong), stories that ramble, chatter, rude lines, things explained - and lists of instructions
+Facts (one in twelve is wrong), stories that ramble, chatter, rude lines, things explained - and lists of instructions
 that nobody answers. A model of such a web continues an instruction with more instructions, as GPT-3 does in
-InstructGPT's Figures 8 and 9. One document in eight is a question with an answer of mixed quality.
+InstructGPT's Figures 8 and 9. One document in nine is a question with an answer of mixed quality.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minirlhf.world.world import World
 
 WRONG_FACTS = 0.08
-TITLED = 0.7  # share of stories, poems and explanations with a title
+TITLED = 0.7  # share of stories and explanations with a title
 # templates used only here; all their slot classes are general ones
 RAMBLES: tuple[str, ...] = (
     "the {a:being} has a {t:thing} .",
