@@ -2,7 +2,8 @@
 
     python -m minirlhf.pipeline.export runs/default data/checkpoints
 
-The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's: `load_policy(Path("data/checkpoints"), "sft", device)`.
+The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's:
+`load_policy(Path("data/checkpoints"), "sft", device)`.
 """
 
 from __future__ import annotations
