@@ -1,6 +1,6 @@
 """How many demonstrations are enough? And how many times may one read them? The long runs of lesson 07.
 
-    .venv/bin/python benchmarks/figure_07_sft.py                 both tables; about five minutes on one thread
+    .venv/bin/python benchmarks/figure_07_sft.py                 both tables, on one thread
     .venv/bin/python benchmarks/figure_07_sft.py --only sizes
 
 All runs start from data/checkpoints/base and train as the pipeline does (batches of 16, a peak rate of 2e-3, cosine).

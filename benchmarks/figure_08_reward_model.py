@@ -1,6 +1,6 @@
 """All pairs of a prompt together, or shuffled? And how many rankings are enough? The long runs of lesson 08.
 
-    .venv/bin/python benchmarks/figure_08_reward_model.py                 both tables; about six minutes on one thread
+    .venv/bin/python benchmarks/figure_08_reward_model.py                 both tables, on one thread
     .venv/bin/python benchmarks/figure_08_reward_model.py --only pairs
 
 pairs -> data/results/reward_model_pairs.csv: reward models trained from data/checkpoints/sft on the same rankings, 100
