@@ -24,7 +24,7 @@ def _wilson(rate: Tensor, count: int) -> Tensor:
     return torch.stack((rate, centre - half, centre + half))
 
 
-def _row(*numbers: float) -> Tensor:
+def _row(*numbers: object) -> Tensor:
     return tensor(*numbers, dtype=F64)
 
 

@@ -104,7 +104,7 @@ def sequence_kl(
     reference: PreTrainedModel,
     samples: Samples,
     temperature: float = 1.0,
-    micro_batch_tokens: int = 8192,
+    micro_batch_tokens: int = 1024,
 ) -> Tensor:
     """KL(model || reference) along each sampled answer, in nats: -> [B] float32 on the CPU."""
     kl = torch.zeros(len(samples.ended))

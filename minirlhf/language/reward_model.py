@@ -168,10 +168,13 @@ class RewardModelScorer:
         >>> reward = RewardModelScorer(model, tokenizer)  # doctest: +SKIP
         >>> reward(["write a story about frogs"], ["once upon a time ..."])  # doctest: +SKIP
         tensor([1.3])
+
+    ``micro_batch_tokens``: padded tokens a forward pass, memory and speed, not mathematics (small groups hold texts of
+    like length and little padding, which is quickest on a CPU; a GPU wants ten times as many).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int = 8192
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int = 1024
     ) -> None:
         self.model, self.tokenizer, self.micro_batch_tokens = model.eval(), tokenizer, micro_batch_tokens
 
