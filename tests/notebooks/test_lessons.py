@@ -20,7 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
-TO_COME = {"06"}
+TO_COME: set[str] = set()
 """Numbers between lessons that stand already."""
 
 
