@@ -3,7 +3,8 @@
     python -m minirlhf.pipeline.export runs/default data/checkpoints
 
 The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's:
-`load_policy(Path("data/checkpoints"), "sft", device)`.
+`load_policy(Path("data/checkpoints"), "sft", device)`. Beside the run's five models it may hold others, made by
+`export_policy`, such as data/checkpoints/tiny_ppo_ptx.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def export_checkpoints(run: Path, out: Path) -> None:
 
     Args:
         run: a folder made by `minirlhf run`.
-        out: the folder to make; one that stands there already is replaced, whole.
+        out: the folder to make; one that stands there already is replaced, whole, but models in it that are no
+            step of a run are kept.
 
     Raises:
         CheckpointError: a step of the run is missing or damaged.
@@ -47,8 +49,30 @@ def export_checkpoints(run: Path, out: Path) -> None:
         if step in ("ppo", "ppo_ptx"):  # their curves are few rows, and worth a look
             shutil.copyfile(run / step / METRICS, partial / METRICS)
         save_model(aside / step, model.half(), load_tokenizer(run / step), aside=partial)
+    for other in out.iterdir() if out.is_dir() else ():
+        if other.is_dir() and other.name not in STEPS:
+            shutil.copytree(other, aside / other.name)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(aside, out)
+
+
+def export_policy(run: Path, step: str, folder: Path) -> None:
+    """Write one policy of a run to a folder, in half precision, with its tokenizer and checksums.
+
+    Args:
+        run: a run's folder.
+        step: one of `POLICIES`.
+        folder: the folder to make; one that stands there already is replaced.
+
+    Raises:
+        CheckpointError: the policy is missing or damaged.
+    """
+    model = load_policy(run, step, torch.device("cpu"))
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_model(folder, model.half(), load_tokenizer(run / step), aside=aside)
 
 
 if __name__ == "__main__":
