@@ -109,8 +109,10 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
     ),
 )
 def win_rate_interval(scores: Tensor, others: Tensor) -> Tensor:
-    """[3]: win rate of the first model, ties half, and its 95 % Wilson interval; scores of both on the same prompts,
-    [N] float64."""
+    """[3]: win rate of the first model, and low and high end of its 95 % interval.
+
+    scores and others [N] float64: gold of two models' answers to the same prompts.
+    """
     rate = ((scores > others) + (scores == others) / 2).to(scores.dtype).mean()
     return _wilson(rate, len(scores))
 
@@ -224,8 +226,11 @@ def _examples_with(
 def few_shot_prompt(
     examples: Sequence[tuple[Tensor, Tensor]], prompt: Tensor, newline: int, eos: int, limit: int
 ) -> Tensor:
-    """Token ids, int64 [at most limit]: examples is a sequence of pairs (question [n], answer [m]), prompt is [p], all
-    without newline or EOS; newline and eos are the ids to add."""
+    """Token ids of examples and prompt, int64 [at most limit].
+
+    examples is a sequence of pairs (question [n], answer [m]), prompt is [p], all token ids
+    without newline or EOS; newline and eos are the ids to add.
+    """
     line, end = prompt.new_tensor([newline]), prompt.new_tensor([eos])
     ask = torch.cat((prompt, line))
     room, kept = limit - len(ask), []
@@ -324,8 +329,11 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
     ),
 )
 def paired_interval(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
-    """[2]: low and high end of the 95 % interval of mean(first) - mean(second); outcomes [N] float64 of two models on
-    the same prompts, rows [R, N] int64 the prompts of each resample."""
+    """[2]: low and high end of the 95 % interval of mean(first) - mean(second).
+
+    first and second [N] float64: outcomes of two models on the same prompts;
+    rows [R, N] int64: the prompts of each resample.
+    """
     marks = torch.tensor([0.025, 0.975], dtype=first.dtype)
     return (first - second)[rows].mean(1).quantile(marks)
 
@@ -401,8 +409,10 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
     ),
 )
 def seed_interval(rates: Tensor, t: float) -> Tensor:
-    """[3, M]: mean, low and high end of its interval, for each of M models; rates [S, M] float64, a row a seed; t is
-    Student's quantile for S seeds."""
+    """[3, M]: the mean over seeds, and low and high end of its interval, for M models.
+
+    rates [S, M] float64, a row a seed; t is Student's quantile for S seeds.
+    """
     mean, half = rates.mean(0), t * rates.std(0) / len(rates) ** 0.5
     return torch.stack((mean, mean - half, mean + half))
 
@@ -471,6 +481,8 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
     ),
 )
 def tax_repaired(base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
-    """The share of PPO's tax that PPO-ptx takes away, for each kind of text [K]; losses [S, K] float64, a row a
-    seed."""
+    """The share of PPO's tax that PPO-ptx takes away, for each kind of text: [K].
+
+    base, ppo, ppo_ptx [S, K] float64: their losses, a row a seed.
+    """
     return 1 - (ppo_ptx - base).mean(0) / (ppo - base).mean(0)
