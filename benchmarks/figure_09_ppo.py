@@ -4,16 +4,17 @@
 
 Every run is a short one: PPO from data/checkpoints/sft against data/checkpoints/reward_model, SETTINGS below.
 
-data/results/ppo_kl_ptx_sweep.csv: each pair of (beta, ptx_coef) in SWEEP, 2 seeds; one row a run, measured after it
-(the first row is the SFT model, where all of them begin):
+data/results/ppo_kl_ptx_sweep.csv: each pair of (beta, ptx_coef) in SWEEP, three seeds; one row a run, measured after
+it (the first row is the SFT model, where all of them begin):
 
     score, gold       means of EVALUATED held-out prompts answered once: the reward model's, and the truth
+    gold_error        standard error of that mean over the prompts
     kl                nats an answer from the SFT model, exact at each token of those answers
     length, ended     tokens of an answer; share of them that ended by themselves
     corpus_loss       nats a token of the held-out corpus
 
-data/results/text_failure_lab.csv: every run of `minirlhf.checks.text_failure_lab`, one seed, and the sweep's runs at
-beta BETA without PPO-ptx ("healthy"); one row a step, with the metrics that lesson 09 draws.
+data/results/text_failure_lab.csv: every run of `minirlhf.checks.text_failure_lab`, two seeds, and five healthy ones:
+the sweep's at beta BETA without PPO-ptx, and two more; one row a step, with the metrics that lesson 09 draws.
 
 Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
 machine; another processor rounds differently, and single runs come out differently there.
@@ -51,11 +52,21 @@ RESULTS, CHECKPOINTS = ROOT / "data" / "results", ROOT / "data" / "checkpoints"
 Row = dict[str, Any]
 
 # Two epochs at a rate above the default run's: short runs must go far enough for beta to matter.
-SETTINGS: dict[str, Any] = {"steps": 14, "batch_size": 64, "epochs": 2, "lr": 1e-3, "warmup": 4}
+SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 64, "epochs": 2, "lr": 1e-3, "warmup": 4}
 BETA = 0.1
-SWEEP = ((0.0, 0.0), (BETA, 0.0), (0.5, 0.0), (BETA, 0.05), (BETA, 0.3))
-SEEDS, LAB_SEED = (0, 1), 10
-EVALUATED = 200
+SWEEP = (
+    (0.0, 0.0),
+    (0.03, 0.0),
+    (BETA, 0.0),
+    (0.3, 0.0),
+    (1.0, 0.0),
+    (BETA, 0.01),
+    (BETA, 0.05),
+    (BETA, 0.3),
+)
+SEEDS = (0, 1, 2)
+HEALTHY_SEEDS, LAB_SEEDS = (3, 4), (10, 11)
+EVALUATED = 400
 LAB_METRICS = (
     "objective/score",
     "objective/kl",
@@ -110,6 +121,7 @@ class Bench:
         return {
             "score": mean_and_error(self.reward(self.heldout, answers.responses).tolist())[0],
             "gold": mean_and_error(golds)[0],
+            "gold_error": mean_and_error(golds)[1],
             "kl": mean_and_error(answers.kl)[0],
             "length": mean_and_error([float(n) for n in answers.lengths])[0],
             "ended": sum(answers.ended) / len(answers.ended),
@@ -163,8 +175,11 @@ def main() -> None:
             if (beta, ptx_coef) == (BETA, 0.0):
                 lab += lab_rows("healthy", seed, history)
     write(RESULTS / "ppo_kl_ptx_sweep.csv", sweep)
+    for seed in HEALTHY_SEEDS:
+        lab += lab_rows("healthy", seed, bench.train("C", seed, "healthy")[1])
     for letter in text_failure_lab.RUNS:
-        lab += lab_rows(letter, LAB_SEED, bench.train(letter, LAB_SEED, letter)[1])
+        for seed in LAB_SEEDS:
+            lab += lab_rows(letter, seed, bench.train(letter, seed, letter)[1])
     write(RESULTS / "text_failure_lab.csv", lab)
 
 
