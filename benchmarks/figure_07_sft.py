@@ -22,18 +22,13 @@ Seeds draw the demonstrations and their order. They make results repeat on one m
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
 import random
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.data import DataFolder, Demonstration, read_folder
 from minirlhf.language.evaluation import EvaluationConfig, answer
@@ -46,10 +41,7 @@ from minirlhf.training import Recorder, micro_batches
 from minirlhf.world import GoldLabeler, World
 from minirlhf.world.writer import Writer
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "data" / "results"
 CHECKPOINTS = ROOT / "data" / "checkpoints"
-Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 BATCH = 16
@@ -148,23 +140,6 @@ def epochs(base: Any, folder: DataFolder, judge: Judge, seeds: Sequence[int]) ->
     return table
 
 
-def stamp() -> str:
-    """Machine, versions, date and command: the first line of a result file."""
-    import transformers
-
-    import minirlhf
-
-    cpu = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, minirlhf {minirlhf.__version__}"
-    return (
-        f"# {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}; {versions}; "
-        f"{datetime.date.today()}; python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["sizes", "epochs"], help="one of the two tables; both by default")
@@ -180,11 +155,7 @@ def main() -> None:
         if chosen.only not in (None, name):
             continue
         table = table_of(base, folder, judge, chosen.seeds)
-        with open(chosen.out / f"sft_{name}.csv", "w", newline="", encoding="utf-8") as stream:
-            stream.write(stamp() + "\n")
-            writer = csv.DictWriter(stream, table[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(chosen.out / f"sft_{name}.csv", table)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,13 @@ Seeds draw the training prompts, the head's first weights and the order. They ma
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
 import random
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import torch
+from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.data import Comparison, DataFolder, read_folder
 from minirlhf.language.evaluation import accuracy, calibration_error, ordered_pairs, score_comparisons
@@ -46,10 +40,7 @@ from minirlhf.losses import ranking_loss
 from minirlhf.pipeline.folder import hide_loading_bars, load_policy
 from minirlhf.training import Recorder
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "data" / "results"
 CHECKPOINTS = ROOT / "data" / "checkpoints"
-Row = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 K, PROMPTS, HELDOUT = 9, 100, 80
@@ -167,30 +158,6 @@ def sizes_runs(sft: Any, tokenizer: Any, folder: DataFolder, seeds: Iterable[int
     return table
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    aside = path.with_suffix(".partial")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# {stamp()}\n")
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(aside, path)
-    print(f"{path.relative_to(ROOT)}: {len(rows)} rows")
-
-
-def stamp() -> str:
-    from importlib.metadata import version
-
-    processor = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "minirlhf"))
-    command = shlex.join(["python", "benchmarks/figure_08_reward_model.py", *sys.argv[1:]])
-    machine = f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return f"{machine}; {versions}; {datetime.date.today()}; {command}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The long runs of lesson 08.")
     parser.add_argument("--only", choices=("pairs", "sizes"), help="one table; left out: both")
@@ -202,7 +169,7 @@ def main() -> None:
     folder = read_folder(ROOT / "data" / "small_world", 0)
     for name, function in {"pairs": pairs_runs, "sizes": sizes_runs}.items():
         if options.only in (None, name):
-            write(RESULTS / f"reward_model_{name}.csv", function(sft, tokenizer, folder, options.seeds))
+            write_table(RESULTS / f"reward_model_{name}.csv", function(sft, tokenizer, folder, options.seeds))
 
 
 if __name__ == "__main__":

@@ -30,23 +30,17 @@ data/checkpoints/tiny_ppo_ptx        the tiny PPO-ptx model of seed 0, in half p
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import gzip
-import io
 import json
 import os
-import platform
-import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
+from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checkpoints import verify_model, write_json
 from minirlhf.config import RunConfig
@@ -66,9 +60,7 @@ from minirlhf.world import GoldLabeler, World
 from minirlhf.world.corpus import CorpusWriter
 from minirlhf.world.vocabulary import heldout_words
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RUNS = ROOT / "data" / "results", ROOT / "build" / "figure_11"
-Row = dict[str, Any]
+RUNS = ROOT / "build" / "figure_11"
 Table = dict[str, list[float]]
 
 SEEDS = (0, 1, 2)
@@ -226,10 +218,10 @@ def measure(seeds: Sequence[int]) -> None:
                 ours, theirs = (answers[f"{size}/{m}/{seed}"].responses[: bench.heldout] for m in (method, "sft"))
                 about = {"size": size, "method": method, "seed": seed}
                 labelers += [about | row for row in preferences(bench, ours, theirs, seed)]
-    write(RESULTS / "pipeline_models.csv", models)
-    write(RESULTS / "pipeline_corpus.csv", corpus)
-    write(RESULTS / "pipeline_labelers.csv", labelers)
-    write(
+    write_table(RESULTS / "pipeline_models.csv", models)
+    write_table(RESULTS / "pipeline_corpus.csv", corpus)
+    write_table(RESULTS / "pipeline_labelers.csv", labelers)
+    write_table(
         RESULTS / "pipeline_gold.csv.gz",
         [
             {"kind": bench.kinds[i], "family": bench.gold.family(prompt), "prompt": prompt}
@@ -266,40 +258,6 @@ def try_examples(run: Path) -> None:
         rate, (low, high) = win_rate(scores, target)
         mean = sum(scores) / len(scores)
         print(f"{shots} examples: gold {mean:.2f}, preferred to SFT {100 * rate:.1f} % ({low:.3f} to {high:.3f})")
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    rows = list(rows)
-    text = io.StringIO()
-    text.write(f"# {stamp()}\n")
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    content = text.getvalue().encode()
-    if path.suffix == ".gz":
-        packed = io.BytesIO()
-        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-            file.write(content)
-        content = packed.getvalue()
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-    print(f"{path.relative_to(ROOT)}: {len(rows)} rows", flush=True)
-
-
-def stamp() -> str:
-    """Machine, versions, date and command."""
-    from importlib.metadata import version
-
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "minirlhf"))
-    command = shlex.join(["python", "benchmarks/figure_11_pipeline.py", *sys.argv[1:]])
-    python = platform.python_version()
-    return f"{cpu}, {os.cpu_count()} cores, Python {python}; {versions}; {datetime.date.today()}; {command}"
 
 
 def main() -> None:

@@ -24,24 +24,17 @@ differently there.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import hashlib
 import json
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "data" / "results"
-Row = dict[str, Any]
+from tables import RESULTS, ROOT, Row, write_table
 
 BUDGET = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000}
 SEEDS = {"CartPole-v1": range(5), "Pendulum-v1": range(3)}
@@ -200,32 +193,6 @@ class Done:
             file.write(json.dumps([str(job), rows]) + "\n")
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# {stamp()}\n")
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(aside, path)
-    print(f"{path.relative_to(ROOT)}: {len(rows)} rows")
-
-
-def stamp() -> str:
-    from importlib.metadata import version
-
-    processor = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "minirlhf"))
-    command = shlex.join(["python", "benchmarks/ppo_ablation.py", *sys.argv[1:]])
-    machine = f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return f"{machine}; {versions}; {datetime.date.today()}; {command}"
-
-
 def main() -> None:
     from tqdm import tqdm
 
@@ -244,7 +211,8 @@ def main() -> None:
                 runs = zip(todo, pool.map(function, todo), strict=True)
                 for job, rows in tqdm(runs, total=len(todo), desc=name, unit=" runs"):
                     done.add(job, rows)
-                write(RESULTS / file, [row for job in jobs for row in done.rows[str(job)]])
+                rows = [row for job in jobs for row in done.rows[str(job)]]
+                write_table(RESULTS / file, rows, ("torch", "gymnasium", "minirlhf"))
 
 
 if __name__ == "__main__":
