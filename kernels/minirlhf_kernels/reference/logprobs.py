@@ -6,12 +6,15 @@ there p has rounded most digits away (at a margin of 20 nats, all of them), and
     log p_token = log1p(-rest),      rest = sum over j != token of p_j        (positive terms: no cancellation)
 
 keeps them; so log p is never above 0. Its gradient is 1 - p_token = -expm1(log p_token) at the token, again without
-cancellation, and -p_j elsewhere; that of the entropy H = -sum p_j log p_j is -p_j (log p_j + H). p is kept for the
-backward (log p too when the entropy is wanted), and rows that do not count are never read.
+cancellation, and -p_j elsewhere; that of the entropy H = -sum p_j log p_j is -p_j (log p_j + H).
+
+For the backward p is kept, or log p where the entropy is wanted; rows that do not count are never read. The entropy
+takes several passes, so its rows are read a few at a time (`_parts`) and stay in a core's own cache in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -22,6 +25,8 @@ IGNORED_TOKEN = -100
 
 # Rows of a chunk are chosen so that its logits hold about this many elements (64 MiB of float32).
 _CHUNK_ELEMENTS = 1 << 24
+# Logits of a part, for each thread: 512 KiB of float32, which a core's own cache holds from one line to the next.
+_PART_ELEMENTS = 1 << 17
 
 
 def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
@@ -72,12 +77,31 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+def _parts(rows: int, logits: Tensor, entropy: bool) -> Iterator[slice]:
+    """Some rows at a time for the entropy, else all; all on a GPU too, where a launch costs more than a cache saves."""
+    size = _PART_ELEMENTS * torch.get_num_threads() // max(1, logits.shape[-1])
+    size = max(1, size if entropy and not logits.is_cuda else rows)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _at_tokens(p: Tensor, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log p_token [...] of rows p [..., V], to the last digits."""
+def _read_part(
+    logits: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """log p_token and the entropy [R] of rows [R, V]; p (log p with the entropy) goes to `kept` for the backward."""
+    z = logits.to(_at_least_float32(logits.dtype))
+    z = z if temperature == 1.0 else z / temperature
+    if kept is not None and not want_entropy:
+        return _at_tokens(torch.softmax(z, -1, out=kept), z, tokens), None
+    log_p = torch.log_softmax(z, -1, out=kept)
+    logprobs = _mended(log_p, tokens)
+    if not want_entropy:
+        return logprobs, None
+    log_p.clamp_(min=torch.finfo(log_p.dtype).min)  # finite at p = 0, so that p log p is 0 there and not NaN
+    return logprobs, log_p.exp().mul_(log_p).sum(-1).neg_()
+
+
+def _at_tokens(p: Tensor, z: Tensor, tokens: Tensor) -> Tensor:
+    """log p_token [R] of rows p = softmax(z) [R, V], to the last digits."""
     index = tokens.unsqueeze(-1)
     p_token = p.gather(-1, index)
     logprobs = p_token.log().squeeze(-1)
@@ -90,55 +114,77 @@ def _at_tokens(p: Tensor, logits: Tensor, tokens: Tensor, temperature: float) ->
         logprobs = torch.where(p_token.squeeze(-1) > 0.5, torch.log1p(-rest), logprobs)
     if lowest < 1e-30:  # p has underflowed: its logarithm has not
         faint = p_token.squeeze(-1) < 1e-30
-        log_p = (logits[faint] / temperature).log_softmax(-1)
-        logprobs[faint] = log_p.gather(-1, index[faint]).squeeze(-1)
+        logprobs[faint] = z[faint].log_softmax(-1).gather(-1, index[faint]).squeeze(-1)
     return logprobs
 
 
-def _without_gradient(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """The same with nothing to keep for a backward: log_softmax, mended where p_token is near 1."""
-    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+def _mended(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """log p_token [R] of rows log p [R, V], to the last digits; where p_token is near 1, log_p gets them too."""
     index = tokens.unsqueeze(-1)
     logprobs = log_p.gather(-1, index).squeeze(-1)
-    if logprobs.numel() == 0 or logprobs.max() <= -0.25:
-        return logprobs
-    near_one = logprobs > -0.25
-    if near_one.sum() > logprobs.numel() // 4:
-        return _at_tokens(_probabilities(logits, temperature), logits, tokens, temperature)
-    others = log_p[near_one].exp_().scatter_(-1, index[near_one], 0.0)
-    logprobs[near_one] = torch.log1p(-others.sum(-1))
+    if logprobs.numel() and logprobs.max() > -0.25:
+        near_one = logprobs > -0.25
+        others = log_p[near_one].exp_().scatter_(-1, index[near_one], 0.0)
+        logprobs[near_one] = torch.log1p(-others.sum(-1))
+        log_p.scatter_(-1, index, logprobs.unsqueeze(-1))
     return logprobs
 
 
-def _log_probabilities(logits: Tensor, tokens: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
-    """log p [..., V], exact at the tokens, finite at p = 0 so that p log p is 0 there and not NaN."""
-    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
-    log_p.scatter_(-1, tokens.unsqueeze(-1), logprobs.unsqueeze(-1))
-    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+def _read(
+    logits: Tensor, tokens: Tensor, which: Tensor | None, temperature: float, want_entropy: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log p_token and the entropy [R] of logits [R, V], for the rows `which` [N]; the others are 0.
+
+    Third comes, with `keep`, what the backward needs: [N, V].
+    """
+    count = len(logits) if which is None else len(which)
+    dtype = _at_least_float32(logits.dtype)
+    kept = torch.empty((count, logits.shape[-1]), dtype=dtype, device=logits.device) if keep else None
+    logprobs = torch.zeros(len(logits), dtype=dtype, device=logits.device)
+    entropy = torch.zeros_like(logprobs) if want_entropy else None
+    for part in _parts(count, logits, want_entropy):
+        index = part if which is None else which[part]
+        saved = None if kept is None else kept[part]
+        logprobs[index], h = _read_part(logits[index], tokens[index], temperature, want_entropy, saved)
+        if entropy is not None and h is not None:
+            entropy[index] = h
+    return logprobs, entropy, kept
 
 
-def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
-    return -(p * log_p).sum(-1)
-
-
-def _backward(
-    p: Tensor,
-    log_p: Tensor | None,
+def _write_gradient(
+    out: Tensor,
+    kept: Tensor,
     logprobs: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     tokens: Tensor,
-    grads: tuple[Tensor | None, ...],
-    scale: float,
-) -> Tensor:
-    """scale times the gradient with respect to logits / temperature; an output without gradient is skipped."""
-    grad_logprobs, grad_entropy = (None if g is None else g.unsqueeze(-1) * scale for g in grads)
-    grad = torch.zeros_like(p) if grad_logprobs is None else p * -grad_logprobs
-    if grad_logprobs is not None:
-        rest = -torch.expm1(logprobs).unsqueeze(-1)
-        grad.scatter_(-1, tokens.unsqueeze(-1), rest * grad_logprobs)
-    if grad_entropy is not None and log_p is not None:
-        grad -= (log_p + entropy.unsqueeze(-1)).mul_(p).mul_(grad_entropy)
-    return grad
+    which: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+) -> None:
+    """The gradient into the rows `which` of out [R, V], in out's type; an output without gradient is skipped.
+
+    -p_j (g + (log p_j + H) g_H) / temperature, with (1 - p_token) g in place of -p_token g at the token.
+    """
+    direct = which is None and out.dtype == kept.dtype
+    for part in _parts(len(kept), kept, entropy is not None):
+        index = part if which is None else which[part]
+        target, token_logprobs = out[part] if direct else None, logprobs[index].unsqueeze(-1)
+        up = 0.0 if grad_logprobs is None else (grad_logprobs[index] / temperature).unsqueeze(-1)
+        at_token = -torch.expm1(token_logprobs) * up
+        if entropy is None:
+            grad = torch.mul(kept[part], -up, out=target)
+        else:
+            grad = torch.exp(kept[part], out=target)
+            if grad_entropy is None:
+                grad.mul_(-up)
+            else:
+                h, up_entropy = entropy[index].unsqueeze(-1), (grad_entropy[index] / temperature).unsqueeze(-1)
+                grad.mul_((kept[part] + h).mul_(-up_entropy).sub_(up))
+                at_token -= token_logprobs.exp() * (token_logprobs + h) * up_entropy
+        grad.scatter_(-1, tokens[index].unsqueeze(-1), at_token)
+        if not direct:
+            out[index] = grad.to(out.dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -151,36 +197,31 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         want_entropy: bool,
         inplace: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows, kept = (logits, tokens) if counted is None else (logits[counted], tokens[counted])
-        rows = rows.to(_at_least_float32(logits.dtype))
-        p = _probabilities(rows, temperature)
-        logprobs = _at_tokens(p, rows, kept, temperature)
-        log_p = _log_probabilities(rows, kept, logprobs, temperature) if want_entropy else None
-        entropy = logprobs.new_zeros(()) if log_p is None else _entropy(p, log_p)
-        ctx.save_for_backward(p, log_p, logprobs, entropy, kept, counted, logits if inplace else None)
+        rows, flat_tokens = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1)
+        which = None if counted is None else counted.reshape(-1).nonzero().squeeze(-1)
+        logprobs, entropy, kept = _read(rows, flat_tokens, which, temperature, want_entropy, keep)
+        ctx.save_for_backward(kept, logprobs, entropy, flat_tokens, which, logits if inplace else None)
         ctx.temperature, ctx.shape, ctx.dtype = temperature, logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
-        if counted is not None:
-            empty = logprobs.new_zeros(tokens.shape)
-            logprobs = empty.masked_scatter(counted, logprobs)
-            entropy = empty.masked_scatter(counted, entropy) if want_entropy else entropy
-        return logprobs, entropy
+        shaped = logprobs.new_zeros(()) if entropy is None else entropy.view(tokens.shape)
+        return logprobs.view(tokens.shape), shaped
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        p, log_p, kept_logprobs, entropy, kept, counted, logits = ctx.saved_tensors
-        grads: tuple[Tensor | None, ...] = (grad_logprobs, grad_entropy)
-        if counted is not None:
-            grads = tuple(None if g is None else g[counted] for g in grads)
-        grad = _backward(p, log_p, kept_logprobs, entropy, kept, grads, 1 / ctx.temperature).to(ctx.dtype)
-        if counted is not None:
-            rows, grad = grad, grad.new_zeros(ctx.shape)
-            grad[counted] = rows
-        if logits is not None:
+        kept, logprobs, entropy, tokens, which, logits = ctx.saved_tensors
+        up, up_entropy = (None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy))
+        inplace = logits is not None and logits.is_contiguous()
+        grad = logits.detach() if inplace else torch.empty(ctx.shape, dtype=ctx.dtype, device=kept.device)
+        if which is not None:
+            grad.zero_()
+        out = grad.view(-1, ctx.shape[-1])
+        _write_gradient(out, kept, logprobs, entropy, tokens, which, up, up_entropy, ctx.temperature)
+        if logits is not None and not inplace:
             grad = logits.detach().copy_(grad)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 @overload
@@ -231,57 +272,60 @@ def token_logprobs(
     """
     _check_temperature(temperature)
     counted = _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])
-    if counted is None and not return_entropy and not (logits.requires_grad and torch.is_grad_enabled()):
-        return _without_gradient(logits.to(_at_least_float32(logits.dtype)), tokens, temperature)
-    logprobs, entropy = _TokenLogprobs.apply(logits, tokens, counted, temperature, return_entropy, inplace_backward)
+    keep = logits.requires_grad and torch.is_grad_enabled()
+    if counted is None and not keep and not return_entropy:
+        return _read_part(logits.detach(), tokens, temperature, False, None)[0]
+    options = temperature, return_entropy, inplace_backward, keep
+    logprobs, entropy = _TokenLogprobs.apply(logits, tokens, counted, *options)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, chunk: int,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = _at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
         head = weight.to(dtype).t()
         logprobs = torch.empty(len(tokens), dtype=dtype, device=hidden.device)
-        entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_zeros(())
+        entropy = torch.empty_like(logprobs) if want_entropy else None
+        kept = None
         for start in range(0, len(tokens), chunk):
             rows = slice(start, start + chunk)
             logits = hidden[rows].to(dtype) @ head
-            p = _probabilities(logits, temperature)
-            logprobs[rows] = _at_tokens(p, logits, tokens[rows], temperature)
-            if want_entropy:
-                entropy[rows] = _entropy(p, _log_probabilities(logits, tokens[rows], logprobs[rows], temperature))
-        ctx.save_for_backward(hidden, weight, tokens)
+            one = keep and len(tokens) <= chunk  # all rows are one chunk: its log p spares the backward a product
+            logprobs[rows], h, kept = _read(logits, tokens[rows], None, temperature, want_entropy, one)
+            if entropy is not None and h is not None:
+                entropy[rows] = h
+        ctx.save_for_backward(hidden, weight, tokens, kept, logprobs, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs, logprobs.new_zeros(()) if entropy is None else entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        hidden, weight, tokens = ctx.saved_tensors
-        dtype = _at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
-        head = weight.to(dtype)
+        hidden, weight, tokens, kept, logprobs, entropy = ctx.saved_tensors
+        head = weight.to(logprobs.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Accumulated in float32 (or float64): bfloat16 would lose small terms chunk after chunk.
         grad_weight = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for start in range(0, len(tokens), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            h, kept = hidden[rows].to(dtype), tokens[rows]
-            logits = h @ head.t()
-            p = _probabilities(logits, ctx.temperature)
-            logprobs = _at_tokens(p, logits, kept, ctx.temperature)
-            log_p = None if grad_entropy is None else _log_probabilities(logits, kept, logprobs, ctx.temperature)
-            entropy = logprobs if log_p is None else _entropy(p, log_p)
-            grads = tuple(None if g is None else g[rows] for g in (grad_logprobs, grad_entropy))
-            grad = _backward(p, log_p, logprobs, entropy, kept, grads, 1 / ctx.temperature)
+            h = hidden[rows].to(logprobs.dtype)
+            log_p = kept
+            if kept is None:  # the logits again
+                log_p = _read(h @ head.t(), tokens[rows], None, ctx.temperature, entropy is not None, True)[2]
+            grad = torch.empty_like(log_p)
+            h_rows, up, up_entropy = (None if x is None else x[rows] for x in (entropy, grad_logprobs, grad_entropy))
+            _write_gradient(grad, log_p, logprobs[rows], h_rows, tokens[rows], None, up, up_entropy, ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad @ head).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.t(), h)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 @overload
@@ -319,8 +363,8 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T, tokens)` that never holds the logits of more than `chunk_size` rows.
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
-    as `token_logprobs` does, with the same masks and the same errors. The backward computes the logits again, chunk by
-    chunk. `chunk_size` counts rows; by default as many as make about sixteen million logits.
+    as `token_logprobs` does, with the same masks and the same errors. Of several chunks the backward computes
+    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
@@ -335,7 +379,8 @@ def linear_token_logprobs(
         rows, kept = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     else:
         rows, kept = hidden[counted], tokens[counted]
-    both = _LinearTokenLogprobs.apply(rows, weight, kept, temperature, return_entropy, chunk)
+    keep = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    both = _LinearTokenLogprobs.apply(rows, weight, kept, temperature, return_entropy, chunk, keep)
     if counted is None:
         logprobs, entropy = (x.view(tokens.shape) if x.dim() else x for x in both)
     else:
