@@ -71,8 +71,8 @@ SEEDS = (0, 1, 2)
 PROMPTS, POOL = 200, 128
 MEASURED_STEPS = (2, 4, 6, 8, 10, 12, 15, 18, 24, 30, 36, 48, 60, 72, 84, 96)
 VALIDATION = 300
-# The default run's PPO with half of its batch, more steps, and no KL penalty. (Twice the rate walks as far in a third of
-# the steps, but most of it is noise: gold falls from the start.)
+# The default run's PPO with half of its batch, more steps, and no KL penalty. (Twice the rate walks as far in a third
+# of the steps, but most of it is noise: gold falls from the start.)
 PUSH = RLHFConfig(steps=96, batch_size=64, beta=0.0)
 
 
