@@ -5,6 +5,10 @@ Numbers are the museum's; "-" marks mistakes that are not in it. Below, the less
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 
@@ -12,6 +16,8 @@ from minirlhf.checks import lesson09, text_failure_lab
 from minirlhf.errors import UserError
 from minirlhf.language import rlhf
 from minirlhf.returns import gae, whiten
+
+ROOT = Path(__file__).resolve().parents[2]
 
 BUGS = [
     (17, "answer_mask", """
@@ -165,3 +171,16 @@ def test_the_planted_mistakes_are_mistakes():
     values, ends = torch.zeros(1, 3), torch.tensor([[False, True, False]])
     advantages, returns = text_failure_lab.targets_from_whitened(right, values, ends, gamma=1.0, lam=1.0, mask=mask)
     assert torch.allclose(advantages, returns) and abs(float(returns.sum())) < 1e-6
+
+
+def test_the_lesson_shows_what_the_lab_says_and_its_file_holds_every_run():
+    lesson = nbformat.read(ROOT / "notebooks" / "09_ppo_kl_ptx.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in lesson.cells if cell.cell_type == "markdown")
+    for letter in text_failure_lab.RUNS:
+        told = text_failure_lab.reveal(letter)
+        assert told in text, f"run {letter}: rebuild the fold from text_failure_lab.reveal"
+        assert f"run {letter}" not in text.split("## The failure lab")[0], "told before it is asked"
+    with (ROOT / "data" / "results" / "text_failure_lab.csv").open(encoding="utf-8", newline="") as file:
+        assert file.readline().startswith("# ")
+        runs = {row["run"] for row in csv.DictReader(file)}
+    assert runs == {"healthy", *text_failure_lab.RUNS}
