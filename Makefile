@@ -5,6 +5,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 LESSONS := $(sort $(wildcard notebooks/*.ipynb))
 NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
+# One process a core, four at most; the cells of a lesson, and the tests of a file, stay together.
+BESIDE := -n logical --maxprocesses 4 --dist loadscope
 MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels
 
 .DEFAULT_GOAL := help
@@ -39,10 +41,10 @@ notebooks: setup  ## run every lesson in place, from top to bottom
 	@$(BIN)/python notebooks/execute.py $(ARGS)
 
 test: setup lint  ## everything that CI runs: lint, types, layers, tests, lessons
-	@$(BIN)/pytest tests $(MODULES) $(NOTEBOOKS) $(ARGS)
+	@$(BIN)/pytest $(BESIDE) tests $(MODULES) $(NOTEBOOKS) $(ARGS)
 
 fast: setup  ## the quick tests
-	@$(BIN)/pytest tests $(MODULES) -m "not slow" $(ARGS)
+	@$(BIN)/pytest $(BESIDE) tests $(MODULES) -m "not slow" $(ARGS)
 
 lint: setup  ## style, types and layers only
 	@$(BIN)/ruff check --quiet .
