@@ -427,6 +427,15 @@ def start_of_size(size: str) -> None:
     start_of(size)
 
 
+def sft_proxy(push: Push, seed: int) -> float:
+    """The mean score of SFT answers: 0 for a judge and for a mean of judges, and lower for the lowest of several."""
+    if push.reward != "min":
+        return 0.0
+    models = [load_scalar_model(judge.folder).eval() for judge in push.judges(seed)]
+    pool = bench().pool()
+    return float(reward_of(models, push.reward)(pool["prompts"][::8], pool["responses"][::8]).mean())
+
+
 def plain(name: str, seed: int, rows: Sequence[Row]) -> list[Row]:
     """The rows of a run as the table has them, the SFT model first."""
     push = RUNS[name]
@@ -435,14 +444,8 @@ def plain(name: str, seed: int, rows: Sequence[Row]) -> list[Row]:
     keys = ("step", "kl", "proxy", "validation", "gold", "length", "ended")
     pool = bench().pool()
     validation = "" if push.validation(seed) is None else 0.0
-    start = {
-        "step": 0,
-        "kl": 0.0,
-        "proxy": 0.0,
-        "validation": validation,
-        "gold": sum(pool["gold"]) / len(pool["gold"]),
-    }
-    start |= {key: pool[key] for key in ("length", "ended")}
+    start = {"step": 0, "kl": 0.0, "proxy": sft_proxy(push, seed), "validation": validation}
+    start |= {"gold": sum(pool["gold"]) / len(pool["gold"])} | {key: pool[key] for key in ("length", "ended")}
     return [about | {key: row[key] for key in keys} for row in (start, *rows)]
 
 
