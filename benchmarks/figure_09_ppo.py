@@ -23,17 +23,11 @@ machine; another processor rounds differently, and single runs come out differen
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
+from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checks import text_failure_lab
 from minirlhf.data import read_folder
@@ -47,9 +41,7 @@ from minirlhf.pipeline.folder import hide_loading_bars, load_policy, load_reward
 from minirlhf.training import Recorder
 from minirlhf.world import GoldLabeler, World
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, CHECKPOINTS = ROOT / "data" / "results", ROOT / "data" / "checkpoints"
-Row = dict[str, Any]
+CHECKPOINTS = ROOT / "data" / "checkpoints"
 
 # Two epochs at a rate above the default run's: short runs must go far enough for beta to matter.
 SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 64, "epochs": 2, "lr": 1e-3, "warmup": 4}
@@ -134,33 +126,6 @@ def lab_rows(name: str, seed: int, history: Iterable[dict[str, float]]) -> list[
     return [head | {"step": int(row["step"])} | {key: row[key] for key in LAB_METRICS} for row in history]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    rows = list(rows)
-    aside = path.with_suffix(".csv.partial")
-    with open(aside, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# {stamp()}\n")
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    os.replace(aside, path)
-    print(f"{path.relative_to(ROOT)}: {len(rows)} rows", flush=True)
-
-
-def stamp() -> str:
-    """Machine, versions, date and command."""
-    from importlib.metadata import version
-
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "minirlhf"))
-    command = shlex.join(["python", "benchmarks/figure_09_ppo.py", *sys.argv[1:]])
-    python = platform.python_version()
-    return f"{cpu}, {os.cpu_count()} cores, Python {python}; {versions}; {datetime.date.today()}; {command}"
-
-
 def main() -> None:
     argparse.ArgumentParser(description="The runs of lesson 09.").parse_args()
     torch.set_num_threads(1)
@@ -174,13 +139,13 @@ def main() -> None:
             sweep.append({"beta": beta, "ptx_coef": ptx_coef, "seed": seed} | bench.measure(policy))
             if (beta, ptx_coef) == (BETA, 0.0):
                 lab += lab_rows("healthy", seed, history)
-    write(RESULTS / "ppo_kl_ptx_sweep.csv", sweep)
+    write_table(RESULTS / "ppo_kl_ptx_sweep.csv", sweep)
     for seed in HEALTHY_SEEDS:
         lab += lab_rows("healthy", seed, bench.train("C", seed, "healthy")[1])
     for letter in text_failure_lab.RUNS:
         for seed in LAB_SEEDS:
             lab += lab_rows(letter, seed, bench.train(letter, seed, letter)[1])
-    write(RESULTS / "text_failure_lab.csv", lab)
+    write_table(RESULTS / "text_failure_lab.csv", lab)
 
 
 if __name__ == "__main__":
