@@ -65,8 +65,8 @@ checkpoints: setup  ## rebuild data/checkpoints: the default run, its models in 
 	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run --out runs/checkpoints --seed 0
 	@$(BIN)/python -m minirlhf.pipeline.export runs/checkpoints data/checkpoints
 
-figures: setup  ## rerun the long experiments that lessons 07 to 11 show (data/results)
-	@for script in benchmarks/figure_*.py benchmarks/readme_picture.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+figures: setup  ## rerun the long experiments that the lessons show (data/results)
+	@for script in benchmarks/ppo_ablation.py benchmarks/figure_*.py benchmarks/readme_picture.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 bench: setup  ## measure the kernels
 	@test -f kernels/benchmarks/run.py || { echo "make bench: kernels/benchmarks/run.py is not here yet"; exit 1; }
