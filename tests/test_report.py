@@ -45,6 +45,7 @@ def policy(gold: float, base: float, sft: float, proxy: float, loss: float) -> d
 REPORT: dict[str, Any] = {
     "judge": "gold",
     "heldout_prompts": 600,
+    "distinct_prompts": 480,
     "best_mean": 3.46,
     "evaluation": {
         "base": policy(-0.87, 0.5, 0.08, -4.1, 0.823),
@@ -63,7 +64,7 @@ REPORT: dict[str, Any] = {
         "pairs_heldout_labelers": 2104,
         "calibration_error": 0.031,
     },
-    "alignment_tax": {"ppo": 0.401, "ppo_ptx": 0.028, "removed_by_ptx": 0.93},
+    "alignment_tax": {"sft": 0.226, "ppo": 0.401, "ppo_ptx": 0.028, "removed_by_ptx": 0.93},
     "parameters": 381_000,
     "seconds": dict(zip(PHASES, (3.2, 71.2, 14.1, 31.3, 40.0, 52.0, 9.2, 221.0), strict=True)),
     "seed": 7,
@@ -214,7 +215,8 @@ def test_headline_and_findings_are_the_numbers(read: Reader) -> None:
         "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen." in read.text
     )
     assert "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)" in read.text
-    assert "0.401 nats more loss" in read.text and "PPO-ptx takes 93 % of that away" in read.text
+    assert "PPO loses 0.401 nats a token more than the base model, 0.226 of it since SFT" in read.text
+    assert "PPO-ptx pays 93 % of it back" in read.text
     assert "exploited: PPO" not in read.text
 
 
@@ -312,12 +314,16 @@ def test_says_so_when_nothing_is_sure(tmp_path: Path) -> None:
     for name in ("ppo", "ppo_ptx"):
         report["evaluation"][name] |= {"win_rate_vs_sft": 0.52, "win_rate_vs_sft_interval": [0.48, 0.56]}
     report["evaluation"]["sft"] |= {"win_rate_vs_base": 0.3, "win_rate_vs_base_interval": [0.27, 0.33]}
-    report["alignment_tax"] = {"ppo": 0.2, "ppo_ptx": 0.3, "removed_by_ptx": -0.5}
+    report["alignment_tax"] = {"sft": 0.1, "ppo": 0.2, "ppo_ptx": 0.3, "removed_by_ptx": -0.5}
     run = load_run(build(tmp_path / "unsure", report))
     assert "gained nothing sure" in headline(run)
     told = " ".join(findings(run))
     assert "SFT model is worse than its base" in told and "PPO can’t be told from SFT" in told
-    assert "PPO-ptx forgot more still" in told
+    assert "PPO-ptx loses more still" in told
+
+
+def test_prompts_that_repeat_are_told(page: str) -> None:
+    assert "600 held-out prompts (480 of them distinct)" in page
 
 
 def test_a_proxy_is_called_a_proxy(proxy_run: Path) -> None:

@@ -29,8 +29,8 @@ CALIBRATION_BINS = 10
 class EvaluationConfig:
     """How the finished models are measured."""
 
-    prompts: int = 600
-    """Held-out prompts to answer (fewer where the folder has fewer)."""
+    prompts: int = 800
+    """Held-out prompts to answer (fewer where the folder has fewer; one that occurs twice is answered twice)."""
     temperature: float = 1.0
     """Of sampling; 1 measures the policy that was trained."""
     max_response_tokens: int = 40
@@ -119,20 +119,36 @@ def sequence_kl(
     return kl
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error (0 for a single value, which has none).
+def mean_and_error(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value, which has none).
+
+    Args:
+        values: N numbers.
+        groups: what each belongs to, such as its prompt. Values of one group are not independent of each other: the
+            error then counts groups, and not values (Liang and Zeger 1986, for a mean).
 
     Example:
         >>> mean_and_error([1.0, 3.0])
         (2.0, 1.0)
+        >>> mean_and_error([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"])
+        (2.0, 1.0)
     """
-    tensor = torch.tensor(values, dtype=torch.float64)
-    error = float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return float(tensor.mean()), error
+    mean = float(torch.tensor(values, dtype=torch.float64).mean())
+    sums: dict[object, float] = {}
+    for value, group in zip(values, range(len(values)) if groups is None else groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if len(sums) < 2:
+        return mean, 0.0
+    squares = sum(total**2 for total in sums.values())
+    return mean, (squares * len(sums) / (len(sums) - 1)) ** 0.5 / len(values)
 
 
-def win_rate(scores: Sequence[float], other: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def win_rate(
+    scores: Sequence[float], other: Sequence[float], groups: Sequence[str] | None = None
+) -> tuple[float, tuple[float, float]]:
     """How often the first of two models is preferred on the same prompts, ties counted half, and a 95 % interval.
+
+    `groups` as for `mean_and_error`: the prompts, where some occur more than once.
 
     Example:
         >>> rate, (low, high) = win_rate([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 1.0, 1.0])
@@ -140,7 +156,7 @@ def win_rate(scores: Sequence[float], other: Sequence[float]) -> tuple[float, tu
         0.875
     """
     outcomes = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, other, strict=True)]
-    rate, error = mean_and_error(outcomes)
+    rate, error = mean_and_error(outcomes, groups)
     return rate, (max(0.0, rate - CONFIDENCE * error), min(1.0, rate + CONFIDENCE * error))
 
 

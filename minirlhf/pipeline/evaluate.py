@@ -83,7 +83,7 @@ def evaluate_run(
     best = judge.best(prompts)
     evaluation = {}
     for name in POLICIES:
-        measured = _policy(answers[name], scores[name], scores, best)
+        measured = _policy(prompts, answers[name], scores[name], scores, best)
         measured["proxy_mean"] = float(proxy(prompts, answers[name].responses).mean())
         measured["corpus_loss"] = corpus_loss(models[name], inputs.heldout_blocks)
         evaluation[name] = measured
@@ -104,6 +104,7 @@ def evaluate_run(
     return {
         "judge": "gold" if judge.is_gold else "reward_model",
         "heldout_prompts": len(prompts),
+        "distinct_prompts": len(set(prompts)),
         "best_mean": mean_and_error(best)[0] if best else None,
         "evaluation": evaluation,
         "reward_model": reward_model,
@@ -132,15 +133,15 @@ def _gold(judge: Judge) -> RewardFunction | None:
 
 
 def _policy(
-    answers: Answers, own: list[float], scores: dict[str, list[float]], best: list[float] | None
+    prompts: list[str], answers: Answers, own: list[float], scores: dict[str, list[float]], best: list[float] | None
 ) -> dict[str, Any]:
-    mean, error = mean_and_error(own)
+    mean, error = mean_and_error(own, prompts)
     measured: dict[str, Any] = {"gold_mean": mean, "gold_standard_error": error, "headroom_closed": None}
     if best is not None:
         base, top = mean_and_error(scores["base"])[0], mean_and_error(best)[0]
         measured["headroom_closed"] = (mean - base) / (top - base) if top > base else None
     for other in ("sft", "base"):
-        rate, interval = win_rate(own, scores[other])
+        rate, interval = win_rate(own, scores[other], prompts)
         measured[f"win_rate_vs_{other}"] = rate
         measured[f"win_rate_vs_{other}_interval"] = list(interval)
     measured["kl_to_sft"] = mean_and_error(answers.kl)[0]
@@ -150,11 +151,13 @@ def _policy(
 
 
 def _alignment_tax(evaluation: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """What PPO costs in corpus loss above the base model, and the share of it that PPO-ptx takes away."""
+    """What a model costs in corpus loss above the base model: SFT, and PPO; and the share PPO-ptx takes away."""
     base = evaluation["base"]["corpus_loss"]
     tax = evaluation["ppo"]["corpus_loss"] - base
     tax_ptx = evaluation["ppo_ptx"]["corpus_loss"] - base
-    return {"ppo": tax, "ppo_ptx": tax_ptx, "removed_by_ptx": 1 - tax_ptx / tax if tax > 0 else None}
+    removed = 1 - tax_ptx / tax if tax > 0 else None
+    sft = evaluation["sft"]["corpus_loss"] - base
+    return {"sft": sft, "ppo": tax, "ppo_ptx": tax_ptx, "removed_by_ptx": removed}
 
 
 def _write_answers(
@@ -219,7 +222,7 @@ def evaluate_checkpoint(
         for name, model in models.items()
     }
     scores = {name: judge.scores(prompts, a.responses, a.ended) for name, a in answers.items()}
-    measured = _policy(answers[checkpoint], scores[checkpoint], scores, judge.best(prompts))
+    measured = _policy(prompts, answers[checkpoint], scores[checkpoint], scores, judge.best(prompts))
     measured["proxy_mean"] = float(proxy(prompts, answers[checkpoint].responses).mean())
     measured["corpus_loss"] = corpus_loss(models[checkpoint], blocks)
     return {"checkpoint": str(checkpoint), "judge": "gold" if judge.is_gold else "reward_model"} | measured

@@ -49,7 +49,8 @@ def ladder(run: Run) -> str:
 
 def _columns(run: Run) -> dict[str, str]:
     """Heading and meaning of each column of the results."""
-    prompts = f"{run.report['heldout_prompts']:,} held-out prompts"
+    count, distinct = run.report["heldout_prompts"], run.report["distinct_prompts"]
+    prompts = f"{count:,} held-out prompts" + (f" ({distinct:,} of them distinct)" if distinct < count else "")
     judged = (
         {"gold ± s.e.": f"Mean true score of one sampled answer to each of {prompts}, ± its standard error."}
         if run.is_gold

@@ -214,11 +214,14 @@ def _tax(run: Run) -> str:
         return f"PPO cost next to nothing in language: {number(paid, 3)} nats a token on held-out text."
     if paid < 0:
         return f"PPO cost nothing in language: its loss on held-out text is {number(-paid, 3)} nats below the base’s."
-    text = f"PPO forgot some language: {number(paid, 3)} nats more loss a token on held-out text than the base model"
+    text = (
+        f"Alignment has a price in language: on held-out text PPO loses {number(paid, 3)} nats a token more than the "
+        f"base model, {number(tax['sft'], 3)} of it since SFT"
+    )
     if removed is None or with_ptx is None:
         return text + "."
     if removed < 0:
-        return text + f"; PPO-ptx forgot more still ({number(with_ptx, 3)})."
+        return text + f"; PPO-ptx loses more still ({number(with_ptx, 3)})."
     if removed >= 1:
-        return text + "; PPO-ptx forgot nothing."
-    return text + f"; PPO-ptx takes {percent(removed)} of that away."
+        return text + "; PPO-ptx pays it all back."
+    return text + f"; PPO-ptx pays {percent(removed)} of it back."

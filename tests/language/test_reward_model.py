@@ -200,3 +200,11 @@ def test_win_rate_and_errors() -> None:
     assert win_rate([1.0, 1.0], [0.0, 0.0]) == (1.0, (1.0, 1.0))
     mean, error = mean_and_error([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and error == pytest.approx((5 / 3) ** 0.5 / 2)
+
+
+def test_the_same_prompt_twice_is_no_new_evidence() -> None:
+    scores, prompts = [1.0, 2.0, 4.0], ["a", "b", "c"]
+    assert mean_and_error(scores * 4, prompts * 4) == pytest.approx(mean_and_error(scores))
+    assert mean_and_error(scores * 4)[1] < 0.6 * mean_and_error(scores)[1]
+    rate, bounds = win_rate([1.0, 0.0, 1.0] * 4, [0.0, 1.0, 1.0] * 4, prompts * 4)
+    assert (rate, *bounds) == pytest.approx((0.5, *win_rate([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])[1]))
