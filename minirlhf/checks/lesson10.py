@@ -115,7 +115,7 @@ def _best_with(bug: str, proxy: Tensor, values: Tensor, n: int) -> Tensor:
     if bug == "whole pool":
         return values.gather(1, proxy.argmax(1, keepdim=True))[:, 0]
     if bug == "top n":
-        return values.gather(1, proxy.topk(n, dim=1).indices).mean(1)
+        return values.gather(1, proxy.sort(dim=1, descending=True, stable=True).indices[:, :n]).mean(1)
     if bug == "groups":
         groups = pool // n
         of = proxy[:, : groups * n].unflatten(1, (groups, n)), values[:, : groups * n].unflatten(1, (groups, n))

@@ -52,8 +52,8 @@ def f(proxy, values, n):
     for p, v in zip(proxy, values):
         total = 0.0
         for a in set(p.tolist()):
-            below, upto = (p < a).sum() / N, (p <= a).sum() / N
-            total = total + v[p == a].mean() * (upto.double() ** n - below.double() ** n)
+            below, upto = (p < a).double().sum() / N, (p <= a).double().sum() / N
+            total = total + v[p == a].mean() * (upto ** n - below ** n)
         rows.append(total)
     return torch.stack(rows)
 """, "It draws with putting back"),
@@ -70,7 +70,7 @@ def f(proxy, values, n):
 def f(proxy, values, n):
     rows = []
     for p, v in zip(proxy, values):
-        best = p.sort(descending=True).indices[:n]
+        best = p.sort(descending=True, stable=True).indices[:n]
         rows.append(v[best].mean())
     return torch.stack(rows)
 """, "It is the mean of the n best"),
