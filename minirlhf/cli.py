@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 import tyro
 
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, check_ranges
 
 if TYPE_CHECKING:
     from minirlhf.config import PresetName
@@ -42,6 +43,9 @@ class WorldConfig:
     seed: int = 0
     """Makes another world."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, counts=("seed",), least=0)
+
 
 @dataclass
 class ChatConfig:
@@ -59,6 +63,10 @@ class ChatConfig:
     """Answers are cut after so many tokens."""
     seed: int = 0
     """Of sampling."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, counts=("max_response_tokens",), positive=("temperature",))
+        check_ranges(self, counts=("seed",), least=0)
 
 
 @dataclass
@@ -80,6 +88,10 @@ class EvaluateConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, counts=("prompts", "max_response_tokens"), positive=("temperature",))
+        check_ranges(self, counts=("seed",), least=0)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 a mistake of the user's, 130 stopped by the keyboard."""
@@ -100,6 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[command](rest)
     except UserError as error:
         print(f"minirlhf: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        # A full disk, a folder without permission, a value that only a library could refuse. Where it was raised stays
+        # in the message, for a report of a bug.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+        print(f"minirlhf: error: {' '.join(str(error).split())} ({where})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nminirlhf: stopped; the same command continues where it was", file=sys.stderr)

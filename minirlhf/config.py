@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minirlhf.errors import UserError, check_ranges
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig
@@ -13,6 +14,7 @@ from minirlhf.language.reward_model import RewardModelConfig
 from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
 
+LARGEST_SEED = 2**63
 PresetName = Literal["fast", "default"]
 
 
@@ -51,6 +53,13 @@ class RunConfig:
     """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The measurements at the end."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, not_negative=("save_seconds",))
+        check_ranges(self, counts=("context_length",), least=2)
+        check_ranges(self, counts=("seed",), least=0)
+        if self.seed >= LARGEST_SEED:
+            raise UserError(f"--seed {self.seed}: must be below 2**63")
 
 
 def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:

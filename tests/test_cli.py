@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import minirlhf
-from minirlhf.cli import COMMANDS, _preset_name, main
+from minirlhf.cli import COMMANDS, ChatConfig, EvaluateConfig, WorldConfig, _preset_name, main
 from minirlhf.config import preset
+from minirlhf.errors import UserError
 
 
 def test_usage_and_version(capsys: pytest.CaptureFixture) -> None:
@@ -74,6 +77,78 @@ def test_settings_that_do_not_fit_are_one_message(tmp_path: Path, tiny_folder: P
             assert error.code == 2
         shown = capsys.readouterr()
         assert word in shown.err + shown.out and "Traceback" not in shown.err
+
+
+WRONG = [
+    ("--rlhf.temperature", "0", "above 0"),
+    ("--rlhf.clip-range", "0", "above 0"),
+    ("--rlhf.value-clip-range", "-1", "above 0"),
+    ("--rlhf.beta", "-1", "0 or more"),
+    ("--rlhf.target-kl", "0", "above 0"),
+    ("--rlhf.kl-horizon", "0", "above 0"),
+    ("--rlhf.minibatches", "0", "1 or more"),
+    ("--rlhf.micro-batch-tokens", "0", "1 or more"),
+    ("--rlhf.gamma", "1.5", "from 0 to 1"),
+    ("--rlhf.ema-decay", "2", "from 0 to 1"),
+    ("--rlhf.lr", "nan", "0 or more"),
+    ("--rlhf.warmup", "-1", "0 or more"),
+    ("--base.batch-size", "0", "1 or more"),
+    ("--base.block-length", "1", "2 or more"),
+    ("--base.lr", "inf", "0 or more"),
+    ("--sft.epochs", "0", "above 0"),
+    ("--sft.batch-size", "-3", "1 or more"),
+    ("--reward-model.epochs", "inf", "above 0"),
+    ("--reward-model.weight-decay", "-0.1", "0 or more"),
+    ("--evaluation.prompts", "0", "1 or more"),
+    ("--evaluation.temperature", "0", "above 0"),
+    ("--evaluation.corpus-blocks", "0", "1 or more"),
+    ("--model-size.heads", "0", "1 or more"),
+    ("--model-size.vocab-size", "100", "258 or more"),
+    ("--context-length", "0", "2 or more"),
+    ("--save-seconds", "-1", "0 or more"),
+    ("--seed", "-1", "0 or more"),
+    ("--seed", str(2**63), "below 2**63"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "wanted"), WRONG)
+def test_settings_out_of_range_are_named_before_anything_is_made(
+    option: str, value: str, wanted: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert main(["run", "--preset", "fast", "--data", str(tiny_folder), "--out", str(out), option, value]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"minirlhf: error: {option} ") and wanted in message and message.count("\n") == 1
+    assert not out.exists()
+
+
+def test_every_numeric_setting_has_a_range() -> None:
+    """A new setting without a range fails here."""
+    run = preset("default")
+    parts = [getattr(run, one.name) for one in fields(run) if is_dataclass(getattr(run, one.name))]
+    for part in (run, *parts, ChatConfig(), EvaluateConfig(), WorldConfig(Path("none"))):
+        for one in fields(part):
+            wrong = {"int": (-1, 0.5, True), "float": (-1.0, math.nan, math.inf)}.get(str(one.type).split(" ")[0], ())
+            for value in wrong:
+                with pytest.raises(UserError, match=f"{one.name.replace('_', '-')} {value}: must be"):
+                    replace(part, **{one.name: value})
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate"])
+@pytest.mark.parametrize("option", ["--temperature", "--max-response-tokens"])
+def test_chat_and_evaluate_name_what_is_out_of_range(command: str, option: str, capsys) -> None:
+    assert main([command, option, "0"]) == 2
+    assert capsys.readouterr().err.startswith(f"minirlhf: error: {option} 0")
+
+
+def test_out_is_a_file(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for out in (file, file / "below"):
+        assert main(["run", "--preset", "fast", "--data", str(tiny_folder), "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("minirlhf: error:") and str(file) in message and message.count("\n") == 1
+    assert file.read_text() == "precious"
 
 
 def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

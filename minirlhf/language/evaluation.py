@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison
+from minirlhf.errors import check_ranges
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.models import response_logits
@@ -41,6 +42,10 @@ class EvaluationConfig:
     """Blocks of held-out text for the corpus loss, at most."""
     examples: int = 16
     """Prompts shown with every model's answer in the report."""
+
+    def __post_init__(self) -> None:
+        counts = ("prompts", "max_response_tokens", "batch_size", "corpus_blocks", "examples")
+        check_ranges(self, "evaluation", counts=counts, positive=("temperature",))
 
 
 class Answers(NamedTuple):

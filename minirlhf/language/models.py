@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minirlhf.errors import CheckpointError, UserError
+from minirlhf.errors import CheckpointError, UserError, check_ranges
 from minirlhf.losses import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BYTES = 256  # every byte-level BPE has a token for each
 
 
 @dataclass
@@ -42,6 +44,16 @@ class ModelConfig:
     vocab_size: int = 2048
     """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
 
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "layers", "heads", "intermediate_size")
+        check_ranges(self, "model_size", counts=sizes, positive=("init_std",))
+        check_ranges(self, "model_size", counts=("vocab_size",), least=BYTES + 2)  # with <pad> and <eos>
+        if self.hidden_size % (2 * self.heads):
+            raise UserError(
+                f"--model-size.hidden-size {self.hidden_size}: must be a multiple of 2 x --model-size.heads "
+                f"({2 * self.heads})"
+            )
+
 
 def tiny_llama(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int
@@ -53,16 +65,9 @@ def tiny_llama(
         tokenizer: gives the vocabulary and the special tokens.
         context_length: the longest sequence it will see, in tokens.
         seed: of its initial weights.
-
-    Raises:
-        UserError: hidden_size is not a multiple of 2 * heads.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if config.hidden_size % (2 * config.heads):
-        raise UserError(
-            f"--model-size.hidden-size {config.hidden_size} must be a multiple of 2 x heads ({2 * config.heads})"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.errors import check_ranges
 from minirlhf.losses import token_logprobs
 from minirlhf.training import (
     Recorder,
@@ -43,6 +44,19 @@ class PretrainingConfig:
     """AdamW's decay of matrices."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "base",
+            counts=("steps", "batch_size"),
+            positive=("max_grad_norm",),
+            not_negative=("lr", "weight_decay"),
+        )
+        check_ranges(self, "base", counts=("warmup",), least=0)
+        check_ranges(
+            self, "base", counts=("block_length",), least=2
+        )  # the first token of a block predicts, the last is predicted
 
 
 def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
+from minirlhf.errors import check_ranges
 from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import pairwise_accuracy, ranking_loss
@@ -53,6 +54,16 @@ class RewardModelConfig:
     """Gradients are clipped to this norm."""
     micro_batch_tokens: int = 8192
     """Padded tokens a forward pass: memory, not mathematics."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "reward_model",
+            counts=("batch_size", "micro_batch_tokens"),
+            positive=("epochs", "max_grad_norm"),
+            not_negative=("lr", "weight_decay"),
+        )
+        check_ranges(self, "reward_model", counts=("warmup",), least=0)
 
 
 def train_reward_model(

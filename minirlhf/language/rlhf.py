@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.errors import TrainingError, UserError
+from minirlhf.errors import TrainingError, UserError, check_ranges
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.models import clone, response_logprobs, response_logprobs_and_entropy, token_values
@@ -103,8 +103,27 @@ class RLHFConfig:
     little padding, which is quickest on a CPU; a GPU wants ten times as many)."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "rlhf",
+            counts=(
+                "steps",
+                "batch_size",
+                "epochs",
+                "minibatches",
+                "max_response_tokens",
+                "ptx_batch_size",
+                "micro_batch_tokens",
+            ),
+            positive=("target_kl", "kl_horizon", "clip_range", "value_clip_range", "temperature", "max_grad_norm"),
+            not_negative=("lr", "value_lr", "beta", "entropy_coef", "missing_eos_penalty", "ptx_coef", "adam_eps"),
+            fractions=("gamma", "lam", "ema_decay"),
+        )
+        check_ranges(self, "rlhf", counts=("warmup",), least=0)
         if self.batch_size % self.minibatches:
-            raise UserError(f"batch_size {self.batch_size} must be a multiple of minibatches {self.minibatches}")
+            raise UserError(
+                f"--rlhf.batch-size {self.batch_size}: must be a multiple of --rlhf.minibatches {self.minibatches}"
+            )
 
 
 class Experience(NamedTuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minirlhf.data import Demonstration
+from minirlhf.errors import check_ranges
 from minirlhf.language.models import pad, response_logprobs
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import sft_loss
@@ -48,6 +49,16 @@ class SFTConfig:
     micro_batch_tokens: int = 1024
     """Padded tokens a forward pass: speed and memory, not mathematics. A small one groups rows of like length, which
     suits a CPU; raise it on a GPU."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "sft",
+            counts=("batch_size", "micro_batch_tokens"),
+            positive=("epochs", "max_grad_norm"),
+            not_negative=("lr", "weight_decay"),
+        )
+        check_ranges(self, "sft", counts=("warmup",), least=0)
 
 
 def train_sft(

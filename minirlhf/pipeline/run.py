@@ -144,6 +144,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 def _compare(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds something else, or a run with other settings."""
     file = out / "config.json"
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"--out {out}: is a file; give a folder that holds a run, or none yet")
     if not file.is_file():
         if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
