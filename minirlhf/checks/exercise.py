@@ -2,7 +2,8 @@
 
 1. The answer and the reference run on every case, hand-worked ones first, then random ones of many sizes.
 2. Where they differ, the exercise's *suspects* run too: the mistakes that others made, each a small function. If one of
-   them gives just what the answer gave, its sentence is the verdict. The smallest failing case is shown in any case.
+   them gives just what the answer gave on every case, its sentence is the verdict. If one does so on the smallest
+   failing case alone, that may be chance: its sentence is a hint below the verdict. That case is shown either way.
 """
 
 from __future__ import annotations
@@ -187,13 +188,18 @@ class Exercise:
         if not failing:
             return None, len(cases)
         case, got, problem = min(failing, key=lambda item: item[0].size)  # the first of the smallest
-        named = None if got.fault else self._suspect([(case, got) for case, got, _ in runs], case)
-        headline = named or problem
+        sentence, certain = (None, False) if got.fault else self._suspect([(case, got) for case, got, _ in runs], case)
+        headline = sentence if sentence and certain else problem
+        if sentence and not certain:
+            headline += f" On this case it looks like a known mistake: {sentence}"
         expected = next(expected for other, _, expected in runs if other is case)
         return f"{headline}\n\n{describe(case.name, self.arguments, case.args, got, expected, problem)}", len(cases)
 
-    def _suspect(self, runs: list[tuple[Case, Outcome]], smallest: Case) -> str | None:
-        """The sentence of the suspect that agrees with the answer on the smallest failing case and on most others."""
+    def _suspect(self, runs: list[tuple[Case, Outcome]], smallest: Case) -> tuple[str | None, bool]:
+        """The suspect that agrees with the answer on the smallest failing case and on most others: (sentence, on all).
+
+        What agrees on the smallest case alone may be another mistake, so only one that agrees on all is certain.
+        """
         best, best_count = None, 0
         runs = sorted(runs, key=lambda item: item[0] is not smallest)
         for sentence, suspect in self.suspects.items():
@@ -205,7 +211,7 @@ class Exercise:
                     break
             if count > best_count:
                 best, best_count = sentence, count
-        return best
+        return best, best_count == len(runs)
 
 
 def exercise(number: str, title: str, **about: Any) -> Callable[[Callable[..., Any]], Exercise]:

@@ -7,6 +7,7 @@ without triton (macOS and Windows): the puzzles then say so, and the lesson goes
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import linecache
@@ -24,7 +25,7 @@ from minirlhf.checks.exercise import WIDTH, Case, Exercise, Verdict
 from minirlhf.checks.outcome import Outcome
 from minirlhf.checks.untouched import is_untouched
 
-__all__ = ["KernelExercise", "guarded", "jit", "puzzle", "tl", "triton", "variants", "why_not"]
+__all__ = ["KernelExercise", "guarded", "jit", "loops", "puzzle", "tl", "triton", "variants", "why_not"]
 
 if importlib.util.find_spec("triton") is not None:
     if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -103,10 +104,13 @@ class KernelExercise(Exercise):
     Args:
         kernel: one that is right; its signature and docstring are the stub's.
         launch: launch(kernel, *args of a case) makes room for the results, launches, and returns them on the CPU.
+        form: what is wrong with how the kernel is written, from the syntax tree of an answer whose numbers are right;
+            None where nothing is. For what numbers can't tell: how often a row is read, whether steps wait.
     """
 
     kernel: Callable[..., Any]
     launch: Callable[..., Any]
+    form: Callable[[ast.AST], str | None] | None = None
 
     @property
     def stub(self) -> str:
@@ -134,13 +138,27 @@ class KernelExercise(Exercise):
         if _parameters(answer) != _parameters(self.kernel):
             asked = ", ".join(_parameters(self.kernel))
             return Verdict("failed", f"It can't be launched: its arguments are ({asked}).", self.reference, answer)
-        return super().mark(_Launched(answer, self.launch))
+        verdict = super().mark(_Launched(answer, self.launch))
+        if verdict.status != "passed" or self.form is None:
+            return verdict
+        # Triton has compiled it, from its text: so there is one.
+        problem = self.form(ast.parse(textwrap.dedent(inspect.getsource(answer))))
+        return verdict if problem is None else Verdict("failed", problem, self.reference, answer)
 
     def run(self, function: Callable[..., Any], case: Case) -> Outcome:
         """The outcome of a kernel, or of the reference, on a case."""
         if function is not self.reference and not isinstance(function, _Launched):
             function = _Launched(function, self.launch)
         return super().run(function, case)
+
+
+def loops(tree: ast.AST) -> int:
+    """How many loops a kernel's syntax tree has.
+
+    >>> loops(ast.parse("for i in x:\\n  while y: pass"))
+    2
+    """
+    return sum(isinstance(node, ast.For | ast.While) for node in ast.walk(tree))
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:

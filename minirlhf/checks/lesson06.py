@@ -5,6 +5,7 @@ Three puzzles ask for a kernel (see `minirlhf.checks.kernels`). The wrong kernel
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from minirlhf import returns
 from minirlhf.checks.cases import bools, flags, generators, normal, tensor
 from minirlhf.checks.exercise import Case, exercise
-from minirlhf.checks.kernels import guarded, jit, puzzle, tl, triton, untouched_beyond, variants, why_not
+from minirlhf.checks.kernels import guarded, jit, loops, puzzle, tl, triton, untouched_beyond, variants, why_not
 
 __all__ = ["jit", "tl", "triton", "why_not"]  # what the lesson takes from here, beside its exercises
 
@@ -178,6 +179,13 @@ def _token_logprobs(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.con
     tl.store(logprobs + row, z_token - peak - tl.log(total))
 
 
+def _reads_once(tree: ast.AST) -> str | None:
+    """What is wrong with the form of a kernel for 6.2."""
+    if loops(tree) > 1:
+        return "It reads the row twice: one loop, and correct the sum when the peak grows."
+    return None
+
+
 _LOAD = ', mask=at < columns, other=float("-inf"))'
 _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
 
@@ -192,6 +200,7 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
     "number; `range(0, columns, BLOCK)` may be looped over.",
     kernel=_token_logprobs,
     launch=launch_token_logprobs,
+    form=_reads_once,
     cases=_logprob_cases,
     suspects=variants(
         _token_logprobs,
@@ -304,6 +313,9 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
             lambda n, o, a, c: torch.where(
                 _ratio(n, o).clamp(1 - c, 1 + c) * a < _ratio(n, o) * a, 0.0, _ratio(n, o) * a
             )
+        ),
+        "It stops for A > 0 only: a bad action that has become less likely than 1 - eps has a flat corner, too.": (
+            lambda n, o, a, c: torch.where((a > 0) & (_ratio(n, o) > 1 + c), 0.0, -_ratio(n, o) * a)
         ),
         "It stops for r > 1 + eps only, whatever the sign of A.": (
             lambda n, o, a, c: torch.where(_ratio(n, o) > 1 + c, 0.0, -_ratio(n, o) * a)
@@ -563,6 +575,15 @@ def _gae(  # type: ignore[no-untyped-def]
     tl.store(advantages + at, b, mask=there)
 
 
+def _scans(tree: ast.AST) -> str | None:
+    """What is wrong with the form of a kernel for 6.6."""
+    if loops(tree):
+        return "Right, but it walks: 1,024 steps wait for each other. Use tl.associative_scan."
+    if not any(getattr(node, "attr", None) == "associative_scan" for node in ast.walk(tree)):
+        return "Right, but not in one scan: join the lines of the steps with tl.associative_scan."
+    return None
+
+
 @jit
 def _swapped(a_before, b_before, a, b):  # type: ignore[no-untyped-def]
     return a * a_before, a_before * b + b_before
@@ -583,6 +604,7 @@ def _added(a_before, b_before, a, b):  # type: ignore[no-untyped-def]
     "It runs from the first lane to the last, and time has to run the other way.",
     kernel=_gae,
     launch=launch_gae,
+    form=_scans,
     cases=_gae_cases,
     suspects=variants(
         _gae,

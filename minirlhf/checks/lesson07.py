@@ -349,6 +349,8 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
         "It is the mean of the rows' perplexities: take the mean over all tokens first, the exponential last.": (
             lambda logprobs, mask: (-torch.where(mask, logprobs, 0).sum(1) / mask.sum(1)).exp().mean()
         ),
+        "It is the exponential of the mean of the rows' means: short rows weigh too much. One count for the whole "
+        "batch.": lambda logprobs, mask: (-torch.where(mask, logprobs, 0).sum(1) / mask.sum(1)).mean().exp(),
         "It is the mean of the tokens' perplexities, 1/p: take the mean first, the exponential last.": (
             lambda logprobs, mask: torch.where(mask, (-logprobs).exp(), 0).sum() / mask.sum()
         ),

@@ -35,6 +35,8 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     difference = rejected - chosen if bug == "swapped" else chosen - rejected
     if bug == "unstable":
         return -difference.sigmoid().log().mean()
+    if bug == "epsilon":
+        return -(difference.sigmoid() + 1e-8).log().mean()
     if bug == "no log":
         return -difference.sigmoid().mean()
     if bug == "one minus":
@@ -64,6 +66,9 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     suspects={
         "log(sigmoid(x)) is unstable: sigmoid(-200) is 0 in float32 and its log is -inf. Use "
         "torch.nn.functional.logsigmoid, which never leaves the logarithm.": partial(_pair_with, "unstable"),
+        "The epsilon caps the loss at 18 and kills the gradient where the model is most wrong: logsigmoid.": (
+            partial(_pair_with, "epsilon")
+        ),
         "The log is missing: this is the mean probability of being wrong. Its gradient vanishes just where the "
         "model is most wrong.": partial(_pair_with, "no log"),
         "This is 1 - sigmoid, without the log: its gradient vanishes just where the model is most wrong.": (
@@ -464,6 +469,8 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
         shares = same.sum((1, 2)).double() / counted.sum((1, 2)).clamp(min=1)
         agreement = shares[counted.any(2).any(1)].mean()
     excess = (2 * agreement - 1).clamp(min=0)
+    if bug == "abs":
+        excess = (2 * agreement - 1).abs()
     if bug == "agreement":
         return agreement, agreement.clamp(min=0.5)
     if bug == "root":
@@ -502,6 +509,9 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
         "Of the two solutions it takes the one below 1/2.": partial(_ceiling_with, "minus"),
         "Below an agreement of 1/2 it takes the root of a negative number: clamp 2a - 1 at 0.": (
             partial(_ceiling_with, "nan")
+        ),
+        "Below an agreement of 1/2 it turns the labelers' disagreement into a ceiling: clamp 2a - 1 at 0.": (
+            partial(_ceiling_with, "abs")
         ),
         "The whole matrix is counted, the diagonal too, where an answer agrees with itself: only pairs i < j.": (
             partial(_ceiling_with, "diagonal")

@@ -56,6 +56,8 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
         columns = torch.arange(tokens.shape[1])
         last = torch.where(is_eos, columns, -1).amax(1, keepdim=True)
         return (columns <= last) | (last < 0)
+    if bug == "argmax":
+        return torch.arange(tokens.shape[1]) <= is_eos.int().argmax(1, keepdim=True)
     if bug == "unended":
         return (is_eos.long().cumsum(1) - is_eos.long() == 0) & is_eos.any(1, keepdim=True)
     return is_eos.long().cumsum(1) <= 1  # "late": all up to the second
@@ -76,6 +78,7 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
         "A mask of all ones: what stands after EOS would be trained on.": partial(_mask_with, "ones"),
         "It leaves out EOS and counts what comes after it.": partial(_mask_with, "not eos"),
         "An answer without EOS was cut at the limit: it counts whole.": partial(_mask_with, "unended"),
+        "Without EOS argmax gives 0: such an answer counts whole.": partial(_mask_with, "argmax"),
         "It looks for padding: what follows EOS need not be padding. Look for the first EOS.": (
             partial(_mask_with, "padding")
         ),
@@ -264,12 +267,13 @@ def _experience_with(
     elif bug == "reward minus value":
         raw = torch.where(mask, rewards - values, 0.0)
     else:
-        raw, _ = gae(rewards, values, ends, gamma=1.0, lam=1.0 if bug == "lam" else lam, mask=mask)
+        gamma, lam = 0.99 if bug == "gamma" else 1.0, 1.0 if bug == "lam" else lam
+        raw, _ = gae(rewards, values, ends, gamma=gamma, lam=lam, mask=mask)
     white = raw if bug == "raw" else whiten(raw) if bug == "over padding" else whiten(raw, mask)
     if bug == "over padding":
         white = torch.where(mask, white, 0.0)
     targets = white if bug == "whitened targets" else raw
-    returns = torch.where(mask, targets + values, 0.0)
+    returns = targets + values if bug == "values of padding" else torch.where(mask, targets + values, 0.0)
     return white, rewards if bug == "rewards" else returns
 
 
@@ -296,6 +300,8 @@ def _experience_with(
         "Whitening averages over padding: give it the mask.": partial(_experience_with, "over padding"),
         "This is r - V: an advantage looks ahead, use gae.": partial(_experience_with, "reward minus value"),
         "lam is not used.": partial(_experience_with, "lam"),
+        "gamma is 1 here: an answer is short, and its end is all that is paid for.": partial(_experience_with, "gamma"),
+        "Values of padding are in the returns: 0 there.": partial(_experience_with, "values of padding"),
         "The value of padding leaks in: the answer ends at its last token that counts, and what follows is worth 0. "
         "Give gae the mask, and ends there.": partial(_experience_with, "padding"),
     },

@@ -52,6 +52,8 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
     if bug == "ties dropped":
         count = max(int(count - tied.sum()), 1)
         outcomes = won.sum()[None] / count
+    if bug == "decided":
+        count = max(int(count - tied.sum()), 1)
     rate = outcomes.mean()
     if bug == "by how much":
         rate = scores.sum() / (scores.sum() + others.sum())
@@ -99,6 +101,7 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "The width is right, the centre is not: Wilson's lies nearer to 1/2 than the rate does.": (
             partial(_win_with, "centred")
         ),
+        "n leaves the ties out: a tie is an outcome, too, n is len(scores).": partial(_win_with, "decided"),
         "It does not narrow with more prompts: n is len(scores).": partial(_win_with, "one prompt"),
     },
     hints=(
@@ -364,6 +367,8 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         half = t * spread
     if bug == "variance":
         half = t * spread.square() / count**0.5
+    if bug == "degrees":
+        half = t * spread / (count - 1) ** 0.5
     if bug == "count":
         half = t * spread / count
     if bug == "no t":
@@ -392,6 +397,9 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         ),
         "This is the spread of single runs: the mean of S runs is surer by the root of S.": (
             partial(_seed_with, "deviation")
+        ),
+        "It divides by the root of S - 1: that belongs into the standard deviation; under this root stands S.": (
+            partial(_seed_with, "degrees")
         ),
         "It divides by S: by the root of S.": partial(_seed_with, "count"),
         "This is the variance: take its root.": partial(_seed_with, "variance"),

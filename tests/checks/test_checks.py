@@ -191,6 +191,15 @@ def test_refuses(wrong):
     assert torch.equal(verdict(torch.ones(2), 2.0), torch.full((2,), 2.0)), "the lesson must go on"
 
 
+def test_what_looks_like_a_mistake_on_the_smallest_case_alone_is_a_hint_and_not_the_verdict():
+    def adds_to_rows(x, factor):
+        return x + factor if x.shape == (1, 2) else x * 5
+
+    headline = scaled.mark(adds_to_rows).message.partition("\n\n")[0]
+    hint = "On this case it looks like a known mistake: It adds: multiply."
+    assert headline == f"The result is not right. {hint}"
+
+
 def test_a_wrong_signature_is_said():
     verdict = scaled.mark(lambda x: x)
     assert "It can't be called with (x, factor), as the stub can." in verdict.message

@@ -5,6 +5,7 @@ Numbers are the museum's, "-" marks mistakes that are not in it; see test_museum
 
 from __future__ import annotations
 
+import ast
 import linecache
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 from minirlhf.checks import kernels, lesson06
 from minirlhf.checks.kernels import KernelExercise, guarded, untouched_beyond, variants, why_not
+from minirlhf.checks.outcome import compare
 from minirlhf.losses import clipped_surrogate
 from minirlhf.losses import token_logprobs as package_logprobs
 
@@ -83,6 +85,11 @@ def f(logprobs, old_logprobs, advantages, clip_range):
     inside = (ratio >= 1 - clip_range) & (ratio <= 1 + clip_range)
     return -ratio * advantages * inside
 """, "It stops wherever the ratio is outside"),
+    Bug("-", "clip_gradient", """
+def f(logprobs, old_logprobs, advantages, clip_range):
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -ratio * advantages * ~((advantages > 0) & (ratio > 1 + clip_range))
+""", "It stops for A > 0 only"),
     Bug("-", "clip_gradient", """
 def f(logprobs, old_logprobs, advantages, clip_range):
     ratio = torch.exp(logprobs - old_logprobs)
@@ -237,6 +244,54 @@ def test_a_kernel_that_fails_shows_its_own_line():
     verdict = lesson06.gae.mark(written(f"def f({arguments}):\n    row = tl.program_id(0)\n    x = row + unknown\n"))
     assert "It raises NameError: name 'unknown' is not defined" in verdict.message
     assert "in the line: x = row + unknown" in verdict.message
+
+
+TWICE = """
+def f(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    peak = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * row_stride + at, mask=at < columns, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(z, 0))
+    total = tl.zeros((), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * row_stride + at, mask=at < columns, other=float("-inf"))
+        total += tl.sum(tl.exp(z - peak), 0)
+    tl.store(logprobs + row, tl.load(logits + row * row_stride + tl.load(tokens + row)) - peak - tl.log(total))
+"""
+WALKS = """
+def f(rewards, values, ends, last_values, advantages, steps, gamma, lam, STEPS: tl.constexpr):
+    row = tl.program_id(0)
+    following = tl.load(last_values + row)
+    carry = 0.0
+    for back in range(0, steps):
+        at = row * steps + steps - 1 - back
+        goes_on = tl.where(tl.load(ends + at) != 0, 0.0, 1.0)
+        value = tl.load(values + at)
+        delta = tl.load(rewards + at) + gamma * goes_on * following - value
+        carry = delta + gamma * lam * goes_on * carry
+        following = value
+        tl.store(advantages + at, carry)
+"""
+
+
+@pytest.mark.parametrize(
+    ("check", "source", "named"),
+    [("token_logprobs", TWICE, "It reads the row twice"), ("gae", WALKS, "Right, but it walks")],
+)
+def test_right_numbers_by_the_wrong_road_are_refused(check, source, named):
+    needs_triton(check)
+    item = getattr(lesson06, check)
+    verdict = item.mark(written(source))
+    assert verdict.status == "failed" and verdict.message.startswith(named), verdict.message
+    numbers = item.run(written(source), item.cases()[-1])
+    assert compare(numbers, item.run(item.reference, item.cases()[-1]), 1e-5) is None, "it is right, all but the road"
+
+
+def test_a_gae_without_a_scan_is_told_to_use_one():
+    assert "not in one scan" in lesson06.gae.form(ast.parse("def f():\n    return tl.sum(weights * delta, 1)"))
 
 
 def test_other_arguments_are_refused_before_a_launch():

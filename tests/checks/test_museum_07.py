@@ -107,6 +107,11 @@ def f(logprobs, mask):
     rows = [(-row[keep].mean()).exp() for row, keep in zip(logprobs, mask)]
     return torch.stack(rows).mean()
 """, "It is the mean of the rows' perplexities"),
+    Bug("-", "perplexity", """
+def f(logprobs, mask):
+    rows = (logprobs * mask).sum(-1) / mask.sum(-1)
+    return torch.exp(-rows.mean())
+""", "One count for the whole batch."),
 ]  # fmt: skip
 
 

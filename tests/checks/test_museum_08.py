@@ -131,6 +131,17 @@ def f(model, rows, batch_size):
     means = [model(batch).mean() for batch in rows.split(batch_size)]
     return sum(means) / len(means)
 """, "It is the mean of the batches' means"),
+    Bug("-", "pair_loss", """
+def f(chosen, rejected):
+    return -torch.log(torch.sigmoid(chosen - rejected) + 1e-8).mean()
+""", "The epsilon caps the loss at 18"),
+    Bug("-", "noise_ceiling", """
+def f(scores, others):
+    pairs = torch.combinations(torch.arange(scores.shape[1])).T
+    a, b = ((x[:, pairs[0]] - x[:, pairs[1]]).sign() for x in (scores, others))
+    agreement = (a == b)[(a != 0) & (b != 0)].double().mean()
+    return agreement, 0.5 + (2 * agreement - 1).abs().sqrt() / 2
+""", "Below an agreement of 1/2 it turns"),
 ]  # fmt: skip
 
 

@@ -111,6 +111,12 @@ def f(base, ppo, ppo_ptx):
 def f(base, ppo, ppo_ptx):
     return (ppo.mean(0) - ppo_ptx.mean(0)) / ppo.mean(0)
 """, "This compares losses, not taxes: "),
+    Bug("seed_interval", """
+def f(rates, t):
+    mean = rates.mean(0)
+    half = t * rates.std(0) / (len(rates) - 1) ** 0.5
+    return torch.stack((mean, mean - half, mean + half))
+""", "It divides by the root of S - 1"),
 ]  # fmt: skip
 
 
@@ -121,7 +127,8 @@ def test_is_refused_and_named(bug):
     verdict = getattr(lesson11, bug.check).mark(space["f"])
     assert verdict.status == "failed"
     headline, _, case = verdict.message.partition("\n\n")
-    assert headline.startswith(bug.named), verdict.message
+    hint = f"looks like a known mistake: {bug.named}"  # where it is not the suspect's very numbers
+    assert headline.startswith(bug.named) or hint in headline, verdict.message
     assert case.startswith("Smallest failing case: ")
 
 

@@ -122,6 +122,27 @@ def f(ppo_loss, corpus_logprobs, ptx_coef):
 def f(ppo_loss, corpus_logprobs, ptx_coef):
     return ppo_loss + ptx_coef * corpus_logprobs.mean()
 """, "The sign is wrong"),
+    ("-", "answer_mask", """
+def f(tokens, eos_id):
+    is_eos = tokens == eos_id
+    return torch.arange(tokens.shape[1]) <= is_eos.int().argmax(1)[:, None]
+""", "Without EOS argmax gives 0"),
+    ("-", "experience", """
+def f(scores, logprobs, ref_logprobs, values, response_mask, beta, lam):
+    rewards = lesson09.token_rewards.reference(scores, logprobs, ref_logprobs, response_mask, beta)
+    ends = torch.zeros_like(response_mask)
+    ends[torch.arange(len(scores)), response_mask.sum(1) - 1] = True
+    advantages, _ = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)
+    return whiten(advantages, response_mask), advantages + values
+""", "Values of padding are in the returns"),
+    ("-", "experience", """
+def f(scores, logprobs, ref_logprobs, values, response_mask, beta, lam):
+    rewards = lesson09.token_rewards.reference(scores, logprobs, ref_logprobs, response_mask, beta)
+    ends = torch.zeros_like(response_mask)
+    ends[torch.arange(len(scores)), response_mask.sum(1) - 1] = True
+    advantages, returns = gae(rewards, values, ends, gamma=0.99, lam=lam, mask=response_mask)
+    return whiten(advantages, response_mask), returns
+""", "gamma is 1 here"),
 ]  # fmt: skip
 
 
