@@ -260,6 +260,29 @@ class TestCommandLine:
         (folder / "tokenizer.json").write_text("{}")
         assert str(folder / "tokenizer.json") in self.run(capsys, folder, tmp_path / "out")
 
+    @pytest.mark.parametrize("content", ["{bad", "[1]", "{}", '{"seed": "zero"}', '{"seed": true}'])
+    def test_broken_world_file(self, folder: Path, tmp_path: Path, capsys, content: str) -> None:
+        (folder / "world.json").write_text(content)
+        assert f"{folder / 'world.json'}: " in self.run(capsys, folder, tmp_path / "out")
+
+    def test_prompt_of_another_world(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        (folder / "world.json").write_text('{"seed": 0}')
+        heldout = folder / "heldout"
+        heldout.mkdir()
+        known = "where does an owl live ?"
+        answered = {"prompt": known, "responses": ["a", "b"], "scores": [1, 0]}
+        for place in (folder, heldout):
+            write_json_lines(place / "corpus.jsonl", ROWS["corpus"] * 5)
+            write_json_lines(place / "prompts.jsonl", [{"prompt": known}] * 4)
+            write_json_lines(place / "comparisons.jsonl", [answered] * 4)
+        for place, name in ((folder, "prompts"), (heldout, "prompts"), (heldout, "comparisons")):
+            file = place / f"{name}.jsonl"
+            before = file.read_bytes()
+            where = put(place, name, answered | {"prompt": "what is a transistor ?"}, line=3)
+            message = self.run(capsys, folder, tmp_path / "out")
+            assert f"{where}: gold can't judge" in message and "transistor" in message
+            file.write_bytes(before)
+
     def test_the_mistake_can_be_mended(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         """A mistyped --data must not claim the folder: the corrected command may use the same --out."""
         bad = tmp_path / "bad"

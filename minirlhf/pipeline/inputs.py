@@ -21,6 +21,7 @@ from minirlhf.language.tokenization import (
     tokenizer_from_file,
     train_tokenizer,
 )
+from minirlhf.pipeline.judges import GoldJudge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         CheckpointError: the pretrained model can't be loaded.
     """
     folder = read_folder(path, config.seed)
+    if folder.world_file is not None:
+        GoldJudge(folder)  # a prompt that it can't judge is found now, and not after the training
     limit = config.context_length
     if config.model is not None:
         tokenizer, model_limit = _pretrained(config.model)

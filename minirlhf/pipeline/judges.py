@@ -15,6 +15,8 @@ from minirlhf.errors import DataError
 if TYPE_CHECKING:
     from minirlhf.language.reward_model import RewardFunction
 
+MEND_WORLD = "write the folder again with: minirlhf world --out DIR, or delete the file to have the reward model judge"
+
 
 class Judge(Protocol):
     """Scores answers; higher is better."""
@@ -33,29 +35,33 @@ class Judge(Protocol):
 
 
 class GoldJudge:
-    """The gold labeler of the small world."""
+    """The gold labeler of the small world.
+
+    Args:
+        folder: a data folder with a world.json; every prompt that it will judge is checked here.
+
+    Raises:
+        DataError: world.json is malformed, or a prompt is none of that world, named by file and line.
+    """
 
     is_gold = True
 
-    def __init__(self, world_file: str) -> None:
+    def __init__(self, folder: DataFolder) -> None:
         from minirlhf.world import GoldLabeler, World
 
-        facts = json.loads(Path(world_file).read_text(encoding="utf-8"))
-        self.gold = GoldLabeler(World(seed=facts["seed"]))
-        self.world_file = world_file
-
-    def _check(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
+        assert folder.world_file is not None
+        self.gold = GoldLabeler(World(seed=_world_seed(folder.world_file)))
+        prompts = [(row.text, row.where) for row in (*folder.prompts, *folder.heldout_prompts)]
+        for prompt, where in prompts + [(row.prompt, row.where) for row in folder.heldout_comparisons]:
             try:
                 self.gold.family(prompt)
             except ValueError as error:
                 raise DataError(
-                    f"{self.world_file}: gold can't judge the folder beside it ({error}); write it again with: "
-                    "minirlhf world --out DIR, or delete world.json to have the reward model judge"
+                    f"{where}: gold can't judge this prompt ({error}); take the row out, or delete "
+                    f"{folder.world_file} to have the reward model judge"
                 ) from None
 
     def _all(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list:
-        self._check(prompts)
         return [self.gold.score(p, r, e) for p, r, e in zip(prompts, responses, ended, strict=True)]
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
@@ -66,6 +72,17 @@ class GoldJudge:
 
     def best(self, prompts: Sequence[str]) -> list[float] | None:
         return [self.gold.best(prompt) for prompt in prompts]
+
+
+def _world_seed(file: Path) -> int:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON ({error}); {MEND_WORLD}") from None
+    seed = facts.get("seed") if isinstance(facts, dict) else None
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise DataError(f"{file}: expected an object with the field 'seed', a whole number; {MEND_WORLD}")
+    return seed
 
 
 class RewardModelJudge:
@@ -88,4 +105,4 @@ class RewardModelJudge:
 
 def find_judge(folder: DataFolder, reward: RewardFunction) -> Judge:
     """The gold labeler if the folder holds a small world, else the reward model."""
-    return GoldJudge(str(folder.world_file)) if folder.world_file is not None else RewardModelJudge(reward)
+    return GoldJudge(folder) if folder.world_file is not None else RewardModelJudge(reward)
