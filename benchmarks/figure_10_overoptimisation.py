@@ -19,7 +19,8 @@ data/results/overoptimisation_ppo.csv             PPO by RUNS: after MEASURED_ST
 data/results/overoptimisation_answers.csv         the first prompt of each family, answered by the SFT model, near
     gold's peak, and at the end of the run ANSWERS_OF
 data/results/overoptimisation_iterated.csv        LABELS rankings of the policy's own answers, in one round (all of SFT
-    answers) or in two (half of them of the policy after half of the PPO steps); measured on all held-out prompts
+    answers) or in two (half of them of the policy after half of the PPO steps). "two runs" is the control: two judges
+    and two halves of PPO as in two rounds, but all rankings are of SFT answers. Measured on all held-out prompts
 
 Finished runs stand in build/figure_10 and are not made again.
 """
@@ -135,6 +136,7 @@ JUDGE_LR = {"large": 1e-3, "small": 3e-3, "tiny": 8e-3}
 
 LABELS, ANSWERS_EACH = 600, 4
 ITERATED_SEEDS = (0, 1, 2, 3, 4)
+ITERATED_HOWS = ("one round", "two rounds", "two runs")
 ITERATED = RLHFConfig(steps=80, batch_size=64, beta=0.05)
 
 
@@ -329,14 +331,15 @@ def collect(policy: Any, count: int, seed: int, label: str) -> list[Comparison]:
 
 def make_iterated(how: str, seed: int) -> Row:
     """Steps 2 and 3 once, or twice with half of the rankings and half of the PPO steps each."""
-    rounds = 2 if how == "two rounds" else 1
+    rounds = 1 if how == "one round" else 2
 
     def run() -> Row:
         b = bench()
         policy, comparisons = b.sft, list[Comparison]()
         config = replace(ITERATED, steps=ITERATED.steps // rounds)
         for number in range(rounds):
-            comparisons += collect(policy, LABELS // rounds, seed, f"round {number}")
+            asked = policy if how == "two rounds" else b.sft
+            comparisons += collect(asked, LABELS // rounds, seed, f"round {number}")
             judge = train_judge(b.sft, comparisons, JUDGE_LR["large"], seed)
             reward = RewardModelScorer(judge, b.tokenizer)
             quiet = Recorder("ppo", progress=False)
@@ -418,7 +421,7 @@ def main() -> None:
         if ANSWERS_OF in found:
             write_table(RESULTS / "overoptimisation_answers.csv", shown_answers(found[ANSWERS_OF]))
     if options.only in (None, "iterated"):
-        names = [(how, seed) for seed in ITERATED_SEEDS for how in ("one round", "two rounds")]
+        names = [(how, seed) for seed in ITERATED_SEEDS for how in ITERATED_HOWS]
         rows = run_jobs("iterated", make_iterated, names, options.jobs)
         write_table(RESULTS / "overoptimisation_iterated.csv", rows)
 
