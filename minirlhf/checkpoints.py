@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,17 @@ def save_model(
         aside: the folder to write in before it is renamed; what it already holds (metrics, TensorBoard events) comes
             along, and a training state in it is deleted last, so that a kill at any instant loses nothing.
         summary: facts of the training, written as summary.json.
+
+    Raises:
+        TrainingError: a weight is NaN or infinite; nothing is written.
     """
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken or not math.isfinite(getattr(model.config, "score_offset", 0.0)):
+        what = broken[0] if broken else "score_offset"
+        raise TrainingError(
+            f"{folder}: not saved, {what} of the trained model is NaN or infinite; lower that step's learning rate "
+            f"(--help names it){f' and delete {aside} to train it anew' if aside is not None else ''}"
+        )
     if aside is None:
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)

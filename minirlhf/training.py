@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,8 @@ class Recorder:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._extras: dict[str, Stateful] = {}
         self._step = 0
+        self._batch = self._advice = ""  # of the loss that was checked last
+        self._saved: int | None = None  # the step of the state in the folder
         self._bar: Any = None
         self._board: Any = None
 
@@ -84,10 +86,14 @@ class Recorder:
     ) -> None:
         """Name what belongs to the state, and load it if a killed run left one.
 
+        From here on no optimizer takes a step on a gradient that is NaN or infinite.
+
         Raises:
             CheckpointError: the state is damaged or belongs to other models.
         """
         self._models, self._optimizers, self._extras = models, optimizers, extras or {}
+        for optimizer in optimizers.values():
+            optimizer.register_step_pre_hook(self._check_gradient)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -156,11 +162,34 @@ class Recorder:
         Raises:
             TrainingError: names the step, the batch and what to try.
         """
+        self._batch = batch
+        self._advice = advice or "lower the learning rate (--help names it) or look at that batch for odd rows"
         value = float(loss.detach())
         if not math.isfinite(value):
-            kept = f" The last good state is in {self.folder}." if self.folder is not None else ""
-            hint = advice or "lower the learning rate (--help names it) or look at that batch for odd rows"
-            raise TrainingError(f"{self.name}: the loss is {value} at step {self._step}, {batch}; {hint}.{kept}")
+            raise self._failure(f"the loss is {value}")
+
+    def _check_gradient(self, optimizer: torch.optim.Optimizer, arguments: object, keywords: object) -> None:
+        """Before each optimizer step: a finite loss can have a gradient that is not."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))  # much quicker than a look at each number
+        if not math.isfinite(norm):
+            raise self._failure(f"the gradient's norm is {norm}")
+
+    def _failure(self, what: str, *, after: bool = False) -> TrainingError:
+        message = f"{self.name}: {what} at step {self._step}"
+        if self._batch:
+            message += f", {self._batch}; {self._advice}"
+        if self._step == 0 and not after:
+            message += " (at its first step: the model it starts from may be at fault)"
+        message += "."
+        if self._saved is not None and self.folder is not None:
+            message += (
+                f" Delete {self.folder} to train this step anew; the weights before step {self._saved}, all finite, "
+                f"are in {self.folder / STATE}."
+            )
+        elif self.folder is not None:
+            message += f" No state of it is saved in {self.folder}: other settings begin it anew."
+        return TrainingError(message)
 
     def _writer(self) -> Any:
         if self._board is None:
@@ -177,12 +206,19 @@ class Recorder:
         for name, optimizer in self._optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{name}/{index}/{key}": value for key, value in moments.items()}
+        if not _all_finite(tensors.values()):
+            raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
         extras = {name: extra.state_dict() for name, extra in self._extras.items()}
         facts = {"name": self.name, "step": step, "seconds": self.seconds, "extras": extras}
         save_state(self.folder / STATE, tensors, facts)
+        self._saved = step
 
     def _load(self, path: Path) -> None:
         tensors, facts = load_state(path)
+        if not _all_finite(tensors.values()):
+            raise CheckpointError(
+                f"{path}: holds NaN or infinite weights; delete {path.parent} to begin this step anew"
+            )
         for name, model in self._models.items():
             own = _own_tensors(model)
             prefix = f"model/{name}/"
@@ -203,6 +239,7 @@ class Recorder:
         for name, extra in self._extras.items():
             extra.load_state_dict(facts["extras"][name])
         self.first_step, self.seconds = facts["step"], facts["seconds"]
+        self._saved = self.first_step
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -214,6 +251,10 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(value.data_ptr())
             own[key] = value
     return own
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _row(line: str) -> Metrics | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from minirlhf.checkpoints import load_state
 from minirlhf.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +197,28 @@ def test_damaged_config_and_foreign_folder(finished: Path, tiny_folder: Path, tm
     (tmp_path / "broken" / "config.json").write_text("{")
     assert main(arguments(tiny_folder, tmp_path / "broken")) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [
+        (["--base.lr", "1e30", "--base.warmup", "0", "--save-seconds", "0"], "base.partial"),
+        (["--base.steps", "1", "--base.warmup", "0", "--base.lr", "1e38"], None),
+    ],
+)
+def test_a_learning_rate_that_breaks_the_weights(
+    tiny_folder: Path, tmp_path: Path, capsys, options: list[str], state: str | None
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(tiny_folder, out, *options)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("minirlhf: error: base: ") and "lower --base.lr" in message
+    assert not (out / "base").exists()
+    file = out / "base.partial" / "state.safetensors"
+    assert file.is_file() == (str(file) in message) == (state is not None)
+    if state is not None:
+        assert f"Delete {out / state} " in message
+        assert all(value.isfinite().all() for value in load_state(file)[0].values())
 
 
 def kill_when(command: list[str], condition: Callable[[], bool], log: Path, threads: int = 1) -> None:

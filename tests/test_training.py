@@ -285,6 +285,73 @@ def test_nan_stops_before_the_weights(make_causal, tokenizer, tmp_path, name: st
     assert not (tmp_path / STATE).exists()
 
 
+class Square(torch.autograd.Function):
+    """A loss that is finite and whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.full((3,), float("nan"))
+
+
+class TestOnlyFiniteStates:
+    def train(self, folder: Path, at: int, how: str, steps: int = 4) -> torch.nn.ParameterList:
+        model = torch.nn.ParameterList([torch.ones(3)])
+        optimizer = adamw(model, 0.1)
+        recorder = Recorder("x", folder, save_seconds=0, progress=False)
+        recorder.track({"m": model}, {"m": optimizer})
+        for step in recorder.steps(steps):
+            optimizer.zero_grad()
+            loss = Square.apply(model[0]) if (step, how) == (at, "gradient") else model[0].sum()
+            recorder.check_finite(loss, f"rows {step}", "lower the rate")
+            loss.backward()
+            optimizer.step()
+            if (step, how) == (at, "weights"):
+                with torch.no_grad():
+                    model[0][1] = float("inf")
+        return model
+
+    @pytest.mark.parametrize("how", ["gradient", "weights"])
+    def test_the_state_that_the_message_names_is_finite(self, tmp_path: Path, how: str) -> None:
+        with pytest.raises(TrainingError, match="at step 2, rows 2; lower the rate") as caught:
+            self.train(tmp_path, 2, how)
+        assert "gradient's norm is nan" in str(caught.value) or how == "weights"
+        assert f"Delete {tmp_path} to" in str(
+            caught.value
+        ) and f"before step 2, all finite, are in {tmp_path / STATE}" in str(caught.value)
+        tensors, facts = load_state(tmp_path / STATE)
+        assert facts["step"] == 2 and all(value.isfinite().all() for value in tensors.values())
+
+    @pytest.mark.parametrize("how", ["gradient", "weights"])
+    def test_no_state_is_named_where_there_is_none(self, tmp_path: Path, how: str) -> None:
+        with pytest.raises(TrainingError, match="at step 0") as caught:
+            self.train(tmp_path, 0, how, steps=1)
+        assert ("the model it starts from may be at fault" in str(caught.value)) == (how == "gradient")
+        assert f"No state of it is saved in {tmp_path}" in str(caught.value) and not (tmp_path / STATE).exists()
+
+    def test_a_state_that_an_older_version_spoiled_is_refused(self, tmp_path: Path) -> None:
+        self.train(tmp_path, 9, "")
+        tensors, facts = load_state(tmp_path / STATE)
+        save_state(tmp_path / STATE, {k: v * float("nan") for k, v in tensors.items()}, facts)
+        with pytest.raises(CheckpointError, match="NaN or infinite weights; delete"):
+            self.train(tmp_path, 9, "")
+
+    @pytest.mark.parametrize("what", ["weight", "score_offset"])
+    def test_a_broken_model_is_not_saved(self, make_causal, tokenizer, tmp_path: Path, what: str) -> None:
+        model = scalar_model_from(make_causal(), seed=2)
+        if what == "weight":
+            with torch.no_grad():
+                model.score.weight[0, 0] = float("inf")
+        else:
+            model.config.score_offset = float("nan")
+        with pytest.raises(TrainingError, match=f"not saved, .*{what} of the trained model is NaN or infinite"):
+            save_model(tmp_path / "model", model, tokenizer)
+        assert not list(tmp_path.iterdir())
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
