@@ -19,7 +19,7 @@ from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import check_ranges
 from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.tokenization import encode_prompts, encode_responses
-from minirlhf.losses import pairwise_accuracy, ranking_loss
+from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -98,6 +98,8 @@ def train_reward_model(
     encoded = encode_comparisons(tokenizer, comparisons)
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
+    # Which prompts prefer anything: 0 or 1 each. The others add nothing to the loss, and nothing to its denominator.
+    ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
 
     optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"reward_model": reward_model}, {"reward_model": optimizer})
@@ -106,13 +108,14 @@ def train_reward_model(
     for step in recorder.steps(total):
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
         optimizer.zero_grad()
+        counted = max(1, sum(ranked[row] for row in batch))
         loss, correct, pairs = 0.0, 0.0, 0.0
         for group in micro_batches([sizes[row] for row in batch], config.micro_batch_tokens):
             chosen = [batch[i] for i in group]
             rewards, scores, mask = _score_group(
                 reward_model, [encoded[row] for row in chosen], [comparisons[row] for row in chosen], tokenizer
             )
-            part = ranking_loss(rewards, scores, mask, denominator=len(batch))
+            part = ranking_loss(rewards, scores, mask, denominator=counted)
             where = [comparisons[row].where or row for row in chosen[:3]]
             recorder.check_finite(part, f"comparisons {where}", "lower --reward-model.lr")
             part.backward()

@@ -124,6 +124,18 @@ def test_demonstrations_average_zero_and_the_checkpoint_is_plain_transformers(
     torch.testing.assert_close(RewardModelScorer(loaded, tokenizer)([ROWS[0].prompt] * 3, ROWS[0].responses), ours)
 
 
+def test_tied_prompts_count_for_nothing(make_causal, tokenizer) -> None:
+    tied = Comparison("Hi", ("The otter.", "The newt."), (1.0, 1.0))
+    model, history = train(make_causal(scale=4.0), tokenizer, ROWS, max_grad_norm=1e9)
+    mixed, with_ties = train(make_causal(scale=4.0), tokenizer, [*ROWS, *[tied] * 3], max_grad_norm=1e9)
+    for key in ("reward_model/loss", "reward_model/accuracy", "reward_model/grad_norm"):
+        assert with_ties[0][key] == pytest.approx(history[0][key], rel=1e-5), key
+    for own, other in zip(model.parameters(), mixed.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+    _, nothing = train(make_causal(), tokenizer, [tied] * 2)
+    assert nothing[0]["reward_model/loss"] == 0 and nothing[0]["reward_model/grad_norm"] == 0
+
+
 def test_scorer_is_a_function_of_each_text_alone(make_causal, tokenizer) -> None:
     scalar = scalar_model_from(make_causal(scale=4.0), seed=0)
     prompts = [row.prompt for row in ROWS for _ in row.responses]
