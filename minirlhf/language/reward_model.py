@@ -8,15 +8,16 @@ place of K(K-1), and no answer is seen in more than one update of an epoch (shuf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
-from minirlhf.errors import check_ranges
+from minirlhf.errors import UserError, check_ranges
 from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
@@ -34,6 +35,46 @@ if TYPE_CHECKING:
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], "Sequence[float] | Tensor"]
 """Any callable (prompts, responses) -> one score a response; higher is better."""
+
+
+def scores_tensor(returned: object, count: int) -> Tensor:
+    """What a reward function returned, as one number a response: -> [count] float32 on the CPU.
+
+    Args:
+        returned: a tensor or array [count], or anything that yields ``count`` numbers: a list, a generator.
+        count: of responses.
+
+    Raises:
+        UserError: it is something else, or not of that length.
+
+    Example:
+        >>> scores_tensor((len(text) for text in ["a", "abc"]), 2)
+        tensor([1., 3.])
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"the reward returned {what} for {count} responses; it must return one number each")
+
+    shape = tuple(getattr(returned, "shape", (count,)))
+    if shape != (count,):
+        raise wrong(str(shape))
+    if isinstance(returned, Tensor):
+        if returned.is_complex():
+            raise wrong("complex numbers")
+        return returned.detach().to("cpu", torch.float32)
+    if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
+        raise wrong(f"{type(returned).__name__} {returned!r:.60}")
+    numbers: list[float] = []
+    for value in islice(returned, count + 1):  # a generator may have no end
+        try:
+            if isinstance(value, (str, bytes, complex)):
+                raise TypeError
+            numbers.append(float(value))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise wrong(f"{value!r:.60} ({type(value).__name__}) in place {len(numbers)}") from None
+    if len(numbers) != count:
+        raise wrong(f"({len(returned) if isinstance(returned, Sized) else len(numbers)},)")
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.models import clone, response_logprobs, response_logprobs_and_entropy, token_values
 from minirlhf.language.pretraining import language_model_loss
-from minirlhf.language.reward_model import RewardFunction
+from minirlhf.language.reward_model import RewardFunction, scores_tensor
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
@@ -178,7 +178,7 @@ def train_rlhf(
         The policy (or, with ema_decay, its moving average), in eval mode.
 
     Raises:
-        UserError: ptx_coef > 0 without corpus_blocks, or the reward returned the wrong number of scores.
+        UserError: ptx_coef > 0 without corpus_blocks, or the reward returned anything but one number a response.
         TrainingError: a loss or a score became NaN or infinite.
 
     Example:
@@ -273,11 +273,7 @@ def _scores(
     recorder: Recorder,
     step: int,
 ) -> Tensor:
-    scores = torch.as_tensor(reward(prompts, responses), dtype=torch.float32).detach().cpu()
-    if scores.shape != (len(prompts),):
-        raise UserError(
-            f"the reward returned {tuple(scores.shape)} for {len(prompts)} responses; it must return one number each"
-        )
+    scores = scores_tensor(reward(prompts, responses), len(prompts))
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise TrainingError(

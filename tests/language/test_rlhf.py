@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from minirlhf.language import rlhf
 from minirlhf.language.generation import sample
 from minirlhf.language.models import clone, scalar_model_from, token_values
 from minirlhf.language.pretraining import language_model_loss
+from minirlhf.language.reward_model import scores_tensor
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.language.tokenization import encode_prompts
 from minirlhf.training import Recorder, generator_for
@@ -181,6 +183,16 @@ def test_a_plain_function_is_learnt(make_causal, tokenizer) -> None:
         (lambda p, r: [1.0] * (len(r) - 1), UserError, ["(7,)", "8 responses"]),
         (lambda p, r: 1.0, UserError, ["one number each"]),
         (lambda p, r: torch.ones(len(r), 1), UserError, ["(8, 1)"]),
+        (lambda p, r: np.ones((len(r), 2)), UserError, ["(8, 2)"]),
+        (lambda p, r: None, UserError, ["NoneType", "8 responses"]),
+        (lambda p, r: [0.5] * 7 + [None], UserError, ["None", "place 7"]),
+        (lambda p, r: ["1.0"] * 8, UserError, ["'1.0' (str)", "place 0"]),
+        (lambda p, r: "12345678", UserError, ["str '12345678'"]),
+        (lambda p, r: [[1.0]] * 4 + [[1.0, 2.0]] * 4, UserError, ["[1.0] (list)"]),
+        (lambda p, r: dict.fromkeys(range(8)), UserError, ["dict"]),
+        (lambda p, r: np.array([1.0] * 7 + [None], dtype=object), UserError, ["None", "place 7"]),
+        (lambda p, r: itertools.repeat(1.0), UserError, ["(9,)"]),
+        (lambda p, r: torch.ones(8, dtype=torch.complex64), UserError, ["complex"]),
         (lambda p, r: [0.0] * 7 + [float("nan")], TrainingError, ["nan", "step 0", "finite"]),
         (lambda p, r: [float("-inf")] + [0.0] * 7, TrainingError, ["-inf", "step 0"]),
     ],
@@ -280,3 +292,22 @@ def test_learning_rate_falls_to_a_tenth(make_causal, tokenizer) -> None:
     rates = [row["policy/lr"] for row in history]
     assert rates[0] == pytest.approx(0.5e-3) and rates[1] == rates[2] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(2e-4) and all(a > b for a, b in itertools.pairwise(rates[2:]))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2.0, np.float32(3.0)],
+        (1.0, torch.tensor(2.0), True + 2),
+        np.array([3.0, 2.0, 1.0])[::-1],
+        np.array([1, 2, 3], dtype=object),
+        np.array([1, 2, 3], dtype=np.int64),
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True),
+        (float(n) for n in (1, 2, 3)),
+        range(1, 4),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_all_that_is_one_number_a_response_is_taken(returned) -> None:
+    scores = scores_tensor(returned, 3)
+    assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 2.0, 3.0] and not scores.requires_grad
