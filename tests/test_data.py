@@ -72,8 +72,10 @@ MALFORMED = [
     ("comparisons", {"prompt": "p", "responses": [], "scores": []}, ["at least two"]),
     ("comparisons", {"prompt": "p", "responses": ["a", ""], "scores": [1, 0]}, ["responses[1]", "empty"]),
     ("comparisons", {"prompt": "p", "responses": ["a", 5], "scores": [1, 0]}, ["responses[1]", "a number"]),
-    ("comparisons", PAIR | {"scores": [2, 2]}, ["equal", "scores"]),
-    ("comparisons", PAIR | {"ranking": [1, 1]}, ["equal", "ranking"]),
+    ("comparisons", PAIR | {"responses": ["a b", "a b"], "scores": [1, 0]}, ["same text"]),
+    ("comparisons", PAIR | {"ranking": [-7, 1]}, ["ranking[0]", "1 (the best) or more", "-7"]),
+    ("comparisons", PAIR | {"ranking": [1, 0]}, ["ranking[1]", "whole number"]),
+    ("comparisons", PAIR | {"ranking": [1, 2.5]}, ["ranking[1]", "whole number", "2.5"]),
     ("comparisons", b'{"prompt": "p", "responses": ["a", "b"], "scores": [NaN, 1]}', ["scores[0]", "finite", "nan"]),
     ("comparisons", b'{"prompt": "p", "responses": ["a", "b"], "scores": [1, Infinity]}', ["scores[1]", "finite"]),
     ("comparisons", PAIR | {"scores": [1, "2"]}, ["scores[1]", "finite number"]),
@@ -202,6 +204,29 @@ def test_split_shares_no_prompt(folder: Path) -> None:
     assert len(others) > 1
 
 
+@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
+@pytest.mark.parametrize("count", [1, 19])
+def test_rows_that_prefer_nothing_are_left_out_with_a_note(folder: Path, tied: dict, count: int) -> None:
+    rows = [row | (tied if i < count else {}) for i, row in enumerate(ROWS["comparisons"])]
+    rows = [{k: v for k, v in row.items() if not ("ranking" in row and k == "scores")} for row in rows]
+    heldout = folder / "heldout"
+    heldout.mkdir()
+    for name in ("corpus", "comparisons", "prompts"):
+        write_json_lines(heldout / f"{name}.jsonl", ROWS[name])
+    write_json_lines(folder / "comparisons.jsonl", rows)
+    data = read_folder(folder)
+    assert len(data.comparisons) == 20 - count and len(data.heldout_comparisons) == 20
+    (note,) = data.notes
+    assert note.startswith(f"{folder / 'comparisons.jsonl'}:1: ") and "equal" in note
+    assert f"{count} of 20" in note and "left out" in note
+
+
+@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
+def test_a_file_of_ties_alone_is_an_error(folder: Path, tied: dict) -> None:
+    write_json_lines(folder / "comparisons.jsonl", [PAIR | tied] * 30)
+    expect(folder, f"{folder / 'comparisons.jsonl'}:1: ", "equal", "30 rows")
+
+
 def test_own_heldout_folder_is_used_and_checked(folder: Path) -> None:
     heldout = folder / "heldout"
     heldout.mkdir()
@@ -237,7 +262,7 @@ class TestCommandLine:
         return message
 
     def test_malformed_row(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        where = put(folder, "comparisons", PAIR | {"scores": [2, 2]})
+        where = put(folder, "comparisons", PAIR | {"scores": [2, "2"]})
         assert where in self.run(capsys, folder, tmp_path / "out")
 
     def test_missing_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
