@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,63 @@ def test_other_settings_are_refused(finished: Path, tiny_folder: Path, capsys, o
     assert message.startswith("minirlhf: error:") and message.count("\n") == 1
     assert str(finished) in message and name in message and option[1] in message
     assert contents(finished) == before
+
+
+def test_other_evaluation_is_measured_again(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    command = arguments(tiny_folder, out, "--evaluation.examples", "3")
+    assert main(command) == 0
+    assert len(strict((out / "answers.json").read_text())) == 3 and weights(out) == weights(finished)
+    assert strict((out / "config.json").read_text())["evaluation"]["examples"] == 3
+    mine, theirs = (strict((run / "report.json").read_text()) for run in (out, finished))
+    assert mine["evaluation"] == theirs["evaluation"] and mine["command"].endswith("--evaluation.examples 3")
+    before = contents(out)
+    assert main(command) == 0 and contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "steps"),
+    [("--rlhf.beta", ["ppo", "ppo_ptx"]), ("--rlhf.ptx-coef", ["ppo_ptx"]), ("--sft.lr", STEPS[1:])],
+)
+def test_what_the_message_says_to_delete_is_enough(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys, option: str, steps: list[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    command = arguments(tiny_folder, out, option, "0.01")
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    advice = re.search("delete (.*) to train", message)
+    assert advice is not None, message
+    folders = [Path(name) for name in re.split(", | and ", advice[1])]
+    assert folders == [out / step for step in steps] and f"{steps[0]} was trained with" in message
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert main(command) == 0
+    old, new = weights(finished), weights(out)
+    assert {step for step in STEPS if old[step] != new[step]} == set(steps)
+
+
+def test_settings_of_a_step_that_begins_may_change(finished: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    os.replace(out / "ppo_ptx", out / "ppo_ptx.partial")
+    (out / "ppo_ptx.partial" / "state.safetensors").touch()
+    command = arguments(tiny_folder, out, "--rlhf.ptx-coef", "0.2")
+    assert main(command) == 2
+    assert f"delete {out / 'ppo_ptx.partial'} to" in capsys.readouterr().err
+    assert (out / "report.json").is_file()  # nothing is touched by a command that is refused
+    (out / "ppo_ptx.partial" / "state.safetensors").unlink()
+    assert main(command) == 0
+    assert count(out / "ppo_ptx" / "metrics.jsonl") == 6
+    assert strict((out / "config.json").read_text())["rlhf"]["ptx_coef"] == 0.2
+
+
+def test_no_setting_may_ask_for_more_context_than_the_base_has(finished: Path, tiny_folder: Path, capsys) -> None:
+    before = contents(finished)
+    assert main(arguments(tiny_folder, finished, "--evaluation.max-response-tokens", "500")) == 2
+    assert "lower --rlhf.max-response-tokens" in capsys.readouterr().err and contents(finished) == before
 
 
 def test_save_seconds_may_change(finished: Path, tiny_folder: Path) -> None:

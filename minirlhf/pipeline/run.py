@@ -6,19 +6,17 @@ stands is finished, and what is finished is never done again.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
 from minirlhf.config import RunConfig
-from minirlhf.errors import CheckpointError
 from minirlhf.language.models import clone, load_causal_model, tiny_llama
 from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
@@ -27,8 +25,9 @@ from minirlhf.language.sft import train_sft
 from minirlhf.pipeline.beside import StepBeside
 from minirlhf.pipeline.evaluate import evaluate_run
 from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, load_policy, load_reward_model
-from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data, load_inputs
+from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
 from minirlhf.pipeline.judges import find_judge
+from minirlhf.pipeline.settings import changed_settings, check_context, settings_of
 from minirlhf.training import Recorder
 
 if TYPE_CHECKING:
@@ -66,9 +65,14 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     hide_loading_bars()
     device = find_device(config.device)
     report = config.out / "report.html"
-    settings = _settings(config)
-    _compare(config.out, settings)
-    if report.is_file() and (config.out / "report.json").is_file() and all((config.out / s).is_dir() for s in STEPS):
+    settings = settings_of(config)
+    changed = changed_settings(config.out, settings)
+    if (
+        not changed
+        and report.is_file()
+        and (config.out / "report.json").is_file()
+        and all((config.out / s).is_dir() for s in STEPS)
+    ):
         for step in STEPS:
             verify_model(config.out / step)
         return report
@@ -76,7 +80,12 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     inputs = load_inputs(config, find_data(config))
     for note in inputs.folder.notes:
         print(note, file=sys.stderr)
-    # Only now does the folder belong to this run: a mistake in the data leaves nothing behind.
+    if (config.out / "base").is_dir():
+        check_context(config.out, inputs)
+    # Only now does the folder belong to this run: a mistake in the data leaves nothing behind. And a report of what
+    # stood here before would be taken for this run's if it were killed now.
+    for name in ("report.html", "report.json"):
+        (config.out / name).unlink(missing_ok=True)
     write_json(config.out / "config.json", settings)
     prepared = time.monotonic() - began
 
@@ -130,44 +139,6 @@ def train_step(
     summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
     summary |= {"beside": beside}
     save_model(config.out / step, model, inputs.tokenizer, aside=aside, summary=summary)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights of a run, as it is written to config.json."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
-        settings.pop(key)
-    settings["data"] = str(find_data(config).resolve())
-    return settings
-
-
-def _compare(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else, or a run with other settings."""
-    file = out / "config.json"
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"--out {out}: is a file; give a folder that holds a run, or none yet")
-    if not file.is_file():
-        if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
-            raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
-        return
-    try:
-        standing = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{file}: damaged (not JSON); delete {out} and run again") from None
-    for name, (old, new) in sorted(_differences(standing, settings).items()):
-        raise CheckpointError(
-            f"{out}: was started with {name} = {old}, not {new}; choose another --out to begin a new run, "
-            "or give the same settings to continue this one"
-        )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in old.keys() | new.keys():
-            found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        return found
-    return {} if old == new else {name: (old, new)}
 
 
 def _base(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:

@@ -1,0 +1,121 @@
+"""What a run was started with, and what may change when it goes on.
+
+A setting belongs to the steps that it changes: what stands was trained with it, and is not trained again behind the
+user's back. A setting of steps that have not begun may change, and so may the evaluation's: it is measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minirlhf.checkpoints import STATE
+from minirlhf.config import RunConfig
+from minirlhf.errors import CheckpointError
+from minirlhf.pipeline.folder import STEPS, read_config
+from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data
+
+Differences = dict[str, tuple[Any, Any]]
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights and the report of a run, as it is written to config.json."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
+        settings.pop(key)
+    settings["data"] = str(find_data(config).resolve())
+    return settings
+
+
+def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
+    """Compare the settings with those of the run that stands in a folder.
+
+    Args:
+        out: the run's folder; it need not exist.
+        settings: made by `settings_of`.
+
+    Returns:
+        Whether any differs, so that config.json has to be written again (a new run: True).
+
+    Raises:
+        CheckpointError: the folder holds something else, or a step that was trained with other settings.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"--out {out}: is a file; give a folder that holds a run, or none yet")
+    if not (out / "config.json").is_file():
+        if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
+            raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
+        return True
+    differences = _differences(read_config(out), settings)
+    standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
+    stands = [name for name, folders in standing.items() if folders]
+    if stands:
+        name = stands[0]
+        old, new = differences[name]
+        more = f" (and {len(stands) - 1} more settings differ)" if len(stands) > 1 else ""
+        # All the folders that any of the changes touches, so that the advice has to be followed only once.
+        folders = [f for step in STEPS if (f := _begun(out, step)) and any(f in standing[s] for s in stands)]
+        raise CheckpointError(
+            f"{out}: {standing[name][0].stem} was trained with {name} = {old}, not {new}{more}; give the same settings "
+            f"to continue this run, delete {_listed(folders)} to train from there with the new ones, or choose "
+            "another --out"
+        )
+    return bool(differences)
+
+
+def steps_of(name: str) -> tuple[str, ...]:
+    """The steps whose weights a setting changes: its own and those that start from them.
+
+    Example:
+        >>> steps_of("rlhf.beta"), steps_of("rlhf.ptx_coef"), steps_of("evaluation.prompts")
+        (('ppo', 'ppo_ptx'), ('ppo_ptx',), ())
+    """
+    section = name.split(".")[0]
+    if section in ("evaluation", "preset"):  # a preset's name only fills in the other settings
+        return ()
+    if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
+        return ("ppo_ptx",)
+    if section in ("rlhf", "side_by_side"):
+        return ("ppo", "ppo_ptx")
+    return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
+
+
+def check_context(out: Path, inputs: Inputs) -> None:
+    """The settings that may still change can ask for longer sequences than a finished base model was made for.
+
+    Raises:
+        CheckpointError: says how long they are and which options decide it.
+    """
+    from transformers import AutoConfig
+
+    limit = getattr(AutoConfig.from_pretrained(out / "base"), "max_position_embeddings", None)
+    if limit is not None and inputs.context_length > limit:
+        raise CheckpointError(
+            f"{out / 'base'}: was made for a context of {limit} tokens, and these settings need "
+            f"{inputs.context_length}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
+            "another --out"
+        )
+
+
+def _begun(out: Path, step: str) -> Path | None:
+    """The folder in which something of a step stands: finished, or with a saved state."""
+    partial = out / f"{step}.partial"
+    if (out / step).is_dir():
+        return out / step
+    return partial if (partial / STATE).is_file() else None
+
+
+def _listed(folders: list[Path]) -> str:
+    names = [str(folder) for folder in folders]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Differences:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: Differences = {}
+        for key in old.keys() | new.keys():
+            found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return {} if old == new else {name: (old, new)}
