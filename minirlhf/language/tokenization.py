@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+PLACE = "THE-PROMPT-STANDS-HERE"  # in a template, to find what is written around a prompt
 # The prompt ends in a line break, then comes the answer. It is stored as the tokenizer's chat template, so that a
 # pretrained chat model brings its own and every saved checkpoint knows how its prompts were written.
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' \n' }}{% endfor %}"
@@ -72,21 +73,42 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, written in the tokenizer's template, ready to be answered.
 
-    The template writes its own special tokens; none is added twice.
+    The template writes its own special tokens; none is added twice, and none that stands in a prompt's text is one.
     """
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-        for p in unique
-    ]
+    texts = [_in_template(tokenizer, prompt) for prompt in unique]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials |= set(tokenizer.all_special_tokens)
+    for prompt in [prompt for prompt in unique if any(special in prompt for special in specials)]:
+        parts = _in_template(tokenizer, PLACE).split(PLACE)
+        first, *others = tokenizer(parts, add_special_tokens=False)["input_ids"]
+        plain = _encode_plain(tokenizer, [prompt])[0]
+        ids[unique[prompt]] = sum(([*plain, *part] for part in others), list(first))
     return [list(ids[unique[prompt]]) for prompt in prompts]
 
 
+def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts in which "<eos>" is five letters and no token: nobody but this module ends an answer."""
+    if not texts:
+        return []
+    rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in ends:
+        return rows
+    # A tokenizer of whole words can't spell "<eos>": it is a word that it does not know.
+    return [[unknown if token in ends else token for token in row] for row in rows]
+
+
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each response, closed with EOS."""
-    ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if responses else []
-    return [[*row, tokenizer.eos_token_id] for row in ids]
+    """Token ids of each response, closed with EOS; a special token that stands in the text is plain text."""
+    return [[*row, tokenizer.eos_token_id] for row in _encode_plain(tokenizer, responses)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
