@@ -204,6 +204,43 @@ def test_no_setting_may_ask_for_more_context_than_the_base_has(finished: Path, t
     assert "lower --rlhf.max-response-tokens" in capsys.readouterr().err and contents(finished) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("prompts.jsonl", "another"), ("corpus.jsonl", "a"), ("tokenizer.json", "no")]
+)
+def test_other_data_are_refused(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys, name: str, said: str
+) -> None:
+    """Also where the run is finished, and nothing would be read again."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_folder, data)
+    shutil.copytree(finished, out)
+    settings = strict((out / "config.json").read_text()) | {"data": str(data)}
+    (out / "config.json").write_text(json.dumps(settings))
+    (data / "notes.txt").write_text("not read by any step")
+    assert main(arguments(data, out)) == 0
+    if said == "a":
+        (data / name).unlink()
+    else:
+        (data / name).open("a").write("\n")
+    before = contents(out)
+    assert main(arguments(data, out)) == 2
+    message = capsys.readouterr().err
+    assert f"base was trained with {said} {data / name}; give the same settings and data" in message
+    assert f"delete {out / 'base'}, " in message and message.count("\n") == 1 and contents(out) == before
+
+
+def test_a_run_of_an_older_version_knows_its_data_by_their_path(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    settings = strict((out / "config.json").read_text())
+    assert set(settings.pop("data_sha256")) == {f.name for f in tiny_folder.iterdir()}
+    (out / "config.json").write_text(json.dumps(settings))
+    before = contents(out)
+    assert main(arguments(tiny_folder, out)) == 0 and contents(out) == before
+
+
 def test_save_seconds_may_change(finished: Path, tiny_folder: Path) -> None:
     assert main(arguments(tiny_folder, finished, "--save-seconds", "3")) == 0
 

@@ -6,6 +6,7 @@ user's back. A setting of steps that have not begun may change, and so may the e
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from minirlhf.errors import CheckpointError
 from minirlhf.pipeline.folder import STEPS, read_config
 from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data
 
+DATA_SUMS = "data_sha256"
+TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
 Differences = dict[str, tuple[Any, Any]]
 
 
@@ -25,8 +28,27 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
         settings.pop(key)
-    settings["data"] = str(find_data(config).resolve())
+    folder = find_data(config)
+    settings["data"] = str(folder.resolve())
+    settings[DATA_SUMS] = data_sums(folder)
     return settings
+
+
+def data_sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that `read_folder` reads, by its name: a path says nothing of what it holds.
+
+    Example:
+        >>> sorted(data_sums(Path("data/small_world")))[:2]  # doctest: +SKIP
+        ['comparisons.jsonl.gz', 'corpus.jsonl.gz']
+    """
+    names = [f"{part}{name}.jsonl" for part in ("", "heldout/") for name in TABLES]
+    files = [folder / name for name in (*names, *(f"{name}.gz" for name in names), "tokenizer.json", "world.json")]
+    sums = {}
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as stream:
+                sums[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return sums
 
 
 def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
@@ -48,19 +70,22 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    differences = _differences(read_config(out), settings)
+    old_settings = read_config(out)
+    if DATA_SUMS not in old_settings:  # begun by an older version: its data are known by their path alone
+        settings = {key: value for key, value in settings.items() if key != DATA_SUMS}
+    differences = _differences(old_settings, settings)
     standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
     stands = [name for name, folders in standing.items() if folders]
     if stands:
         name = stands[0]
-        old, new = differences[name]
-        more = f" (and {len(stands) - 1} more settings differ)" if len(stands) > 1 else ""
+        said = f"{standing[name][0].stem} was trained with {_said(name, settings, *differences[name])}"
+        if len(stands) > 1:
+            said += f" (and {len(stands) - 1} more settings differ)"
         # All the folders that any of the changes touches, so that the advice has to be followed only once.
         folders = [f for step in STEPS if (f := _begun(out, step)) and any(f in standing[s] for s in stands)]
         raise CheckpointError(
-            f"{out}: {standing[name][0].stem} was trained with {name} = {old}, not {new}{more}; give the same settings "
-            f"to continue this run, delete {_listed(folders)} to train from there with the new ones, or choose "
-            "another --out"
+            f"{out}: {said}; give the same settings and data to continue this run, delete {_listed(folders)} to train "
+            "from there with the new ones, or choose another --out"
         )
     return bool(differences)
 
@@ -105,6 +130,13 @@ def _begun(out: Path, step: str) -> Path | None:
     if (out / step).is_dir():
         return out / step
     return partial if (partial / STATE).is_file() else None
+
+
+def _said(name: str, settings: dict[str, Any], old: Any, new: Any) -> str:
+    if name == DATA_SUMS or name.startswith(f"{DATA_SUMS}."):
+        what = "another" if old and new else "no" if new else "a"
+        return f"{what} {Path(settings['data']) / name.removeprefix(f'{DATA_SUMS}.')}"
+    return f"{name} = {old}, not {new}"
 
 
 def _listed(folders: list[Path]) -> str:
