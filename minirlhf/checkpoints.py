@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
+PARTS = ("config.json", "*.safetensors", "tokenizer*")
+"""What the checksums of a model must name, whatever else stands beside it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,26 +82,36 @@ def save_model(
     (folder / STATE).unlink(missing_ok=True)
 
 
-def verify_model(folder: Path) -> None:
-    """Compare a checkpoint folder with its checksums; folders without any (made elsewhere) pass.
+def verify_model(folder: Path, *, required: bool = False) -> None:
+    """Compare a checkpoint folder with its checksums.
+
+    Args:
+        folder: made by `save_model`, or elsewhere.
+        required: whether it must have checksums, as the models of a run do; without, a folder that has none passes.
 
     Raises:
-        CheckpointError: a file is missing or differs; names it.
+        CheckpointError: a file is missing or differs, or the checksums are damaged or leave out what makes a model
+            (its weights, its configuration, its tokenizer); names the file.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
+    advice = f"delete {folder} and run the same command again"
     record = folder / CHECKSUMS
     if not record.is_file():
+        if required:
+            raise CheckpointError(f"{record}: missing; {advice}")
         return
     try:
         sums = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(f"{record}: damaged (not JSON); delete {folder} and run the same command again") from None
+        raise CheckpointError(f"{record}: damaged (not JSON); {advice}") from None
+    if not isinstance(sums, dict) or not all(any(fnmatch(name, part) for name in sums) for part in PARTS):
+        raise CheckpointError(f"{record}: damaged (it must name {', '.join(PARTS)}); {advice}")
     for name, expected in sums.items():
         file = folder / name
         if not file.is_file() or _sha256(file.read_bytes()) != expected:
             what = "damaged (its checksum differs)" if file.is_file() else "missing"
-            raise CheckpointError(f"{file}: {what}; delete {folder} and run the same command again")
+            raise CheckpointError(f"{file}: {what}; {advice}")
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

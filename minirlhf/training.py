@@ -259,9 +259,10 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _row(line: str) -> Metrics | None:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return None  # the last line of a killed run may be cut short
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def generator_for(seed: int, *keys: object, device: torch.device | str = "cpu") -> torch.Generator:

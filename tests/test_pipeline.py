@@ -266,6 +266,57 @@ def test_damaged_checkpoint_is_named(finished: Path, tiny_folder: Path, tmp_path
         assert weights(out) == weights(finished)
 
 
+@pytest.mark.parametrize("sums", [None, "{}", "null", "[]"])
+@pytest.mark.parametrize("step", ["reward_model", "ppo"])
+def test_a_model_without_its_checksums_is_not_trusted(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys, step: str, sums: str | None
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    record = out / step / "checksums.json"
+    record.unlink()
+    if sums is not None:
+        record.write_text(sums)
+    weight_file = out / step / "model.safetensors"
+    weight_file.write_bytes(weight_file.read_bytes()[:1000])
+    commands = [arguments(tiny_folder, out), ["evaluate", "--run", str(out), "--checkpoint", "ppo"]]
+    for command in [*commands, *([["chat", "--run", str(out), "--prompt", "Hi"]] if step == "ppo" else [])]:
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert f"{record}: " in message and f"delete {out / step}" in message and message.count("\n") == 1
+
+
+def test_an_empty_step_is_not_finished(finished: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for file in (out / "base").iterdir():
+        file.unlink()
+    assert main(arguments(tiny_folder, out)) == 2
+    assert f"delete {out / 'base'} and run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", '{"data": "x", "seed": 0, "base": [], "judge": 1, "parameters": 1}']
+)
+@pytest.mark.parametrize("name", ["config.json", "report.json"])
+def test_json_of_another_shape_is_damage(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys, name: str, text: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / name).write_text(text)
+    commands = [arguments(tiny_folder, out)]
+    if name == "config.json":
+        commands += [["evaluate", "--run", str(out)], ["chat", "--run", str(out), "--prompt", "Hi"]]
+    for command in commands:
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert f"{out / name}: damaged" in message and message.count("\n") == 1
+    if name == "report.json":
+        (out / name).unlink()  # what the message advises
+        assert main(arguments(tiny_folder, out)) == 0 and weights(out) == weights(finished)
+
+
 def test_damaged_state_of_a_stopped_run_is_named(finished: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)

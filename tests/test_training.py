@@ -245,6 +245,14 @@ class TestSavedModel:
         (folder / "checksums.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"checksums\.json"):
             verify_model(folder)
+        for text in ("null", "[]", "{}", '{"config.json": ""}'):
+            (folder / "checksums.json").write_text(text)
+            with pytest.raises(CheckpointError, match=r"checksums\.json: damaged .* delete"):
+                verify_model(folder)
+        (folder / "checksums.json").unlink()
+        verify_model(folder)  # made elsewhere
+        with pytest.raises(CheckpointError, match=r"checksums\.json: missing; delete"):
+            verify_model(folder, required=True)
         shutil.rmtree(folder)
         with pytest.raises(CheckpointError, match="no such checkpoint"):
             verify_model(folder)

@@ -204,7 +204,7 @@ def evaluate_checkpoint(
     device = find_device(device_name)
     folder = run / checkpoint if (run / checkpoint).is_dir() else Path(checkpoint)
     for needed in (run / "base", run / "sft", run / "reward_model", folder):
-        verify_model(needed)
+        verify_model(needed, required=needed.parent == run)
     data = read_folder(config["data"], config["seed"])
     proxy = RewardModelScorer(*load_reward_model(run, device))
     judge = find_judge(data, proxy)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
 
 
 def find_device(name: str) -> torch.device:
@@ -47,24 +48,50 @@ def read_config(run: Path) -> dict[str, Any]:
     """The settings that a run was started with.
 
     Raises:
-        CheckpointError: the folder is no run of minirlhf.
+        CheckpointError: the folder is no run of minirlhf, or its config.json is damaged.
     """
     file = run / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}")
+    return _read_object(file, ("data", "seed"), SECTIONS, f"delete {run} and run again")
+
+
+def check_report(run: Path) -> None:
+    """The report of a finished run must be one before it is shown again.
+
+    Raises:
+        CheckpointError: report.json is damaged.
+    """
+    advice = "delete it and run the same command again"
+    report = _read_object(
+        run / "report.json", ("judge", "parameters"), ("evaluation", "reward_model", "seconds"), advice
+    )
+    if not all(isinstance(report["evaluation"].get(name), dict) for name in POLICIES):
+        raise CheckpointError(f"{run / 'report.json'}: damaged (not every policy is in it); {advice}")
+
+
+def _read_object(file: Path, keys: tuple[str, ...], objects: tuple[str, ...], advice: str) -> dict[str, Any]:
+    """Read a JSON file that must be an object with these keys, some of which hold objects too."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}") from None
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(f"{file}: damaged (not JSON); delete {run} and run again") from None
+        raise CheckpointError(f"{file}: damaged (not JSON); {advice}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: damaged (not a JSON object); {advice}")
+    for key in (*keys, *objects):
+        if key not in value or (key in objects and not isinstance(value[key], dict)):
+            raise CheckpointError(f"{file}: damaged (no {key} in it that can be read); {advice}")
+    return value
 
 
 def load_policy(run: Path, name: str, device: torch.device) -> PreTrainedModel:
     """A finished policy of a run, in eval mode, its checksums verified."""
-    verify_model(run / name)
+    verify_model(run / name, required=True)
     return load_causal_model(run / name).to(device).eval()
 
 
 def load_reward_model(run: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reward model of a run and its tokenizer."""
+    """The reward model of a run and its tokenizer, its checksums verified."""
     folder = run / "reward_model"
+    verify_model(folder, required=True)
     return load_scalar_model(folder).to(device).eval(), load_tokenizer(folder)

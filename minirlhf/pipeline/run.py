@@ -24,7 +24,7 @@ from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
 from minirlhf.pipeline.beside import StepBeside
 from minirlhf.pipeline.evaluate import evaluate_run
-from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, load_policy, load_reward_model
+from minirlhf.pipeline.folder import STEPS, check_report, find_device, hide_loading_bars, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
 from minirlhf.pipeline.judges import find_judge
 from minirlhf.pipeline.settings import changed_settings, check_context, settings_of
@@ -74,7 +74,8 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
         and all((config.out / s).is_dir() for s in STEPS)
     ):
         for step in STEPS:
-            verify_model(config.out / step)
+            verify_model(config.out / step, required=True)
+        check_report(config.out)
         return report
     began = time.monotonic()
     inputs = load_inputs(config, find_data(config))
@@ -92,7 +93,7 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     left = [step for step in STEPS if not (config.out / step).is_dir()]
     for step in STEPS:
         if step not in left:
-            verify_model(config.out / step)
+            verify_model(config.out / step, required=True)
     # Two small models at a time use two cores far better than one model with two threads. A step that was left over by
     # a killed run gets its half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
