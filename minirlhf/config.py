@@ -60,6 +60,18 @@ class RunConfig:
         check_ranges(self, counts=("seed",), least=0)
         if self.seed >= LARGEST_SEED:
             raise UserError(f"--seed {self.seed}: must be below 2**63")
+        if self.model is not None:
+            self._check_unused()
+
+    def _check_unused(self) -> None:
+        """A pretrained model is not trained from nothing, so all of model_size and most of base would do nothing."""
+        usual = preset(self.preset)
+        for group in ("model_size", "base"):
+            for one in fields(getattr(self, group)):
+                given = getattr(getattr(self, group), one.name)
+                if one.name != "block_length" and given != getattr(getattr(usual, group), one.name):
+                    option = f"--{group}.{one.name}".replace("_", "-")
+                    raise UserError(f"{option} {given}: not used together with --model {self.model}; leave one out")
 
 
 def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:

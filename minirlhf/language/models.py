@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,18 @@ def tiny_llama(
 
 
 def load_causal_model(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """Load a causal model (a folder or a hub name) in float32; its embedding grows if the tokenizer has more tokens."""
+    """Load a causal model (a folder or a hub name) in float32; its embedding grows if the tokenizer has more tokens.
+
+    Raises:
+        CheckpointError: weights are missing or damaged, or it is no causal model.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model, missing = _load(AutoModelForCausalLM, path)
+    made = (model.config.architectures or [""])[0]
+    if "ForSequenceClassification" in made:
+        raise CheckpointError(f"{path}: a {made}, which scores texts and writes none; give a causal model")
+    _check_complete(path, missing)
     if tokenizer is not None:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
@@ -101,12 +109,33 @@ def load_causal_model(path: str | Path, tokenizer: PreTrainedTokenizerBase | Non
     return model
 
 
+def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
+    """``kind.from_pretrained`` in float32, and the weights that stand in no file."""
+    from safetensors import SafetensorError
+
+    try:
+        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not a model that can be loaded ({reason}); "
+            "give a folder made by save_pretrained, weights included, or a hub name"
+        ) from error
+    return model, sorted(found["missing_keys"])
+
+
+def _check_complete(path: str | Path, missing: list[str]) -> None:
+    if missing:  # transformers would give them random values, and say so in a warning
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
+
+
 def load_scalar_model(path: str | Path) -> PreTrainedModel:
     """Load a reward or value model saved by minirlhf, or any one-label sequence classifier of transformers."""
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    model, missing = _load(AutoModelForSequenceClassification, path)
     _check_scalar(model)
+    _check_complete(path, missing)
     return model
 
 
@@ -116,17 +145,33 @@ def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     The head has standard deviation 1/sqrt(d+1), so that scores start near unit scale whatever the width d ("The N
     implementation details of RLHF with PPO").
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scalar = untrained_scalar(model)
+        scalar.base_model.load_state_dict(model.base_model.state_dict())
+        nn.init.normal_(scalar.score.weight, std=(scalar.score.in_features + 1) ** -0.5)
+    scalar.config.score_offset = 0.0
+    return scalar
+
+
+def untrained_scalar(model: PreTrainedModel) -> PreTrainedModel:
+    """A scalar model of a causal model's kind and size, with random weights.
+
+    Raises:
+        CheckpointError: transformers has none of that kind.
+    """
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    try:
         scalar = AutoModelForSequenceClassification.from_config(config)
-        _check_scalar(scalar)
-        scalar.base_model.load_state_dict(model.base_model.state_dict())
-        nn.init.normal_(scalar.score.weight, std=(scalar.score.in_features + 1) ** -0.5)
-    scalar.config.score_offset = 0.0
+    except ValueError as error:
+        raise CheckpointError(
+            f"{type(model).__name__} can't be a reward model: transformers has no sequence classifier of its kind "
+            f"({config.model_type}); give a decoder that has one, such as Llama, GPT-2 or Qwen"
+        ) from error
+    _check_scalar(scalar)
     return scalar
 
 

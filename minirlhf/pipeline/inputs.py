@@ -12,7 +12,9 @@ from torch import Tensor
 from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder
 from minirlhf.errors import CheckpointError, DataError, UserError
+from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of
+from minirlhf.language.supported import check_model
 from minirlhf.language.tokenization import (
     encode_prompts,
     encode_responses,
@@ -68,7 +70,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         GoldJudge(folder)  # a prompt that it can't judge is found now, and not after the training
     limit = config.context_length
     if config.model is not None:
-        tokenizer, model_limit = _pretrained(config.model)
+        tokenizer, model_limit = _pretrained(config.model, check=not (config.out / "base").is_dir())
         if limit is not None and model_limit is not None and limit > model_limit:
             raise UserError(f"--context-length {limit}: {config.model} can read {model_limit} tokens at most")
         limit = limit or model_limit
@@ -88,16 +90,23 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     return Inputs(folder, tokenizer, context, blocks[0], blocks[1][: config.evaluation.corpus_blocks])
 
 
-def _pretrained(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tried."""
     from transformers import AutoConfig
 
     try:
-        return load_tokenizer(name), getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        limit = getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        tokenizer = load_tokenizer(name)
+        if check:
+            check_model(load_causal_model(name, tokenizer))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"--model {name}: not a model that transformers can load ({str(error).splitlines()[0]}); "
             "give a folder made by save_pretrained, tokenizer included, or a hub name"
         ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"--model {str(error) if name in str(error) else f'{name}: {error}'}") from None
+    return tokenizer, limit
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:

@@ -1,0 +1,133 @@
+"""--model: what can't be loaded or can't play every part is refused before any training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minirlhf.cli import main
+from minirlhf.errors import CheckpointError
+from minirlhf.language.models import load_causal_model, load_scalar_model, scalar_model_from
+from minirlhf.language.supported import check_model
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, make_causal, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "model"
+    make_causal("llama", seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def refused(model: Path, data: Path, out: Path, said: Said, *options: str) -> str:
+    command = ["run", "--preset", "fast", "--data", str(data), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--model", str(model), *options]) == 2
+    message = said.readouterr().err.splitlines()[-1]
+    assert message.startswith("minirlhf: error: --") and str(model) in message
+    assert not out.exists()
+    return message
+
+
+def missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+def one_weight_less(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_shapes(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(re.sub(r'"hidden_size": \d+', '"hidden_size": 32', config.read_text()))
+
+
+def damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def damaged_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:500])
+
+
+@pytest.mark.parametrize(
+    "damage", [missing, truncated, one_weight_less, other_shapes, damaged_config, damaged_tokenizer]
+)
+def test_damaged(damage: Callable, made: Path, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+    shutil.copytree(made, tmp_path / "model")
+    damage(tmp_path / "model")
+    message = refused(tmp_path / "model", tiny_folder, tmp_path / "run", capsys)
+    assert ("up_proj" in message) == (damage is one_weight_less)
+
+
+def test_a_kind_without_a_scalar_head(tokenizer, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
+    MambaForCausalLM(MambaConfig(**size, eos_token_id=1)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    assert "reward model" in refused(tmp_path / "mamba", tiny_folder, tmp_path / "run", capsys)
+
+
+def test_a_reward_model_is_no_policy(make_causal, tokenizer, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+    scalar_model_from(make_causal(), seed=0).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    assert "scores texts" in refused(tmp_path / "rm", tiny_folder, tmp_path / "run", capsys)
+    load_scalar_model(tmp_path / "rm")
+
+
+def test_a_policy_is_no_reward_model(made: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load_scalar_model(made)
+
+
+def test_a_model_that_sees_ahead(make_causal) -> None:
+    model = make_causal("gpt2", scale=8.0)
+    check_model(model)
+    forward = model.forward
+
+    def peeking(input_ids, attention_mask=None, position_ids=None, **others):
+        out = forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
+        out.logits = out.logits + input_ids[:, -1:, None]
+        return out
+
+    model.forward = peeking
+    with pytest.raises(CheckpointError, match="predicted before it"):
+        check_model(model)
+
+
+def test_the_check_takes_no_second_copy_and_changes_nothing(causal) -> None:
+    before = {key: value.clone() for key, value in causal.state_dict().items()}
+    check_model(causal)
+    after = causal.state_dict()
+    assert all((before[key] == after[key]).all() and after[key].device.type == "cpu" for key in before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--model-size.layers", "3"), ("--base.steps", "7"), ("--base.lr", "0.1")]
+)
+def test_settings_that_would_do_nothing(
+    option: str, value: str, made: Path, tiny_folder: Path, tmp_path: Path, capsys: Said
+) -> None:
+    message = refused(made, tiny_folder, tmp_path / "run", capsys, option, value)
+    assert f"{option} {value}: not used together with --model" in message
+
+
+def test_load_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        load_causal_model(tmp_path)
