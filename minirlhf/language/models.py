@@ -154,6 +154,11 @@ def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return scalar
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """The longest sequence in tokens that a model can read; None where its kind knows no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def untrained_scalar(model: PreTrainedModel) -> PreTrainedModel:
     """A scalar model of a causal model's kind and size, with random weights.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError, check_ranges
-from minirlhf.language.models import pad, scalar_model_from, sequence_scores
+from minirlhf.language.models import context_of, pad, scalar_model_from, sequence_scores
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.training import (
@@ -235,13 +235,19 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Score each response to its prompt: -> [B] float32 on the CPU."""
+        """Score each response to its prompt: -> [B] float32 on the CPU.
+
+        A sampled answer may take more tokens when it is read than when it was written (half a character becomes a
+        whole one, an answer that was cut is closed by EOS). What the model can't read of it is left out before EOS.
+        """
         rows = [
             prompt + response
             for prompt, response in zip(
                 encode_prompts(self.tokenizer, prompts), encode_responses(self.tokenizer, responses), strict=True
             )
         ]
+        context = context_of(self.model)
+        rows = [row if context is None or len(row) <= context else [*row[: context - 1], row[-1]] for row in rows]
         scores = torch.zeros(len(rows))
         for group in micro_batches([len(row) for row in rows], self.micro_batch_tokens):
             tokens, mask = pad([rows[i] for i in group], self.tokenizer.pad_token_id)

@@ -20,6 +20,7 @@ from minirlhf.language.evaluation import (
 )
 from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, encode_comparisons, train_reward_model
+from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.training import Recorder, epoch_batch
 
 ROWS = [
@@ -134,6 +135,16 @@ def test_tied_prompts_count_for_nothing(make_causal, tokenizer) -> None:
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
     _, nothing = train(make_causal(), tokenizer, [tied] * 2)
     assert nothing[0]["reward_model/loss"] == 0 and nothing[0]["reward_model/grad_norm"] == 0
+
+
+def test_scorer_reads_no_further_than_the_model_can(make_causal, tokenizer) -> None:
+    scorer = RewardModelScorer(scalar_model_from(make_causal("gpt2", scale=4.0), seed=0), tokenizer)
+    endless = "The otter naps. " * 60
+    fits = tokenizer.decode(
+        encode_responses(tokenizer, [endless])[0][: 127 - len(encode_prompts(tokenizer, ["Hi"])[0])]
+    )
+    scores = scorer(["Hi", "Hi", "Hi"], [endless, fits, "No."])
+    assert scores[0] == pytest.approx(float(scores[1]), rel=1e-4) and scores[0] != scores[2]
 
 
 def test_scorer_is_a_function_of_each_text_alone(make_causal, tokenizer) -> None:
