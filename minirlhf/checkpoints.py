@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     aside: Path | None = None,
-    summary: dict[str, Any] | None = None,
+    summary: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
 ) -> None:
     """Save a model and its tokenizer as one folder that appears whole or not at all.
 
@@ -57,7 +58,8 @@ def save_model(
         tokenizer: saved beside it.
         aside: the folder to write in before it is renamed; what it already holds (metrics, TensorBoard events) comes
             along, and a training state in it is deleted last, so that a kill at any instant loses nothing.
-        summary: facts of the training, written as summary.json.
+        summary: facts of the training, written as summary.json. A function is called when the weights are written, so
+            that it can tell the time that this took.
 
     Raises:
         TrainingError: a weight is NaN or infinite; nothing is written.
@@ -75,7 +77,7 @@ def save_model(
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if summary is not None:
-        write_json(aside / SUMMARY, summary)
+        write_json(aside / SUMMARY, summary() if callable(summary) else summary)
     files = [file for file in sorted(aside.iterdir()) if file.is_file() and file.name not in (STATE, CHECKSUMS)]
     write_json(aside / CHECKSUMS, {file.name: _sha256(file.read_bytes()) for file in files})
     os.replace(aside, folder)

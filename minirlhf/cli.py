@@ -8,9 +8,10 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -59,8 +60,8 @@ class ChatConfig:
     """Of sampling; lower is safer."""
     greedy: bool = False
     """Always take the most likely word."""
-    max_response_tokens: int = 40
-    """Answers are cut after so many tokens."""
+    max_response_tokens: int | None = None
+    """Answers are cut after so many tokens; left out: as the run's own evaluation."""
     seed: int = 0
     """Of sampling."""
 
@@ -77,11 +78,11 @@ class EvaluateConfig:
     """Folder of a finished run: gives the data, the judge and the SFT model to compare with."""
     checkpoint: str = "ppo_ptx"
     """A policy of the run (base, sft, ppo, ppo_ptx) or a folder with a causal model of the same vocabulary."""
-    prompts: int = 600
-    """Held-out prompts to answer."""
-    temperature: float = 1.0
+    prompts: int | None = None
+    """Held-out prompts to answer; left out, here and below: as the run's own evaluation."""
+    temperature: float | None = None
     """Of sampling."""
-    max_response_tokens: int = 40
+    max_response_tokens: int | None = None
     """Answers are cut after so many tokens."""
     seed: int = 0
     """Of sampling."""
@@ -134,6 +135,7 @@ def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | No
 
 
 def _run(arguments: list[str]) -> None:
+    began = time.monotonic()  # before the heavy imports: the user waits for them too
     from minirlhf.config import RunConfig, preset
 
     config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
@@ -141,7 +143,7 @@ def _run(arguments: list[str]) -> None:
     from minirlhf.pipeline import run_pipeline
     from minirlhf.report import summary_table
 
-    report = run_pipeline(config, command="minirlhf run " + shlex.join(arguments))
+    report = run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
     print(summary_table(config.out))
     print(f"report: {report}")
     print(f"talk to the models: minirlhf chat --run {config.out}")
@@ -192,10 +194,13 @@ def _evaluate(arguments: list[str]) -> None:
     config = _parse(EvaluateConfig, "evaluate", arguments)
     import json
 
-    from minirlhf.language.evaluation import EvaluationConfig
+    from minirlhf.config import config_from_dict
     from minirlhf.pipeline.evaluate import evaluate_checkpoint
+    from minirlhf.pipeline.folder import read_config
 
-    settings = EvaluationConfig(config.prompts, config.temperature, config.max_response_tokens)
+    names = ("prompts", "temperature", "max_response_tokens")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    settings = replace(config_from_dict(read_config(config.run), config.run).evaluation, **given)
     print(
         json.dumps(evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device), indent=2)
     )

@@ -44,6 +44,8 @@ class Recorder:
         save_seconds: time between two saved states; 0 saves after every step.
         show: the metrics to show in the progress bar.
         progress: whether to draw the progress bar.
+        position: the line of the progress bar, where several are drawn.
+        began: when the work began, by `time.monotonic`; left out: now.
 
     Example:
         >>> recorder = Recorder("demo", progress=False)
@@ -62,13 +64,15 @@ class Recorder:
         show: Sequence[str] = (),
         progress: bool = True,
         position: int = 0,
+        began: float | None = None,
     ) -> None:
         self.position = position
         self.name, self.folder, self.show, self.progress = name, folder, tuple(show), progress
         self.save_seconds = save_seconds
         self.history: list[Metrics] = []
         self.first_step = 0
-        self.seconds = 0.0  # of training, over all the sessions of this run
+        self.seconds = 0.0  # since the recorder was made, and in the earlier sessions of this run; see `lap`
+        self._began, self._earlier = time.monotonic() if began is None else began, 0.0
         self._models: dict[str, nn.Module] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._extras: dict[str, Stateful] = {}
@@ -121,20 +125,19 @@ class Recorder:
             position=self.position,
             mininterval=0.5,
         )
-        began, saved = time.monotonic(), time.monotonic()
-        before = self.seconds
+        saved = time.monotonic()
         try:
             for step in range(self.first_step, total):
                 self._step = step
                 yield step
                 self._bar.update()
                 now = time.monotonic()
-                self.seconds = before + now - began
                 if self.folder is not None and now - saved >= self.save_seconds and step + 1 < total:
                     self._save(step + 1)
                     saved = now
         finally:
             self._bar.close()
+            self.lap()
             if self._board is not None:
                 self._board.close()
                 self._board = None
@@ -155,6 +158,11 @@ class Recorder:
             for key, value in row.items():
                 if key != "step":
                     self._writer().add_scalar(key, value, self._step)
+
+    def lap(self) -> float:
+        """Count the time up to now into `seconds`, and return it: loading and encoding are work of a step as well."""
+        self.seconds = self._earlier + time.monotonic() - self._began
+        return self.seconds
 
     def check_finite(self, loss: Tensor, batch: str, advice: str = "") -> None:
         """Stop before a NaN or infinite loss reaches the weights.
@@ -209,7 +217,7 @@ class Recorder:
         if not _all_finite(tensors.values()):
             raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
         extras = {name: extra.state_dict() for name, extra in self._extras.items()}
-        facts = {"name": self.name, "step": step, "seconds": self.seconds, "extras": extras}
+        facts = {"name": self.name, "step": step, "seconds": self.lap(), "extras": extras}
         save_state(self.folder / STATE, tensors, facts)
         self._saved = step
 
@@ -238,7 +246,7 @@ class Recorder:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for name, extra in self._extras.items():
             extra.load_state_dict(facts["extras"][name])
-        self.first_step, self.seconds = facts["step"], facts["seconds"]
+        self.first_step, self._earlier = facts["step"], facts["seconds"]
         self._saved = self.first_step
 
 

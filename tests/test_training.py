@@ -221,7 +221,7 @@ class TestDamagedState:
 class TestSavedModel:
     @pytest.fixture
     def folder(self, make_causal, tokenizer, tmp_path: Path) -> Path:
-        save_model(tmp_path / "model", make_causal(), tokenizer, summary={"seconds": 1.0})
+        save_model(tmp_path / "model", make_causal(), tokenizer, summary=lambda: {"seconds": 1.0})
         return tmp_path / "model"
 
     def test_whole(self, folder: Path) -> None:
@@ -441,6 +441,29 @@ def test_recorder_without_a_folder_writes_nothing(tmp_path, monkeypatch: pytest.
         recorder.log({"a": torch.tensor(step * 2.0), "b": 1})
     assert recorder.history == [{"step": s, "a": 2.0 * s, "b": 1.0} for s in range(3)]
     assert not list(tmp_path.iterdir()) and recorder.seconds > 0
+
+
+def test_seconds_count_the_whole_step_over_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("minirlhf.training.time.monotonic", lambda: clock[0])
+
+    def session(seconds: float, die_at: int | None = None, began: float | None = None) -> Mortal:
+        recorder = Mortal("x", tmp_path, save_seconds=0, die_at=die_at, began=began)
+        clock[0] += seconds  # encoding, for one
+        recorder.track({}, {})
+        for _ in recorder.steps(3):
+            clock[0] += 1.0
+            recorder.log({})
+        clock[0] += seconds  # what comes after the loop
+        return recorder
+
+    with pytest.raises(Killed):
+        session(10.0, die_at=1)
+    assert load_state(tmp_path / STATE)[1]["seconds"] == 11.0
+    clock[0] += 1000.0  # between two sessions
+    last = session(20.0, began=clock[0] - 5.0)
+    assert last.seconds == 11.0 + 5.0 + 20.0 + 2.0
+    assert last.lap() == last.seconds == 11.0 + 5.0 + 20.0 + 2.0 + 20.0
 
 
 def test_tensorboard_events_are_written(tmp_path) -> None:

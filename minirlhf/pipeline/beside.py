@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class StepBeside:
     def __init__(self, config: RunConfig, step: str, threads: int, progress: bool) -> None:
         self.step = step
         arguments = [str(config.out), step, str(threads), str(int(progress)), str(config.save_seconds)]
+        arguments.append(str(time.time()))  # the clock that two processes share
         # A parent whose threads are bound would bind the child to the same core.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
         self._process = subprocess.Popen(
@@ -58,8 +60,9 @@ class StepBeside:
             raise TrainingError(f"{self.step} stopped with exit code {code}: see its message above")
 
 
-def main(run: Path, step: str, threads: int, progress: bool, save_seconds: float) -> None:
-    """The child: train the step and save it, as `run_pipeline` would."""
+def main(run: Path, step: str, threads: int, progress: bool, save_seconds: float, began: float) -> None:
+    """The child: train the step and save it, as `run_pipeline` would. What it loads is part of the step's time."""
+    started = time.monotonic() - max(0.0, time.time() - began)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
@@ -74,7 +77,7 @@ def main(run: Path, step: str, threads: int, progress: bool, save_seconds: float
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config = replace(config_from_dict(settings, run), save_seconds=save_seconds)
     inputs = load_inputs(config, find_data(config))
-    train_step(step, config, inputs, find_device(config.device), progress, beside=True)
+    train_step(step, config, inputs, find_device(config.device), progress, beside=True, began=started)
 
 
 def _end_with_parent() -> None:
@@ -84,7 +87,7 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", float(sys.argv[5]))
+        main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", *map(float, sys.argv[5:]))
     except UserError as failure:
         print(f"minirlhf: error: {failure}", file=sys.stderr)
         sys.exit(2)

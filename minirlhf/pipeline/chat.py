@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.errors import CheckpointError
+from minirlhf.config import config_from_dict
+from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.evaluation import EvaluationConfig, answer
-from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.language.models import context_of
+from minirlhf.language.tokenization import encode_prompts, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
@@ -21,7 +23,7 @@ def chat(
     prompts: Sequence[str] = (),
     temperature: float = 0.7,
     greedy: bool = False,
-    max_response_tokens: int = 40,
+    max_response_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
     """Answer instructions with every finished policy of a run, until an empty line.
@@ -31,13 +33,14 @@ def chat(
         prompts: answer these and stop; without any, ask at the terminal.
         temperature: of sampling.
         greedy: take the most likely token instead.
-        max_response_tokens: answers are cut after so many tokens.
+        max_response_tokens: answers are cut after so many tokens; None for the limit of the run's evaluation.
         seed: of sampling.
 
     Raises:
         CheckpointError: the folder is no run, or holds no finished policy.
+        UserError: a prompt of `prompts` leaves no room for an answer.
     """
-    read_config(run)
+    config = read_config(run)
     hide_loading_bars()
     names = [name for name in POLICIES if (run / name).is_dir()]
     if not names:
@@ -45,26 +48,39 @@ def chat(
     device = torch.device("cpu")
     models = {name: load_policy(run, name, device) for name in names}
     tokenizer = load_tokenizer(run / names[0])
-    unknown = tokenizer.unk_token_id
-    settings = EvaluationConfig(temperature=temperature, max_response_tokens=max_response_tokens)
-    for turn, prompt in enumerate(prompts or _typed()):
-        if unknown is not None:
-            odd = [word for word in prompt.split() if tokenizer.convert_tokens_to_ids(word) == unknown]
+    context = min(filter(None, map(context_of, models.values())), default=None)
+    wanted = max_response_tokens or config_from_dict(config, run).evaluation.max_response_tokens
+    small_world = (Path(config["data"]) / "world.json").is_file()  # which has no capitals, and a vocabulary of words
+    for turn, prompt in enumerate(prompts or _typed(lower=small_world)):
+        if small_world:
+            odd = [w for w in prompt.split() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
             if odd:
                 print(f"(this small world has no word for: {', '.join(odd)})")
+        length = len(encode_prompts(tokenizer, [prompt])[0])
+        room = wanted if context is None else min(wanted, context - length)
+        if room < 1:
+            message = f"the prompt takes {length} tokens, and the models read {context}, answer included; shorten it"
+            if prompts:
+                raise UserError(message)
+            print(f"({message})")
+            continue
+        if room < wanted:
+            print(f"(answers are cut after {room} tokens: the models read {context}, and the prompt takes {length})")
+        settings = EvaluationConfig(temperature=temperature, max_response_tokens=room)
         for name in names:
             said = answer(models[name], tokenizer, [prompt], settings, seed=seed + turn, greedy=greedy)
             cut = "" if said.ended[0] else " ..."
             print(f"  {NAMES[name]:>8}  {said.responses[0]}{cut}")
 
 
-def _typed() -> Iterator[str]:
-    print("Type an instruction, for example: write a story about frogs    (an empty line ends)")
+def _typed(lower: bool) -> Iterator[str]:
+    example = ", for example: write a story about frogs" if lower else ""
+    print(f"Type an instruction{example}    (an empty line ends)")
     while True:
         try:
-            prompt = input("> ").strip().lower()
+            prompt = input("> ").strip()
         except EOFError:
             return
         if not prompt:
             return
-        yield prompt
+        yield prompt.lower() if lower else prompt

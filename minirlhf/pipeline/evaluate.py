@@ -15,7 +15,7 @@ import torch
 from minirlhf.checkpoints import SUMMARY, verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.data import read_folder
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.evaluation import (
     Answers,
     EvaluationConfig,
@@ -24,10 +24,10 @@ from minirlhf.language.evaluation import (
     mean_and_error,
     win_rate,
 )
-from minirlhf.language.models import load_causal_model
+from minirlhf.language.models import context_of, load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer
-from minirlhf.language.tokenization import encode_texts, load_tokenizer
+from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer
 from minirlhf.pipeline.folder import (
     POLICIES,
     STEPS,
@@ -197,7 +197,9 @@ def evaluate_checkpoint(
         The same measurements as one entry of report.json's ``evaluation``, with ``judge`` and ``checkpoint``.
 
     Raises:
-        CheckpointError: the run or the checkpoint is missing or damaged, or their vocabularies differ.
+        CheckpointError: the run or the checkpoint is missing or damaged, is no causal model, or their vocabularies
+            differ.
+        UserError: prompt and answer together are longer than the models can read.
     """
     config = read_config(run)
     hide_loading_bars()
@@ -217,6 +219,13 @@ def evaluate_checkpoint(
     )[: settings.corpus_blocks]
     models = {"sft": load_policy(run, "sft", device), "base": load_policy(run, "base", device)}
     models[checkpoint] = load_causal_model(folder).to(device).eval()
+    longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
+    context = min(filter(None, map(context_of, models.values())), default=None)
+    if context is not None and longest + settings.max_response_tokens > context:
+        raise UserError(
+            f"--max-response-tokens {settings.max_response_tokens}: the models read {context} tokens, and the longest "
+            f"prompt takes {longest} of them; give {context - longest} at most"
+        )
     answers = {
         name: answer(model, tokenizer, prompts, settings, reference=models["sft"], seed=seed)
         for name, model in models.items()

@@ -43,13 +43,14 @@ SHOWN = {
 }
 
 
-def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True) -> Path:
+def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True, began: float | None = None) -> Path:
     """Run or continue the whole pipeline.
 
     Args:
         config: all settings.
         command: the command line, for the report.
         progress: whether to draw progress bars.
+        began: when the command began, by `time.monotonic`, so that imports count as well; left out: now.
 
     Returns:
         The path of the report.
@@ -59,9 +60,7 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
         CheckpointError: the folder belongs to another run, or something in it is damaged.
         TrainingError: a loss became NaN or infinite.
     """
-    # Here, not at the top: drawing needs matplotlib, which the training doesn't.
-    from minirlhf.report import write_report
-
+    began = time.monotonic() if began is None else began
     hide_loading_bars()
     device = find_device(config.device)
     report = config.out / "report.html"
@@ -77,7 +76,6 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
             verify_model(config.out / step, required=True)
         check_report(config.out)
         return report
-    began = time.monotonic()
     inputs = load_inputs(config, find_data(config))
     for note in inputs.folder.notes:
         print(note, file=sys.stderr)
@@ -88,7 +86,6 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     for name in ("report.html", "report.json"):
         (config.out / name).unlink(missing_ok=True)
     write_json(config.out / "config.json", settings)
-    prepared = time.monotonic() - began
 
     left = [step for step in STEPS if not (config.out / step).is_dir()]
     for step in STEPS:
@@ -98,24 +95,28 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
     # a killed run gets its half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
     apart = config.side_by_side and device.type == "cpu" and threads > 1
-    waited = 0.0  # for the step beside, after the own one was done
+    prepared = time.monotonic() - began
     for step in [step for step in left if step not in BESIDE]:
         train_step(step, config, inputs, device, progress)
     torch.set_num_threads(threads // 2 if apart else threads)
     if apart and set(left) >= BESIDE:
         with StepBeside(config, "ppo", threads // 2, progress):
             train_step("ppo_ptx", config, inputs, device, progress)
-            done = time.monotonic()
-        waited = time.monotonic() - done
     else:
         for step in [step for step in left if step in BESIDE]:
             train_step(step, config, inputs, device, progress)
     torch.set_num_threads(threads)
 
+    began = time.monotonic()
+    # Here, not at the top: drawing needs matplotlib, which the training doesn't; and loading it counts as evaluation.
+    import matplotlib.pyplot  # noqa: F401
+
+    from minirlhf.report import write_report
+
     proxy = RewardModelScorer(*load_reward_model(config.out, device))
     judge = find_judge(inputs.folder, proxy)
     results = evaluate_run(
-        config, inputs, judge, proxy, device, other_seconds=(prepared, waited), command=command, progress=progress
+        config, inputs, judge, proxy, device, prepared=prepared, began=began, command=command, progress=progress
     )
     write_json(config.out / "report.json", results)
     write_report(config.out)
@@ -123,7 +124,14 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True)
 
 
 def train_step(
-    step: str, config: RunConfig, inputs: Inputs, device: torch.device, progress: bool, beside: bool = False
+    step: str,
+    config: RunConfig,
+    inputs: Inputs,
+    device: torch.device,
+    progress: bool,
+    *,
+    beside: bool = False,
+    began: float | None = None,
 ) -> None:
     """Train one step and save it, going on from the state that a killed run left.
 
@@ -131,15 +139,27 @@ def train_step(
         step: one of `STEPS`; the models it starts from stand in the run's folder.
         config, inputs, device, progress: as in `run_pipeline`.
         beside: another step trains at the same time, and has the first line for its progress bar.
+        began: when the work for it began, by `time.monotonic`; left out: now.
     """
     aside = config.out / f"{step}.partial"
     recorder = Recorder(
-        step, aside, save_seconds=config.save_seconds, show=SHOWN[step], progress=progress, position=int(beside)
+        step,
+        aside,
+        save_seconds=config.save_seconds,
+        show=SHOWN[step],
+        progress=progress,
+        position=int(beside),
+        began=began,
     )
     model = TRAINERS[step](config, inputs, recorder, device)
-    summary = {"seconds": recorder.seconds, "parameters": sum(p.numel() for p in model.parameters())}
-    summary |= {"beside": beside}
-    save_model(config.out / step, model, inputs.tokenizer, aside=aside, summary=summary)
+    parameters = sum(p.numel() for p in model.parameters())
+    save_model(
+        config.out / step,
+        model,
+        inputs.tokenizer,
+        aside=aside,
+        summary=lambda: {"seconds": recorder.lap(), "parameters": parameters, "beside": beside},
+    )
 
 
 def _base(config: RunConfig, inputs: Inputs, recorder: Recorder, device: torch.device) -> PreTrainedModel:
