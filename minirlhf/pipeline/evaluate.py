@@ -48,7 +48,8 @@ def evaluate_run(
     proxy: RewardModelScorer,
     device: torch.device,
     *,
-    other_seconds: tuple[float, float],
+    prepared: float,
+    began: float,
     command: str,
     progress: bool,
 ) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def evaluate_run(
         judge: scores the answers: gold, or the reward model where no truth is known.
         proxy: the run's reward model.
         device: where the models run.
-        other_seconds: time that reading and tokenizing took, and time spent waiting for a step beside another.
+        prepared: seconds from the command's start to the first step.
+        began: when the evaluation began, by `time.monotonic`: the reward model was loaded since.
         command: the command line.
         progress: whether to draw a progress bar.
 
@@ -69,7 +71,6 @@ def evaluate_run(
     """
     from tqdm.auto import tqdm
 
-    began = time.monotonic()
     settings = config.evaluation
     prompts = [row.text for row in inputs.folder.heldout_prompts][: settings.prompts]
     models = {name: load_causal_model(config.out / name).to(device).eval() for name in POLICIES}
@@ -96,11 +97,10 @@ def evaluate_run(
         _gold(judge),
     )
     _write_answers(config.out, config, prompts, answers, judge, inputs)
-    prepared, waited = other_seconds
     seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in STEPS}
     seconds["evaluation"] = time.monotonic() - began
-    side_by_side = summaries["ppo"].get("beside", False)  # then its seconds are not added to PPO-ptx's
-    total = sum(seconds.values()) + waited - (seconds["ppo"] if side_by_side else 0.0)
+    side_by_side = summaries["ppo"].get("beside", False)  # then the longer of the two counts
+    total = sum(seconds.values()) - (min(seconds["ppo"], seconds["ppo_ptx"]) if side_by_side else 0.0)
     return {
         "judge": "gold" if judge.is_gold else "reward_model",
         "heldout_prompts": len(prompts),
