@@ -19,6 +19,7 @@ import pytest
 
 from minirlhf.checkpoints import load_state
 from minirlhf.cli import main
+from minirlhf.pipeline.lock import locked
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
@@ -457,6 +458,43 @@ def test_a_kill_ends_both_and_the_rest_is_trained_as_before(finished: Path, tiny
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert weights(out) == weights(finished)
+
+
+@pytest.mark.slow
+def test_keyboard_interrupt_while_two_train(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches parent and child: one line, no traceback, nobody trains on; and a second run is kept out."""
+    out = without_step_3(finished, tmp_path / "run")
+    command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out, "--rlhf.steps", "2000")]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not all(count(out / f"{step}.partial" / "metrics.jsonl") for step in ("ppo", "ppo_ptx")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGSTOP)
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert second.returncode == 2 and f"another minirlhf run is working in {out}" in second.stderr
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said and said.count("minirlhf: ") == 1 and "stopped; the same command" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_one_run_at_a_time(finished: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    before = contents(finished)
+    with locked(finished):
+        assert main(arguments(tiny_folder, finished)) == 2
+        message = capsys.readouterr().err
+        assert f"another minirlhf run is working in {finished}" in message and message.count("\n") == 1
+    assert contents(finished) == before
+    (finished / "run.lock").touch()  # left by a killed run
+    assert main(arguments(tiny_folder, finished)) == 0 and contents(finished) == before
+    assert main(arguments(tmp_path / "no_data", tmp_path / "deep" / "run")) == 2
+    assert not (tmp_path / "deep" / "run").exists()
 
 
 @pytest.mark.slow

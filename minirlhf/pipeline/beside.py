@@ -9,12 +9,15 @@ holds the other end of its standard input.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,9 +41,9 @@ class StepBeside:
         arguments.append(str(time.time()))  # the clock that two processes share
         # A parent whose threads are bound would bind the child to the same core.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "minirlhf.pipeline.beside", *arguments], stdin=subprocess.PIPE, env=environment
-        )
+        command = [sys.executable, "-m", "minirlhf.pipeline.beside", *arguments]
+        with _deaf_to_the_keyboard():
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
     def __enter__(self) -> StepBeside:
         return self
@@ -54,10 +57,30 @@ class StepBeside:
         assert self._process.stdin is not None
         if kind is not None:
             self._process.terminate()
-        code = self._process.wait()
-        self._process.stdin.close()
+        try:
+            code = self._process.wait()
+        except KeyboardInterrupt:  # the own step is done already
+            self._process.terminate()
+            self._process.wait()
+            raise
+        finally:
+            self._process.stdin.close()
         if kind is None and code != 0:
             raise TrainingError(f"{self.step} stopped with exit code {code}: see its message above")
+
+
+@contextlib.contextmanager
+def _deaf_to_the_keyboard() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal. A child that is started in here inherits that it is ignored: the
+    parent ends it, and says the one thing that there is to say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may decide about signals
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(run: Path, step: str, threads: int, progress: bool, save_seconds: float, began: float) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
 from minirlhf.config import RunConfig
+from minirlhf.errors import CheckpointError
 from minirlhf.language.models import clone, load_causal_model, tiny_llama
 from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
@@ -27,6 +28,7 @@ from minirlhf.pipeline.evaluate import evaluate_run
 from minirlhf.pipeline.folder import STEPS, check_report, find_device, hide_loading_bars, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import Inputs, find_data, load_inputs
 from minirlhf.pipeline.judges import find_judge
+from minirlhf.pipeline.lock import locked
 from minirlhf.pipeline.settings import changed_settings, check_context, settings_of
 from minirlhf.training import Recorder
 
@@ -59,8 +61,16 @@ def run_pipeline(config: RunConfig, *, command: str = "", progress: bool = True,
         DataError: malformed data; raised before any training.
         CheckpointError: the folder belongs to another run, or something in it is damaged.
         TrainingError: a loss became NaN or infinite.
+        UserError: another run works in the folder.
     """
     began = time.monotonic() if began is None else began
+    if config.out.exists() and not config.out.is_dir():
+        raise CheckpointError(f"--out {config.out}: is a file; give a folder that holds a run, or none yet")
+    with locked(config.out):
+        return _run(config, command, progress, began)
+
+
+def _run(config: RunConfig, command: str, progress: bool, began: float) -> Path:
     hide_loading_bars()
     device = find_device(config.device)
     report = config.out / "report.html"

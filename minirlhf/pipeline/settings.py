@@ -17,6 +17,7 @@ from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
 from minirlhf.pipeline.folder import STEPS, read_config
 from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data
+from minirlhf.pipeline.lock import LOCK
 
 DATA_SUMS = "data_sha256"
 TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
@@ -64,10 +65,8 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
     Raises:
         CheckpointError: the folder holds something else, or a step that was trained with other settings.
     """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"--out {out}: is a file; give a folder that holds a run, or none yet")
     if not (out / "config.json").is_file():
-        if out.is_dir() and any(path.name != MADE_WORLD for path in out.iterdir()):
+        if out.is_dir() and any(path.name not in (MADE_WORLD, LOCK) for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
     old_settings = read_config(out)
