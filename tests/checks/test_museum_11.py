@@ -10,7 +10,7 @@ import torch
 
 from minirlhf.checks import lesson11
 from minirlhf.language.evaluation import win_rate
-from minirlhf.language.tokenization import encode_prompts, tokenizer_from_file
+from minirlhf.language.tokenization import encode_prompts, encode_responses, tokenizer_from_file
 
 WORLD = Path(__file__).resolve().parents[2] / "data" / "small_world"
 
@@ -180,5 +180,6 @@ def test_examples_are_written_as_the_tokenizer_writes_them():
     got = lesson11.few_shot_prompt.reference(
         [(ids(q), ids(a)) for q, a in pairs], ids("write a story about frogs"), newline, tokenizer.eos_token_id, 64
     )
-    written = "".join(f"{q} \n {a} {tokenizer.eos_token} " for q, a in pairs) + "write a story about frogs"
-    assert [got.tolist()] == encode_prompts(tokenizer, [written])
+    prompts = encode_prompts(tokenizer, [*(q for q, _ in pairs), "write a story about frogs"])
+    answers = encode_responses(tokenizer, [a for _, a in pairs])
+    assert got.tolist() == [*prompts[0], *answers[0], *prompts[1], *answers[1], *prompts[2]]
