@@ -301,8 +301,12 @@ def test_an_empty_step_is_not_finished(finished: Path, tiny_folder: Path, tmp_pa
     shutil.copytree(finished, out)
     for file in (out / "base").iterdir():
         file.unlink()
-    assert main(arguments(tiny_folder, out)) == 2
-    assert f"delete {out / 'base'} and run" in capsys.readouterr().err
+    for _ in ("a finished run", "one without a report"):
+        assert main(arguments(tiny_folder, out)) == 2
+        assert f"delete {out / 'base'} and run" in capsys.readouterr().err
+        (out / "report.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "base")  # what the message advises
+    assert main(arguments(tiny_folder, out)) == 0 and weights(out) == weights(finished)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +498,7 @@ def test_one_run_at_a_time(finished: Path, tiny_folder: Path, tmp_path: Path, ca
     (finished / "run.lock").touch()  # left by a killed run
     assert main(arguments(tiny_folder, finished)) == 0 and contents(finished) == before
     assert main(arguments(tmp_path / "no_data", tmp_path / "deep" / "run")) == 2
-    assert not (tmp_path / "deep" / "run").exists()
+    assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.slow

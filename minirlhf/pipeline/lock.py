@@ -18,7 +18,7 @@ def locked(out: Path) -> Iterator[None]:
     """Hold a run's folder for this process.
 
     The operating system lets go of the lock when the process ends, however that happens; the file that a killed run
-    leaves holds nobody up. A folder that was made for the lock and is still empty afterwards is taken away again. On
+    leaves holds nobody up. Folders that were made for the lock and are still empty afterwards are taken away again. On
     Windows there is no such lock, and nothing is held.
 
     Args:
@@ -30,9 +30,8 @@ def locked(out: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    made = not out.exists()
-    if made:
-        out.mkdir(parents=True)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(out)
     try:
         yield
@@ -40,8 +39,10 @@ def locked(out: Path) -> Iterator[None]:
         # Taken away while it is held: who opened it meanwhile sees in `_acquire` that it is another file by now.
         (out / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        if made and not any(out.iterdir()):
-            out.rmdir()
+        for folder in made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 if sys.platform != "win32":

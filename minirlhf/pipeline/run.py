@@ -76,20 +76,17 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> Path:
     report = config.out / "report.html"
     settings = settings_of(config)
     changed = changed_settings(config.out, settings)
-    if (
-        not changed
-        and report.is_file()
-        and (config.out / "report.json").is_file()
-        and all((config.out / s).is_dir() for s in STEPS)
-    ):
-        for step in STEPS:
+    left = [step for step in STEPS if not (config.out / step).is_dir()]
+    for step in STEPS:
+        if step not in left:
             verify_model(config.out / step, required=True)
+    if not changed and not left and report.is_file() and (config.out / "report.json").is_file():
         check_report(config.out)
         return report
     inputs = load_inputs(config, find_data(config))
     for note in inputs.folder.notes:
         print(note, file=sys.stderr)
-    if (config.out / "base").is_dir():
+    if "base" not in left:
         check_context(config.out, inputs)
     # Only now does the folder belong to this run: a mistake in the data leaves nothing behind. And a report of what
     # stood here before would be taken for this run's if it were killed now.
@@ -97,10 +94,6 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> Path:
         (config.out / name).unlink(missing_ok=True)
     write_json(config.out / "config.json", settings)
 
-    left = [step for step in STEPS if not (config.out / step).is_dir()]
-    for step in STEPS:
-        if step not in left:
-            verify_model(config.out / step, required=True)
     # Two small models at a time use two cores far better than one model with two threads. A step that was left over by
     # a killed run gets its half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
