@@ -41,7 +41,8 @@ class StepBeside:
         arguments.append(str(time.time()))  # the clock that two processes share
         # A parent whose threads are bound would bind the child to the same core.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
-        command = [sys.executable, "-m", "minirlhf.pipeline.beside", *arguments]
+        # Not -m: this module is imported by its package already, and Python would warn of running it twice.
+        command = [sys.executable, "-c", "from minirlhf.pipeline.beside import child; child()", *arguments]
         with _deaf_to_the_keyboard():
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
@@ -108,7 +109,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
+def child() -> None:
+    """Entry point of the child: its arguments are those of `main`."""
     try:
         main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1", *map(float, sys.argv[5:]))
     except UserError as failure:
