@@ -150,6 +150,8 @@ def _facts_table(rows: dict[str, str]) -> str:
 def _settings(config: dict[str, Any]) -> str:
     flat: dict[str, Any] = {}
     for group, value in config.items():
+        if group == "data_sha256":  # what the data were, and no setting
+            continue
         if isinstance(value, dict):
             flat |= {f"{group}.{name}": setting for name, setting in value.items()}
         elif group != "data":  # a path of this machine, and its name stands above
