@@ -471,7 +471,15 @@ def test_keyboard_interrupt_while_two_train(finished: Path, tiny_folder: Path, t
     command = [sys.executable, "-m", "minirlhf.cli", *arguments(tiny_folder, out, "--rlhf.steps", "2000")]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            # Tests that a shell started with & inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     deadline = time.monotonic() + 60
     while not all(count(out / f"{step}.partial" / "metrics.jsonl") for step in ("ppo", "ppo_ptx")):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
