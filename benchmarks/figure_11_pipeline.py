@@ -38,6 +38,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tables import RESULTS, ROOT, Row, write_table
@@ -50,7 +51,7 @@ from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig, blocks_of, corpus_loss
 from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
-from minirlhf.language.tokenization import EOS, encode_texts, load_tokenizer
+from minirlhf.language.tokenization import encode_prompts, encode_responses, encode_texts, load_tokenizer
 from minirlhf.pipeline import run_pipeline
 from minirlhf.pipeline.export import export_policy
 from minirlhf.pipeline.folder import STEPS, hide_loading_bars, load_policy
@@ -118,19 +119,23 @@ def train(size: str, seed: int) -> None:
             train_step(step, config, inputs, torch.device("cpu"), progress=True)
 
 
-def with_examples(prompts: Sequence[str], pool: Sequence[Demonstration], shots: int, seed: int) -> list[str]:
-    """Each prompt behind `shots` demonstrations drawn for it, written as the web writes an answered question.
+def with_examples(
+    tokenizer: Any, prompts: Sequence[str], pool: Sequence[Demonstration], shots: int, seed: int
+) -> list[list[int]]:
+    """Token ids of each prompt behind `shots` demonstrations drawn for it, as the web writes an answered question.
 
     The demonstrations are of the shorter half, and none has the prompt itself: the base model reads 64 tokens.
     """
     sizes = sorted(len(f"{row.prompt} {row.completion}".split(" ")) for row in pool)
     short = [row for row in pool if len(f"{row.prompt} {row.completion}".split(" ")) <= sizes[len(sizes) // 2]]
-    texts = []
-    for number, prompt in enumerate(prompts):
-        rows = Random(f"examples {seed} {number}").sample(short, shots + 1)
-        shown = [row for row in rows if row.prompt != prompt][:shots]
-        texts.append("".join(f"{row.prompt} \n {row.completion} {EOS} " for row in shown) + prompt)
-    return texts
+    rows = []
+    for number, (prompt, ids) in enumerate(zip(prompts, encode_prompts(tokenizer, prompts), strict=True)):
+        drawn = Random(f"examples {seed} {number}").sample(short, shots + 1)
+        shown = [row for row in drawn if row.prompt != prompt][:shots]
+        asked = encode_prompts(tokenizer, [row.prompt for row in shown])
+        answered = encode_responses(tokenizer, [row.completion for row in shown])
+        rows.append([token for pair in zip(asked, answered, strict=True) for part in pair for token in part] + ids)
+    return rows
 
 
 class Bench:
@@ -188,9 +193,9 @@ def measure(seeds: Sequence[int]) -> None:
         run = run_of(size, seed)
         model = load_policy(run, "base" if method == "few_shot" else method, torch.device("cpu"))
         tokenizer = load_tokenizer(run / "base")
-        prompts = bench.prompts
+        prompts: Sequence[Any] = bench.prompts
         if method == "few_shot":
-            prompts = with_examples(prompts, bench.folder.demonstrations, SHOTS, seed)
+            prompts = with_examples(tokenizer, prompts, bench.folder.demonstrations, SHOTS, seed)
         name = f"{size}/{method}/{seed}"
         answers[name] = answer(model, tokenizer, prompts, settings, seed=seed)
         golds[name] = bench.scores(bench.prompts, answers[name])
@@ -253,8 +258,8 @@ def try_examples(run: Path) -> None:
     base, sft = (load_policy(run, name, torch.device("cpu")) for name in ("base", "sft"))
     target = bench.scores(prompts, answer(sft, tokenizer, prompts, EvaluationConfig(), seed=100))
     for shots in range(5):
-        texts = with_examples(prompts, bench.folder.demonstrations, shots, 100)
-        scores = bench.scores(prompts, answer(base, tokenizer, texts, EvaluationConfig(), seed=100))
+        rows = with_examples(tokenizer, prompts, bench.folder.demonstrations, shots, 100)
+        scores = bench.scores(prompts, answer(base, tokenizer, rows, EvaluationConfig(), seed=100))
         rate, (low, high) = win_rate(scores, target)
         mean = sum(scores) / len(scores)
         print(f"{shots} examples: gold {mean:.2f}, preferred to SFT {100 * rate:.1f} % ({low:.3f} to {high:.3f})")

@@ -215,8 +215,8 @@ def test_headline_and_findings_are_the_numbers(read: Reader) -> None:
         "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen." in read.text
     )
     assert "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)" in read.text
-    assert "PPO loses 0.401 nats a token more than the base model, 0.226 of it since SFT" in read.text
-    assert "PPO-ptx pays 93 % of it back" in read.text
+    assert "PPO loses 0.401 nats a token more than the base model (0.226 of them were lost in SFT already)" in read.text
+    assert "PPO-ptx wins 93 % of it back" in read.text
     assert "exploited: PPO" not in read.text
 
 

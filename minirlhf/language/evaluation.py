@@ -62,7 +62,7 @@ class Answers(NamedTuple):
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     config: EvaluationConfig,
     *,
     reference: PreTrainedModel | None = None,
@@ -74,7 +74,7 @@ def answer(
     Args:
         model: a causal model.
         tokenizer: its tokenizer.
-        prompts: texts, without template.
+        prompts: texts, without template; or rows of token ids, which enter the model as they are.
         config: temperature, length limit, batch size.
         reference: measure the KL to this model too. At each token of the answer the exact KL over the vocabulary is
             taken, so that only the sampled prefix is random.
@@ -83,7 +83,8 @@ def answer(
     """
     model.eval()
     answers = Answers([], [], [], [])
-    encoded = encode_prompts(tokenizer, prompts)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = encode_prompts(tokenizer, texts) if texts else [list(map(int, prompt)) for prompt in prompts]
     for start in range(0, len(prompts), config.batch_size):
         samples = sample(
             model,

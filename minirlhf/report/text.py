@@ -216,12 +216,12 @@ def _tax(run: Run) -> str:
         return f"PPO cost nothing in language: its loss on held-out text is {number(-paid, 3)} nats below the base’s."
     text = (
         f"Alignment has a price in language: on held-out text PPO loses {number(paid, 3)} nats a token more than the "
-        f"base model, {number(tax['sft'], 3)} of it since SFT"
+        f"base model ({number(tax['sft'], 3)} of them were lost in SFT already)"
     )
     if removed is None or with_ptx is None:
         return text + "."
     if removed < 0:
         return text + f"; PPO-ptx loses more still ({number(with_ptx, 3)})."
     if removed >= 1:
-        return text + "; PPO-ptx pays it all back."
-    return text + f"; PPO-ptx pays {percent(removed)} of it back."
+        return text + "; PPO-ptx wins it all back."
+    return text + f"; PPO-ptx wins {percent(removed)} of it back."

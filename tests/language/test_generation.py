@@ -169,3 +169,13 @@ def test_errors(make_causal) -> None:
     model.train()
     with pytest.raises(ValueError, match="eval"):
         draw(model)
+
+
+def test_answers_to_texts_and_to_their_ids_are_the_same(causal, tokenizer) -> None:
+    from minirlhf.language.evaluation import EvaluationConfig, answer
+    from minirlhf.language.tokenization import encode_prompts
+
+    prompts, settings = ["say something", "and once more"], EvaluationConfig(max_response_tokens=6)
+    by_text = answer(causal, tokenizer, prompts, settings, seed=3)
+    assert answer(causal, tokenizer, encode_prompts(tokenizer, prompts), settings, seed=3) == by_text
+    assert all(length > 0 for length in by_text.lengths)
