@@ -28,6 +28,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 HELDOUT_FRACTION = 0.1
+COMMON_TIES = 20  # from so many rows on, rows in which all scores are equal are the judge's habit
 LARGEST_SCORE = 1e30  # fits float32 with room; NaN and infinity fail the comparison too
 DIALOGUE_MARK = "\n\nAssistant:"
 
@@ -169,8 +170,8 @@ def _read(folder: Path, name: str, parse: Callable[[Row, str], T]) -> list[T]:
 def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
     """Comparisons that prefer something.
 
-    A row whose scores are all equal teaches nothing, and real judges write such rows (0 for every answer). They are
-    left out, be they one or many, and a note names the first; a file of nothing else is an error.
+    A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in making the file, so
+    they are an error; where they are common (a judge who often gives 0 to all) they are left out, and a note says so.
     """
     rows = _read(folder, "comparisons", _comparison)
     tied = [row for row in rows if len(set(row.scores)) == 1]
@@ -178,8 +179,8 @@ def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
         return rows
     count = len(tied[0].scores)
     first = f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row prefers nothing"
-    if len(tied) == len(rows):
-        raise DataError(f"{first}, nor does any other of the {len(rows)} rows; add rows that rank their responses")
+    if len(tied) == len(rows) or len(tied) < COMMON_TIES:
+        raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are so); leave such rows out")
     notes.append(f"{first}; {len(tied)} of {len(rows)} rows are so and were left out")
     return [row for row in rows if len(set(row.scores)) > 1]
 

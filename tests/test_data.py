@@ -204,27 +204,41 @@ def test_split_shares_no_prompt(folder: Path) -> None:
     assert len(others) > 1
 
 
-@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
-@pytest.mark.parametrize("count", [1, 19])
-def test_rows_that_prefer_nothing_are_left_out_with_a_note(folder: Path, tied: dict, count: int) -> None:
-    rows = [row | (tied if i < count else {}) for i, row in enumerate(ROWS["comparisons"])]
+def with_ties(folder: Path, tied: dict, count: int, total: int) -> None:
+    rows = [row | (tied if i < count else {}) for i, row in enumerate(ROWS["comparisons"] * 2)][:total]
     rows = [{k: v for k, v in row.items() if not ("ranking" in row and k == "scores")} for row in rows]
     heldout = folder / "heldout"
     heldout.mkdir()
     for name in ("corpus", "comparisons", "prompts"):
         write_json_lines(heldout / f"{name}.jsonl", ROWS[name])
     write_json_lines(folder / "comparisons.jsonl", rows)
+
+
+@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
+@pytest.mark.parametrize("count", [1, 19])
+def test_a_few_rows_that_prefer_nothing_are_an_error(folder: Path, tied: dict, count: int) -> None:
+    with_ties(folder, tied, count, 40)
+    with pytest.raises(DataError) as caught:
+        read_folder(folder)
+    assert str(caught.value).startswith(f"{folder / 'comparisons.jsonl'}:1: ")
+    assert "equal" in str(caught.value) and f"{count} of 40" in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
+@pytest.mark.parametrize("count", [20, 39])
+def test_rows_that_often_prefer_nothing_are_left_out_with_a_note(folder: Path, tied: dict, count: int) -> None:
+    with_ties(folder, tied, count, 40)
     data = read_folder(folder)
-    assert len(data.comparisons) == 20 - count and len(data.heldout_comparisons) == 20
+    assert len(data.comparisons) == 40 - count and len(data.heldout_comparisons) == 20
     (note,) = data.notes
     assert note.startswith(f"{folder / 'comparisons.jsonl'}:1: ") and "equal" in note
-    assert f"{count} of 20" in note and "left out" in note
+    assert f"{count} of 40" in note and "left out" in note
 
 
 @pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
 def test_a_file_of_ties_alone_is_an_error(folder: Path, tied: dict) -> None:
     write_json_lines(folder / "comparisons.jsonl", [PAIR | tied] * 30)
-    expect(folder, f"{folder / 'comparisons.jsonl'}:1: ", "equal", "30 rows")
+    expect(folder, f"{folder / 'comparisons.jsonl'}:1: ", "equal", "30 of 30 rows")
 
 
 def test_own_heldout_folder_is_used_and_checked(folder: Path) -> None:
