@@ -22,8 +22,9 @@ What differs is how each library does it, at its defaults. trl sets `gradient_ch
 told otherwise; both are off here, which is quicker on a CPU (`--trl-checkpointing` shows the price of the first). It
 samples by transformers' `generate` with a KV cache and keeps the logits of every token; its forwards also build a KV
 cache, the logits of the prompt and all hidden states, hold every answer at the width of the longest, and it collects
-garbage twice a step. minirlhf groups answers of like length and trims each group, leaves out the last token where
-it predicts nothing, clips both gradients, logs more metrics, and sends answers as text, closed with EOS, to the reward.
+garbage twice a step. minirlhf computes the same Llama without padding (`minirlhf/language/packed.py`: rows end to end,
+and after the last attention only the tokens that are asked for), leaves out the last token where it predicts nothing,
+clips both gradients, logs more metrics, and sends answers as text, closed with EOS, to the reward.
 """
 
 from __future__ import annotations
@@ -125,15 +126,14 @@ class Probe:
         owner = {id(p): name for name, model in models.items() for p in model.parameters() if p.requires_grad}
         self._hooks = [register_optimizer_step_post_hook(lambda optimizer, *_: self._count_update(optimizer, owner))]
         for name, model in models.items():
-            hook = lambda module, args, kwargs, name=name: self._count_tokens(name, args, kwargs)  # noqa: E731
-            self._hooks.append(model.base_model.register_forward_pre_hook(hook, with_kwargs=True))
+            hook = lambda module, args, name=name: self._count_tokens(name, args[0])  # noqa: E731
+            self._hooks.append(model.base_model.embed_tokens.register_forward_pre_hook(hook))
         self.checksum = {name: float(sum(p.double().abs().sum() for p in m.parameters())) for name, m in models.items()}
 
     def _count_update(self, optimizer: Any, owner: dict[int, str]) -> None:
         self.updated.update({owner[id(p)] for group in optimizer.param_groups for p in group["params"]})
 
-    def _count_tokens(self, name: str, args: tuple, kwargs: dict) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+    def _count_tokens(self, name: str, tokens: Any) -> None:
         self.tokens[name] += tokens.numel()
 
     def step_ended(self) -> None:

@@ -13,7 +13,7 @@ from minirlhf.data import Comparison
 from minirlhf.errors import check_ranges
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import response_logits
+from minirlhf.language.models import real_response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.training import generator_for, micro_batches
 
@@ -116,12 +116,13 @@ def sequence_kl(
     kl = torch.zeros(len(samples.ended))
     for group in micro_batches(samples.mask.sum(dim=1).tolist(), micro_batch_tokens):
         part = samples.rows(torch.tensor(group))
-        length = part.response_mask.shape[1]
         logits, ref_logits = (
-            response_logits(m, part.tokens, part.mask, length).float() / temperature for m in (model, reference)
+            real_response_logits(m, part.tokens, part.mask, part.response_mask).float() / temperature
+            for m in (model, reference)
         )
-        token_kl = exact_kl(logits, ref_logits)
-        kl[group] = torch.where(part.response_mask, token_kl, 0.0).sum(dim=1).cpu()
+        token_kl = torch.zeros(part.response_mask.shape, device=logits.device)
+        token_kl[part.response_mask] = exact_kl(logits, ref_logits)
+        kl[group] = token_kl.sum(dim=1).cpu()
     return kl
 
 

@@ -7,13 +7,13 @@ first PPO minibatch is not 1).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minirlhf.language.decoding import decoder_for
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
 
@@ -119,38 +119,20 @@ def sample(
         raise ValueError(f"pad_id and eos_id are both {pad_id}; give the tokenizer a pad token of its own")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before sampling")
-    from transformers import DynamicCache
-
     device = model.device
     prompt_tokens, prompt_mask = (part.to(device) for part in pad(prompts, pad_id, side="left"))
-    rows, width = prompt_tokens.shape
+    rows = len(prompts)
     response_tokens = torch.full((rows, max_new_tokens), pad_id, device=device)
     response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    cache = DynamicCache(config=model.config)
+    decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
     alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
-    attention = torch.cat([prompt_mask.long(), torch.ones(rows, max_new_tokens, dtype=torch.long, device=device)], 1)
-    inputs, positions = prompt_tokens, (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-
+    logits = decoder.prompt()
     for step in range(max_new_tokens):
-        extra = {"position_ids": positions} if takes_positions else {}
-        out = model(
-            inputs,
-            attention_mask=attention[:, : width + step],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **extra,
-        )
-        logits = out.logits[:, -1].float()
-        if greedy:
-            token = logits.argmax(dim=-1)
-        else:
-            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
+        token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, generator)
         at = alive[running]
         response_tokens[at, step] = token[running]
         response_mask[at, step] = True
@@ -159,14 +141,13 @@ def sample(
         ended[alive[stopped]] = True
         running = running & ~stopped
         count = int(running.sum())
-        if count == 0:
+        if count == 0 or step == max_new_tokens - 1:
             break
         if count < COMPACT_BELOW * len(running):
             keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            alive, attention, positions = alive[keep], attention[keep], positions[keep]
-            token, running = token[keep], running[keep]
-        inputs, positions = token[:, None], positions[:, -1:] + 1
+            decoder.keep(keep)
+            alive, token, running = alive[keep], token[keep], running[keep]
+        logits = decoder.step(token)
 
     longest = int(response_mask.sum(dim=1).max())
     return Samples(
@@ -177,3 +158,20 @@ def sample(
         logprobs[:, :longest],
         ended,
     )
+
+
+def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row from softmax(logits): [B, V] -> [B] int64, by inversion of the distribution function.
+
+    One random number a row (torch.multinomial takes one a token of the vocabulary, and on a CPU most of a sampling
+    step's time). Sums are in float64, where a token of probability 1e-12 still has its share; one of probability 0 is
+    never drawn.
+
+    Example:
+        >>> draw(torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])).tolist()
+        [0, 1]
+    """
+    below = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    chosen = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    # Strictly below the sum of all, which rounding may have left on either side of 1.
+    return torch.searchsorted(below, chosen * (1 - 2**-50) * below[:, -1:], right=True).squeeze(1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError, UserError, check_ranges
+from minirlhf.language.packed import can_pack, hidden_states, pack
 from minirlhf.losses import token_logprobs
 
 if TYPE_CHECKING:
@@ -237,6 +238,10 @@ def response_logprobs(
         temperature: the one that the response was sampled with.
     """
     length = response_mask.shape[1]
+    if can_pack(model):
+        logits = real_response_logits(model, tokens, mask, response_mask)
+        logprobs = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature)
+        return _spread(logprobs, response_mask)
     logits = response_logits(model, tokens, mask, length)
     return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask)
 
@@ -246,14 +251,41 @@ def response_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`response_logprobs`, and the entropy in nats of the distribution each token was drawn from; both [B, T]."""
     length = response_mask.shape[1]
+    if can_pack(model):
+        logits = real_response_logits(model, tokens, mask, response_mask)
+        both = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature, return_entropy=True)
+        return _spread(both[0], response_mask), _spread(both[1], response_mask)
     logits = response_logits(model, tokens, mask, length)
     return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask, return_entropy=True)
 
 
-def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The scalar head at every token, offset removed: [B, T] -> [B, T] float32."""
+def real_response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+    """`response_logits` at the W response tokens alone: [W, V], in the order of response_mask [B, T]."""
+    if not can_pack(model):
+        return response_logits(model, tokens, mask, response_mask.shape[1])[response_mask]
+    packed = pack(tokens[:, :-1], mask[:, :-1])
+    before = packed.slots[:, -response_mask.shape[1] :][response_mask]  # the token before each
+    return model.lm_head(hidden_states(model.base_model, packed, before))
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[W] values to the True places of mask [...], 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """The scalar head at every token, offset removed: [B, T] -> [B, T] float32.
+
+    With ``wanted`` [B, T] bool, true at some of the real tokens, the others are 0 and may cost nothing.
+    """
+    offset = getattr(model.config, "score_offset", 0.0)
+    if wanted is not None and can_pack(model):
+        packed = pack(tokens, mask)
+        hidden = hidden_states(model.base_model, packed, packed.slots[wanted])
+        return _spread(model.score(hidden).squeeze(-1).float() - offset, wanted)
     hidden = model.base_model(**_inputs(model.base_model, tokens, mask), use_cache=False).last_hidden_state
-    return model.score(hidden).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+    values = model.score(hidden).squeeze(-1).float() - offset
+    return values if wanted is None else torch.where(wanted, values, 0.0)
 
 
 def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -263,7 +295,7 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     last = torch.where(mask.bool(), columns, -1).amax(dim=1)
-    return token_values(model, tokens, mask).gather(1, last[:, None]).squeeze(1)
+    return token_values(model, tokens, mask, columns == last[:, None]).gather(1, last[:, None]).squeeze(1)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

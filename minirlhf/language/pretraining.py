@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.errors import check_ranges
-from minirlhf.losses import token_logprobs
+from minirlhf.language.models import response_logprobs
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -85,8 +85,8 @@ def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
 
 def language_model_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """Mean negative log-likelihood a token of full blocks: [B, T] -> scalar, in nats."""
-    logits = model(input_ids=blocks, use_cache=False).logits
-    return -token_logprobs(logits[:, :-1], blocks[:, 1:]).mean()
+    everything = torch.ones_like(blocks, dtype=torch.bool)
+    return -response_logprobs(model, blocks, everything, everything[:, 1:]).mean()
 
 
 def train_base(

@@ -207,13 +207,9 @@ def _score_group(
 
 
 def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """One score a row, -> [N]. Rows of like length go through the model together, so that little of it is padding."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = []
-    for part in torch.tensor(order).chunk(4):
-        tokens, mask = pad([rows[i] for i in part.tolist()], tokenizer.pad_token_id)
-        scores.append(sequence_scores(model, tokens.to(model.device), mask.to(model.device)))
-    return torch.cat(scores)[torch.tensor(order).argsort()]
+    """One score a row: -> [N]."""
+    tokens, mask = pad(rows, tokenizer.pad_token_id)
+    return sequence_scores(model, tokens.to(model.device), mask.to(model.device))
 
 
 class RewardModelScorer:
@@ -224,12 +220,11 @@ class RewardModelScorer:
         >>> reward(["write a story about frogs"], ["once upon a time ..."])  # doctest: +SKIP
         tensor([1.3])
 
-    ``micro_batch_tokens``: padded tokens a forward pass, memory and speed, not mathematics (small groups hold texts of
-    like length and little padding, which is quickest on a CPU; a GPU wants ten times as many).
+    ``micro_batch_tokens``: padded tokens a forward pass, memory and speed, not mathematics.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int = 1024
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int = 4096
     ) -> None:
         self.model, self.tokenizer, self.micro_batch_tokens = model.eval(), tokenizer, micro_batch_tokens
 

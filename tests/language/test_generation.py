@@ -30,7 +30,7 @@ def draw(model, prompts=PROMPTS, *, greedy: bool = False, temperature: float = 1
 def stopping(causal):
     """A model that ends its answers often: the token that it likes best, after all, stands for EOS."""
     tokens = draw(causal, temperature=3.0).response_tokens
-    values, counts = tokens.unique(return_counts=True)
+    values, counts = tokens[tokens != 0].unique(return_counts=True)  # 0 is the padding
     causal.eos = int(values[counts.argmax()])
     return causal
 
