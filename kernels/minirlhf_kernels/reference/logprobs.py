@@ -27,6 +27,8 @@ IGNORED_TOKEN = -100
 _CHUNK_ELEMENTS = 1 << 24
 # Logits of a part, for each thread: 512 KiB of float32, which a core's own cache holds from one line to the next.
 _PART_ELEMENTS = 1 << 17
+# Where one pass is all: 16 MiB, which the next part finds still mapped; a block beyond 32 MiB is new pages every time.
+_BLOCK_ELEMENTS = 1 << 22
 
 
 def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
@@ -43,7 +45,7 @@ def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabu
     _check_tokens(tokens, mask, shape)
     if mask is None and tokens.numel():
         lowest, highest = tokens.aminmax()
-        if lowest >= 0 and highest < vocabulary:
+        if lowest.item() >= 0 and highest.item() < vocabulary:
             return None
     counted = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
     outside = counted & ((tokens < 0) | (tokens >= vocabulary))
@@ -80,7 +82,11 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _parts(rows: int, logits: Tensor, entropy: bool) -> Iterator[slice]:
     """Some rows at a time for the entropy, else all; all on a GPU too, where a launch costs more than a cache saves."""
     size = _PART_ELEMENTS * torch.get_num_threads() // max(1, logits.shape[-1])
-    size = max(1, size if entropy and not logits.is_cuda else rows)
+    return _slices(rows, size if entropy and not logits.is_cuda else rows)
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -122,7 +128,7 @@ def _mended(log_p: Tensor, tokens: Tensor) -> Tensor:
     """log p_token [R] of rows log p [R, V], to the last digits; where p_token is near 1, log_p gets them too."""
     index = tokens.unsqueeze(-1)
     logprobs = log_p.gather(-1, index).squeeze(-1)
-    if logprobs.numel() and logprobs.max() > -0.25:
+    if logprobs.numel() and logprobs.amax().item() > -0.25:
         near_one = logprobs > -0.25
         others = log_p[near_one].exp_().scatter_(-1, index[near_one], 0.0)
         logprobs[near_one] = torch.log1p(-others.sum(-1))
@@ -185,6 +191,15 @@ def _write_gradient(
         grad.scatter_(-1, tokens[index].unsqueeze(-1), at_token)
         if not direct:
             out[index] = grad.to(out.dtype)
+
+
+def _forward_alone(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log p_token [...] of logits [..., V], for which no gradient and no entropy is wanted."""
+    if logits.is_cuda or logits.numel() <= _BLOCK_ELEMENTS:
+        return _read_part(logits, tokens, temperature, False, None)[0]
+    rows, flat = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1)
+    parts = _slices(len(rows), _BLOCK_ELEMENTS // logits.shape[-1])
+    return torch.cat([_read_part(rows[p], flat[p], temperature, False, None)[0] for p in parts]).view(tokens.shape)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -274,7 +289,7 @@ def token_logprobs(
     counted = _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])
     keep = logits.requires_grad and torch.is_grad_enabled()
     if counted is None and not keep and not return_entropy:
-        return _read_part(logits.detach(), tokens, temperature, False, None)[0]
+        return _forward_alone(logits.detach(), tokens, temperature)
     options = temperature, return_entropy, inplace_backward, keep
     logprobs, entropy = _TokenLogprobs.apply(logits, tokens, counted, *options)
     return (logprobs, entropy) if return_entropy else logprobs
