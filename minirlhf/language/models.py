@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError, UserError, check_ranges
 from minirlhf.language.packed import can_pack, hidden_states, pack
-from minirlhf.losses import token_logprobs
+from minirlhf.language.surprise import add_empty_surprise, has_surprise
+from minirlhf.losses import linear_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,7 +138,27 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
     model, missing = _load(AutoModelForSequenceClassification, path)
     _check_scalar(model)
     _check_complete(path, missing)
+    add_empty_surprise(model)
+    if has_surprise(model):
+        _load_surprise(model, Path(path))
     return model
+
+
+def _load_surprise(model: PreTrainedModel, folder: Path) -> None:
+    """What transformers left in the file: the weights of a part that it does not know."""
+    from safetensors.torch import load_file
+
+    prefix = "surprise."
+    own: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        own |= {name[len(prefix) :]: value for name, value in load_file(file).items() if name.startswith(prefix)}
+    try:
+        model.surprise.load_state_dict({name: value.float() for name, value in own.items()})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{folder}: the reward model's surprise can't be loaded ({reason}); save it again"
+        ) from None
 
 
 def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -184,6 +205,7 @@ def untrained_scalar(model: PreTrainedModel) -> PreTrainedModel:
 def clone(model: PreTrainedModel) -> PreTrainedModel:
     """A model with the same weights that shares none of them."""
     twin = type(model)(copy.deepcopy(model.config))
+    add_empty_surprise(twin)
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -274,18 +296,24 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """The scalar head at every token, offset removed: [B, T] -> [B, T] float32.
+    """The scalar head at every real token, offset removed: [B, T] -> [B, T] float32, 0 at padding.
 
-    With ``wanted`` [B, T] bool, true at some of the real tokens, the others are 0 and may cost nothing.
+    With ``wanted`` [B, T] bool, true at some of the real tokens, the others are 0 too and may cost nothing.
     """
-    offset = getattr(model.config, "score_offset", 0.0)
-    if wanted is not None and can_pack(model):
+    wanted = mask.bool() if wanted is None else wanted
+    return _spread(_head(model, _states(model, tokens, mask, wanted)), wanted)
+
+
+def _states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """The body's last hidden states at the True places of wanted [B, T], row by row: [W, D]."""
+    if can_pack(model):
         packed = pack(tokens, mask)
-        hidden = hidden_states(model.base_model, packed, packed.slots[wanted])
-        return _spread(model.score(hidden).squeeze(-1).float() - offset, wanted)
-    hidden = model.base_model(**_inputs(model.base_model, tokens, mask), use_cache=False).last_hidden_state
-    values = model.score(hidden).squeeze(-1).float() - offset
-    return values if wanted is None else torch.where(wanted, values, 0.0)
+        return hidden_states(model.base_model, packed, packed.slots[wanted])
+    return model.base_model(**_inputs(model.base_model, tokens, mask), use_cache=False).last_hidden_state[wanted]
+
+
+def _head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    return model.score(states).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
 
 
 def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -295,7 +323,31 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     last = torch.where(mask.bool(), columns, -1).amax(dim=1)
-    return token_values(model, tokens, mask, columns == last[:, None]).gather(1, last[:, None]).squeeze(1)
+    return _head(model, _states(model, tokens, mask, columns == last[:, None]))
+
+
+def answer_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
+    """The score of each row's answer: [B, T] -> [B] float32; `sequence_scores`, and the model's surprise if it has one.
+
+    Args:
+        model: a scalar model.
+        tokens: [B, T] prompts and answers, padded on the right.
+        mask: [B, T] True at real tokens.
+        starts: [B] the column of each answer's first token, at least 1.
+    """
+    if not has_surprise(model):
+        return sequence_scores(model, tokens, mask)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    answer = mask.bool() & (columns >= starts[:, None])
+    last = columns == mask.sum(dim=1, keepdim=True) - 1
+    before = torch.roll(answer, -1, dims=1)  # the token before each of the answer's
+    before[:, -1] = False
+    states = _states(model, tokens, mask, before | last)
+    is_last = last[before | last]
+    own = model.surprise.vocabulary
+    weight = model.get_input_embeddings().weight if own is None else own
+    logprobs = _spread(linear_token_logprobs(states[~is_last], weight, tokens[answer]), answer)
+    return _head(model, states[is_last]) + model.surprise(logprobs, answer)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError, check_ranges
-from minirlhf.language.models import context_of, pad, scalar_model_from, sequence_scores
+from minirlhf.language.models import answer_scores, context_of, pad, scalar_model_from
+from minirlhf.language.surprise import add_surprise
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.training import (
@@ -93,6 +94,9 @@ class RewardModelConfig:
     """AdamW's decay of matrices."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    surprise: bool = False
+    """Let the score depend on the log-probabilities that the model itself gives the answer's tokens (InstructGPT's
+    does not; see language/surprise.py)."""
     micro_batch_tokens: int = 8192
     """Padded tokens a forward pass: memory, not mathematics."""
 
@@ -136,7 +140,10 @@ def train_reward_model(
     """
     recorder = recorder or Recorder("reward_model")
     reward_model = scalar_model_from(model, seed)
+    if config.surprise:
+        add_surprise(reward_model, model, seed)
     encoded = encode_comparisons(tokenizer, comparisons)
+    prompt_lengths = [len(prompt) for prompt in encode_prompts(tokenizer, [row.prompt for row in comparisons])]
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
     # Which prompts prefer anything: 0 or 1 each. The others add nothing to the loss, and nothing to its denominator.
@@ -154,7 +161,11 @@ def train_reward_model(
         for group in micro_batches([sizes[row] for row in batch], config.micro_batch_tokens):
             chosen = [batch[i] for i in group]
             rewards, scores, mask = _score_group(
-                reward_model, [encoded[row] for row in chosen], [comparisons[row] for row in chosen], tokenizer
+                reward_model,
+                [encoded[row] for row in chosen],
+                [prompt_lengths[row] for row in chosen],
+                [comparisons[row] for row in chosen],
+                tokenizer,
             )
             part = ranking_loss(rewards, scores, mask, denominator=counted)
             where = [comparisons[row].where or row for row in chosen[:3]]
@@ -192,12 +203,14 @@ def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence
 def _score_group(
     model: PreTrainedModel,
     encoded: Sequence[list[list[int]]],
+    prompt_lengths: Sequence[int],
     comparisons: Sequence[Comparison],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards, labels and mask of a few prompts, padded to the largest K: three of [b, K]."""
-    flat = _score_rows(model, [row for rows in encoded for row in rows], tokenizer)
     counts = [len(rows) for rows in encoded]
+    starts = [length for length, count in zip(prompt_lengths, counts, strict=True) for _ in range(count)]
+    flat = _score_rows(model, [row for rows in encoded for row in rows], starts, tokenizer)
     valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
     valid = valid.to(flat.device)
     rewards = torch.zeros(valid.shape, device=flat.device).masked_scatter(valid, flat)
@@ -206,10 +219,12 @@ def _score_group(
     return rewards, labels, valid
 
 
-def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """One score a row: -> [N]."""
-    tokens, mask = pad(rows, tokenizer.pad_token_id)
-    return sequence_scores(model, tokens.to(model.device), mask.to(model.device))
+def _score_rows(
+    model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """One score a row, whose answer begins at token `starts`: -> [N]."""
+    tokens, mask = (part.to(model.device) for part in pad(rows, tokenizer.pad_token_id))
+    return answer_scores(model, tokens, mask, torch.tensor(starts, device=model.device))
 
 
 class RewardModelScorer:
@@ -235,17 +250,12 @@ class RewardModelScorer:
         A sampled answer may take more tokens when it is read than when it was written (half a character becomes a
         whole one, an answer that was cut is closed by EOS). What the model can't read of it is left out before EOS.
         """
-        rows = [
-            prompt + response
-            for prompt, response in zip(
-                encode_prompts(self.tokenizer, prompts), encode_responses(self.tokenizer, responses), strict=True
-            )
-        ]
+        encoded = encode_prompts(self.tokenizer, prompts)
+        rows = [p + r for p, r in zip(encoded, encode_responses(self.tokenizer, responses), strict=True)]
         context = context_of(self.model)
         rows = [row if context is None or len(row) <= context else [*row[: context - 1], row[-1]] for row in rows]
         scores = torch.zeros(len(rows))
         for group in micro_batches([len(row) for row in rows], self.micro_batch_tokens):
-            tokens, mask = pad([rows[i] for i in group], self.tokenizer.pad_token_id)
-            device = self.model.device
-            scores[group] = sequence_scores(self.model, tokens.to(device), mask.to(device)).cpu()
+            starts = [len(encoded[i]) for i in group]
+            scores[group] = _score_rows(self.model, [rows[i] for i in group], starts, self.tokenizer).cpu()
         return scores
