@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError, UserError, check_ranges
 from minirlhf.language.packed import can_pack, hidden_states, pack
-from minirlhf.language.surprise import add_empty_surprise, has_surprise
+from minirlhf.language.surprise import ScalarModel, add_empty_surprise, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
@@ -133,32 +133,11 @@ def _check_complete(path: str | Path, missing: list[str]) -> None:
 
 def load_scalar_model(path: str | Path) -> PreTrainedModel:
     """Load a reward or value model saved by minirlhf, or any one-label sequence classifier of transformers."""
-    from transformers import AutoModelForSequenceClassification
-
-    model, missing = _load(AutoModelForSequenceClassification, path)
+    model, missing = _load(ScalarModel, path)
     _check_scalar(model)
     _check_complete(path, missing)
-    add_empty_surprise(model)
-    if has_surprise(model):
-        _load_surprise(model, Path(path))
+    load_surprise(model, Path(path))
     return model
-
-
-def _load_surprise(model: PreTrainedModel, folder: Path) -> None:
-    """What transformers left in the file: the weights of a part that it does not know."""
-    from safetensors.torch import load_file
-
-    prefix = "surprise."
-    own: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        own |= {name[len(prefix) :]: value for name, value in load_file(file).items() if name.startswith(prefix)}
-    try:
-        model.surprise.load_state_dict({name: value.float() for name, value in own.items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"{folder}: the reward model's surprise can't be loaded ({reason}); save it again"
-        ) from None
 
 
 def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:

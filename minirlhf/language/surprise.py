@@ -12,10 +12,13 @@ six points of accuracy; in text of another kind probability may say little about
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from minirlhf.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,3 +83,42 @@ def add_empty_surprise(scalar: PreTrainedModel) -> None:
     if kind is not None:
         embedding = scalar.get_input_embeddings().weight
         scalar.surprise = Surprise(torch.zeros_like(embedding) if kind == "own_head" else None)
+
+
+class ScalarModel:
+    """AutoModelForSequenceClassification that does not warn of an f in the file: `load_surprise` reads it."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, **options: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "surprise", None) is None:
+            return AutoModelForSequenceClassification.from_pretrained(path, **options)
+        kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+        quiet: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [r"^surprise\."]})
+        loaded = quiet.from_pretrained(path, **options)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = kind
+        return loaded
+
+
+def load_surprise(scalar: PreTrainedModel, folder: Path) -> None:
+    """Give a scalar model the f that its config speaks of, from the folder's safetensors; in place.
+
+    Raises:
+        CheckpointError: it does not stand there whole.
+    """
+    from safetensors.torch import load_file
+
+    add_empty_surprise(scalar)
+    if not has_surprise(scalar):
+        return
+    own: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file).items()
+        own |= {name.removeprefix("surprise."): x.float() for name, x in tensors if name.startswith("surprise.")}
+    try:
+        scalar.surprise.load_state_dict(own)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{folder}: the model's surprise can't be loaded ({reason}); save it again") from None

@@ -1,6 +1,6 @@
 """Ship a run: its five models as one small folder of checkpoints that lessons and small projects start from.
 
-    python -m minirlhf.pipeline.export runs/default data/checkpoints
+    python -m minirlhf.pipeline.export runs/checkpoints data/checkpoints
 
 The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's:
 `load_policy(Path("data/checkpoints"), "sft", device)`. Beside the run's five models it may hold others, made by

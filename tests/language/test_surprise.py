@@ -96,7 +96,7 @@ def test_values_are_those_of_the_head_alone(causal) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_saved_loaded_and_cloned_it_scores_the_same(kind: str, make_causal, tmp_path, tokenizer) -> None:
+def test_saved_loaded_and_cloned_it_scores_the_same(kind: str, make_causal, tmp_path, tokenizer, caplog, capfd) -> None:
     causal = make_causal(scale=4.0) if kind == "tied" else untied()
     scalar = surprised(causal)
     assert (scalar.surprise.vocabulary is None) == (kind == "tied")
@@ -107,7 +107,10 @@ def test_saved_loaded_and_cloned_it_scores_the_same(kind: str, make_causal, tmp_
     assert (scores - sequence_scores(scalar, tokens, mask)).abs().min() > 1e-3
     torch.testing.assert_close(answer_scores(clone(scalar).eval(), tokens, mask, torch.tensor(STARTS)), scores)
     scalar.save_pretrained(tmp_path)
+    caplog.clear()
     loaded = load_scalar_model(tmp_path).eval()
+    assert "UNEXPECTED" not in caplog.text + "".join(capfd.readouterr())
+    assert type(loaded) is type(scalar)
     torch.testing.assert_close(answer_scores(loaded, tokens, mask, torch.tensor(STARTS)), scores)
     if kind == "tied":
         reward = RewardModelScorer(loaded, tokenizer)
