@@ -5,11 +5,11 @@
     .venv/bin/python benchmarks/figure_11_pipeline.py --examples      try 0 to 4 examples before a prompt, and stop
 
 Each size and seed is a run of the pipeline in build/figure_11/SIZE-seedN; a killed one goes on where it was, a finished
-one is taken as it stands. "large" is the default run but for the reward model, which has the paper's plain head, 70
-steps of PPO and more of the mix; data/checkpoints holds such a run:
+one is taken as it stands. "large" is the default run but for the reward model, which has the paper's plain head, and
+shorter PPO with less penalty and more of the mix; data/checkpoints holds such a run:
 
     minirlhf run --out build/figure_11/large-seed0 --seed 0 \\
-        --reward-model.no-surprise --rlhf.steps 70 --rlhf.ptx-coef 0.08
+        --reward-model.no-surprise --rlhf.steps 70 --rlhf.beta 0.05 --rlhf.ptx-coef 0.08
 
 As in the paper (appendix C.2 and C.4), one reward model serves policies of all sizes, and the value network starts from
 it: "tiny" and "small" take the reward model of the large run of their seed. They differ from it in the model and in

@@ -49,7 +49,7 @@ class RunConfig:
     """Step 1: supervised fine-tuning."""
     reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(surprise=True))
     """Step 2: the reward model."""
-    rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(ptx_coef=0.08))
+    rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(steps=100, beta=0.08, ptx_coef=0.05))
     """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The measurements at the end."""

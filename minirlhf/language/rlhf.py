@@ -50,7 +50,7 @@ Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, flo
 class RLHFConfig:
     """PPO with a KL penalty."""
 
-    steps: int = 90
+    steps: int = 70
     """PPO steps; each samples one batch."""
     batch_size: int = 128
     """Answers sampled a step."""
