@@ -63,10 +63,12 @@ def test_all_answers_of_a_prompt_are_in_one_step(make_causal, tokenizer, monkeyp
     seen: list[list[Comparison]] = []
     original = module._score_group
 
-    def spy(model, encoded, comparisons, tokenizer):
+    def spy(model, encoded, prompt_lengths, comparisons, tokenizer):
         assert [len(rows) for rows in encoded] == [len(row.responses) for row in comparisons]
+        prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
+        assert list(prompt_lengths) == [len(prompt) for prompt in prompts]
         seen.append(list(comparisons))
-        return original(model, encoded, comparisons, tokenizer)
+        return original(model, encoded, prompt_lengths, comparisons, tokenizer)
 
     monkeypatch.setattr(module, "_score_group", spy)
     train(make_causal(), tokenizer, batch_size=2)
