@@ -219,8 +219,8 @@ def positions(mask: Tensor) -> Tensor:
 def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_length: int) -> Tensor:
     """Logits that predict the last ``response_length`` tokens: [B, P + T] -> [B, T, V].
 
-    Column t of the result was computed from the tokens before response token t: the shift by one is made here,
-    once, for everyone. The last token predicts nothing that is asked for, so it does not enter the model.
+    Column t of the result was computed from the tokens before response token t: the shift by one is made here, and for
+    packed rows in `real_response_logits`. The last token predicts nothing that is asked for, so it does not enter.
     """
     out = model(**_inputs(model, tokens[:, :-1], mask[:, :-1]), use_cache=False, logits_to_keep=response_length)
     return out.logits[:, -response_length:]
