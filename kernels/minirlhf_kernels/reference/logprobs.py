@@ -195,7 +195,7 @@ def _write_gradient(
 
 def _forward_alone(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """log p_token [...] of logits [..., V], for which no gradient and no entropy is wanted."""
-    if logits.is_cuda or logits.numel() <= _BLOCK_ELEMENTS:
+    if logits.is_cuda or logits.numel() <= 2 * _BLOCK_ELEMENTS:
         return _read_part(logits, tokens, temperature, False, None)[0]
     rows, flat = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1)
     parts = _slices(len(rows), _BLOCK_ELEMENTS // logits.shape[-1])
