@@ -67,6 +67,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     from transformers.models.llama import modeling_llama as llama
 
     base, config = model.base_model, model.config
+    if type(model) not in (llama.LlamaForCausalLM, llama.LlamaForSequenceClassification) or _is_hooked(model):
+        return False  # a forward of its own, or a hook, has something to say
     if type(base) is not llama.LlamaModel or base.training or torch.is_autocast_enabled("cpu"):
         return False
     weight = base.embed_tokens.weight

@@ -142,8 +142,7 @@ def train_reward_model(
     reward_model = scalar_model_from(model, seed)
     if config.surprise:
         add_surprise(reward_model, model, seed)
-    encoded = encode_comparisons(tokenizer, comparisons)
-    prompt_lengths = [len(prompt) for prompt in encode_prompts(tokenizer, [row.prompt for row in comparisons])]
+    encoded, prompt_lengths = encode_comparisons(tokenizer, comparisons)
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
     # Which prompts prefer anything: 0 or 1 each. The others add nothing to the loss, and nothing to its denominator.
@@ -193,11 +192,14 @@ def train_reward_model(
     return reward_model
 
 
-def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
-    """Token ids of prompt + answer + EOS, for each answer of each comparison."""
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Token ids of prompt + answer + EOS, for each answer of each comparison, and the length of each one's prompt."""
     prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
     responses = iter(encode_responses(tokenizer, [text for row in comparisons for text in row.responses]))
-    return [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
+    rows = [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
+    return rows, [len(prompt) for prompt in prompts]
 
 
 def _score_group(

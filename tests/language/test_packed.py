@@ -198,6 +198,13 @@ def test_a_model_that_is_not_quite_a_llama_goes_through_transformers() -> None:
     assert not can_pack(hooked)
     handle.remove()
     assert can_pack(hooked)
+    hooked.register_forward_pre_hook(lambda *_: None)
+    assert not can_pack(hooked)
+
+    class Capped(LlamaForCausalLM):
+        """Logits of its own."""
+
+    assert not can_pack(llama(Capped, torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_pack(plain)
 

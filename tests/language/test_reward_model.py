@@ -42,7 +42,7 @@ def test_loss_and_accuracy_equal_enumeration(make_causal, tokenizer) -> None:
     causal = make_causal(scale=4.0)
     scalar = scalar_model_from(causal, seed=4).eval()
     prompts, right, pairs = [], 0, 0
-    for row, encoded in zip(ROWS, encode_comparisons(tokenizer, ROWS), strict=True):
+    for row, encoded in zip(ROWS, encode_comparisons(tokenizer, ROWS)[0], strict=True):
         # Each answer alone, without any padding.
         with torch.no_grad():
             r = [float(sequence_scores(scalar, torch.tensor([e]), torch.ones(1, len(e)))) for e in encoded]
@@ -119,7 +119,7 @@ def test_demonstrations_average_zero_and_the_checkpoint_is_plain_transformers(
     save_model(tmp_path / "rm", model, tokenizer)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     assert loaded.config.score_offset == pytest.approx(offset)
-    tokens, mask = pad(encode_comparisons(tokenizer, ROWS)[0], tokenizer.pad_token_id)
+    tokens, mask = pad(encode_comparisons(tokenizer, ROWS)[0][0], tokenizer.pad_token_id)
     with torch.no_grad():
         plain = loaded(input_ids=tokens, attention_mask=mask.long()).logits.squeeze(-1)
     ours = scorer([ROWS[0].prompt] * 3, ROWS[0].responses)
