@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from minirlhf.language import decoding, models, packed
+from minirlhf.language import decoding, models
 from minirlhf.language.decoding import CachedDecoder, PackedDecoder
 from minirlhf.language.generation import draw, sample
+from minirlhf.language.layers import attention_groups
 from minirlhf.language.models import response_logits, response_logprobs_and_entropy, sequence_scores, token_values
 from minirlhf.language.packed import can_pack, hidden_states, pack
 from minirlhf.training import generator_for
@@ -87,17 +88,11 @@ def test_hidden_states_and_gradients_are_those_of_transformers(body, batch, seed
         torch.testing.assert_close(a, b, atol=1e-11 * float(b.abs().max()) + 1e-13, rtol=0)
 
 
-def test_the_gradient_of_the_norm_is_exact() -> None:
-    norm = llama().model.norm
-    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, weight: packed._RMSNorm.apply(x, weight, 1e-5), (x, norm.weight))
-
-
 def test_gradients_through_the_whole_body_are_exact(body) -> None:
     """float64 gradcheck, rows of several lengths in two groups, some tokens wanted."""
     tokens, mask = torch.arange(1, 37).view(4, 9), torch.arange(9) < torch.tensor([[9], [6], [3], [1]])
     rows = pack(tokens, mask)
-    assert len(packed._attention_groups(rows.lengths)) == 3
+    assert len(attention_groups(rows.lengths)) == 3
     parameters = [body.embed_tokens.weight, body.layers[0].self_attn.q_proj.weight, body.layers[1].mlp.up_proj.weight]
 
     def states(*_):
@@ -110,7 +105,7 @@ def test_what_a_gap_holds_reaches_nobody(body) -> None:
     """A row that is padded with a copy of its last token is the same row alone."""
     long, short = torch.arange(1, 18)[None], torch.tensor([[7, 9, 3] + [0] * 14])
     both = pack(torch.cat([long, short]), torch.cat([long > 0, short > 0]))
-    groups = packed._attention_groups([17, 9])
+    groups = attention_groups([17, 9])
     assert len(groups) == 1 and groups[0].to_padded is not None, "one group, so that the shorter row has a gap"
     alone = pack(short[:, :3], short[:, :3] > 0)
     torch.testing.assert_close(hidden_states(body, both)[17:], hidden_states(body, alone), atol=1e-12, rtol=0)
