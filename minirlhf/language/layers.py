@@ -109,7 +109,7 @@ class _Unit(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, the two beside each other (Shazeer 2020, "GLU variants improve transformer"): [N, 2 I] -> [N, I]."""
+    """silu(gate) * up, given beside each other: [N, 2 I] -> [N, I] (Shazeer 2020, "GLU variants improve transformer")."""
     return _SwiGLU.apply(gate_up)
 
 
