@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.language.layers import LayerWeights, rotate, swiglu, unit
+from minirlhf.language.models import positions
 from minirlhf.language.packed import can_pack, hidden_states, pack, plus, rms_norm, rotations
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ class PackedDecoder:
         self._heads, self._width = model.config.num_attention_heads, mask.shape[1]
         self._layers = [LayerWeights.of(layer, self._heads) for layer in self._base.layers]
         self._positions = mask.sum(dim=1)  # of the next token of each row
-        self._rotations = rotations(self._base, int(self._positions.max()) + max_new_tokens).unsqueeze(1)
+        self._rotations = rotations(self._base, int(self._positions.max()) + max_new_tokens)
         room = (len(self._layers), 2, len(mask), self._heads, self._width + max_new_tokens, self._head_size())
         self._cache = torch.zeros(room, dtype=self._base.embed_tokens.weight.dtype)  # keys and values of each layer
         hidden = torch.zeros(mask.shape, dtype=self._cache.dtype).masked_fill_(~mask, -torch.inf)
-        self._bias = F.pad(hidden, (0, max_new_tokens))[:, None, None]  # added to attention scores
+        self._bias = F.pad(hidden, (0, max_new_tokens))[:, None].repeat(1, self._heads, 1)  # added to attention scores
 
     def _head_size(self) -> int:
         return self._base.layers[0].self_attn.q_proj.out_features // self._heads
@@ -100,31 +101,27 @@ class PackedDecoder:
         kept: list[Tensor] = []
         last = packed.slots[:, -1]  # prompts are left-padded
         hidden = hidden_states(self._base, packed, wanted=last, kept=kept)
-        rows, columns = self._mask.nonzero(as_tuple=True)
-        places = packed.slots[self._mask]
-        turn = self._rotations[packed.positions[places]]
+        turn = self._rotations[positions(self._mask)].unsqueeze(2)  # [b, P, 1, d/2]
         for (keys, values), qkv in zip(self._cache, kept, strict=True):
-            _, k, v = qkv[places].unbind(1)  # [N, H, d]
-            keys[rows, :, columns], values[rows, :, columns] = rotate(k, turn), v
+            _, k, v = qkv[packed.slots].unbind(2)  # [b, P, H, d]; padding gets some token's, which the bias hides
+            keys[:, :, : self._width] = rotate(k, turn).transpose(1, 2)
+            values[:, :, : self._width] = v.transpose(1, 2)
         return self._model.lm_head(hidden).float()
 
     def step(self, token: Tensor) -> Tensor:
         rows, column = len(token), self._width
         self._width += 1
-        turn = self._rotations[self._positions].unsqueeze(1)  # [b, 1, 1, d/2]
+        turn = self._rotations[self._positions][:, None, None]  # [b, 1, 1, d/2]
         self._positions = self._positions + 1
+        bias = self._bias.flatten(0, 1)[:, None, : self._width]
         x = self._base.embed_tokens(token)
         for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
             qkv = F.linear(unit(x, layer.floors[0]), layer.qkv, layer.qkv_bias).view(rows, 3, self._heads, -1)
             q, keys[:, :, column] = rotate(qkv[:, :2], turn).unbind(1)  # [b, H, d]
             values[:, :, column] = qkv[:, 2]
-            mixed = F.scaled_dot_product_attention(
-                q.unsqueeze(2),
-                keys[:, :, : self._width],
-                values[:, :, : self._width],
-                attn_mask=self._bias[..., : self._width],
-                scale=1.0,
-            )
+            k, v = keys.flatten(0, 1)[:, : self._width], values.flatten(0, 1)[:, : self._width]  # [b H, t, d]
+            weights = torch.baddbmm(bias, q.reshape(len(k), 1, -1), k.mT).softmax(dim=-1)
+            mixed = torch.bmm(weights, v)  # one query a row: too few for flash attention
             x = plus(x, mixed.view(rows, -1), layer.out)
             gate_up = F.linear(unit(x, layer.floors[1]), layer.gate_up, layer.gate_up_bias)
             x = plus(x, swiglu(gate_up), layer.down)

@@ -125,7 +125,6 @@ def sample(
     response_tokens = torch.full((rows, max_new_tokens), pad_id, device=device)
     response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
     decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
     alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
@@ -133,13 +132,10 @@ def sample(
     logits = decoder.prompt()
     for step in range(max_new_tokens):
         token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, generator)
-        at = alive[running]
-        response_tokens[at, step] = token[running]
-        response_mask[at, step] = True
-        logprobs[at, step] = token_logprobs(logits, token, temperature=temperature)[running]
-        stopped = running & (token == eos_id)
-        ended[alive[stopped]] = True
-        running = running & ~stopped
+        response_tokens[alive, step] = token.where(running, pad_id)
+        response_mask[alive, step] = running
+        logprobs[alive, step] = token_logprobs(logits, token, temperature=temperature).where(running, 0.0)
+        running = running & (token != eos_id)
         count = int(running.sum())
         if count == 0 or step == max_new_tokens - 1:
             break
@@ -156,7 +152,7 @@ def sample(
         response_tokens[:, :longest],
         response_mask[:, :longest],
         logprobs[:, :longest],
-        ended,
+        (response_tokens == eos_id).any(dim=1),  # unused places hold pad_id
     )
 
 

@@ -12,7 +12,6 @@ much as the matrix products. Tests hold every gradient to finite differences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,14 +86,17 @@ def floor(norm: LlamaRMSNorm) -> float:
 
 def unit(x: Tensor, floor: float) -> Tensor:
     """x / sqrt(|x|^2 + floor^2) over the last dimension: [N, D] -> [N, D]. Times sqrt(D) and a weight it is RMSNorm."""
-    return _Unit.apply(x, floor)
+    return _Unit.apply(x, floor) if torch.is_grad_enabled() else x * _unit_scale(x, floor)
+
+
+def _unit_scale(x: Tensor, floor: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(floor * floor).rsqrt_()
 
 
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, floor: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.hypot(length, length.new_full((), floor)).reciprocal_()
+        scale = _unit_scale(x, floor)
         out = x * scale
         ctx.save_for_backward(out, scale)
         return out
@@ -109,8 +111,11 @@ class _Unit(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, given beside each other: [N, 2 I] -> [N, I] (Shazeer 2020, "GLU variants improve transformer")."""
-    return _SwiGLU.apply(gate_up)
+    """silu(gate) * up, given beside each other: [N, 2 I] -> [N, I] (Shazeer 2020, "GLU variants improve ...")."""
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -161,37 +166,44 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Group(NamedTuple):
-    """Neighbouring rows of like length, for attention."""
+    """Neighbouring rows of like length, R of them, which attention stands beside each other, T tokens wide.
+
+    A token has 3 H pieces of d numbers: a query, a key and a value for each head. They go straight to where the
+    products want them, [3, H R, T, d], and come straight back.
+    """
 
     tokens: int
-    rows: int
     width: int
-    to_padded: Tensor | None
-    """[rows * width] int64, which token of the group goes there; a row's last one fills its gap."""
-    from_padded: Tensor | None
-    """[tokens] int64, where each token went. Both None where all rows have one length."""
+    standing: Tensor
+    """[3 H, R T] int64, which piece of the group goes there; a row's gap is filled with its last token."""
+    lying: Tensor
+    """[tokens, 3 H] int64, where each piece went."""
+    results: Tensor
+    """[H, R T] int64, which head of which token belongs there: `standing`, had a token H pieces."""
+    gaps: Tensor
+    """[R T - tokens] int64, where no token went."""
 
 
-def attention_groups(lengths: Sequence[int]) -> list[Group]:
+def attention_groups(lengths: Sequence[int], heads: int) -> list[Group]:
     """Groups of rows whose lengths fall."""
-    groups, row = [], 0
+    groups, row, pieces = [], 0, torch.arange(3 * heads)
     while row < len(lengths):
         width, end = lengths[row], row
         while end < len(lengths) and lengths[end] >= SHORTEST_IN_GROUP * width:
             end += 1
-        own = lengths[row:end]
-        to_padded = from_padded = None
-        if own[-1] != width:
-            starts, columns = torch.tensor([0, *accumulate(own[:-1])])[:, None], torch.arange(width)
-            real = columns < torch.tensor(own)[:, None]
-            to_padded = (starts + torch.minimum(columns, torch.tensor(own)[:, None] - 1)).flatten()
-            from_padded = real.flatten().nonzero().squeeze(1)
-        groups.append(Group(sum(own), len(own), width, to_padded, from_padded))
+        own = torch.tensor(lengths[row:end])[:, None]
+        starts, columns = own.cumsum(0) - own, torch.arange(width)
+        token = (starts + torch.minimum(columns, own - 1)).flatten()
+        real = (columns < own).flatten()
+        lying = real.nonzero() + pieces * len(real)
+        gaps = (~real).nonzero().squeeze(1)
+        standing, results = token * 3 * heads + pieces[:, None], token * heads + pieces[:heads, None]
+        groups.append(Group(len(lying), width, standing, lying, results, gaps))
         row = end
     return groups
 
 
-def attend(qkv: Tensor, groups: Sequence[Group], rotations: Tensor, heads: int) -> Tensor:
+def attend(qkv: Tensor, groups: Sequence[Group], rotations: Tensor) -> Tensor:
     """Causal attention of each row to itself: [N, 3 D], before the rotary embedding, -> [N, D].
 
     A row's gap stands behind it, where no real token looks, and nobody reads what it computes.
@@ -200,74 +212,85 @@ def attend(qkv: Tensor, groups: Sequence[Group], rotations: Tensor, heads: int) 
         qkv: queries (divided by sqrt(d)), keys and values of rows end to end, as `LayerWeights.qkv` makes them.
         groups: of these rows.
         rotations: [T, d/2] complex, of each position.
-        heads: of attention.
     """
     parts = []
     for group, rows in zip(groups, qkv.split([group.tokens for group in groups]), strict=True):
-        if group.width <= WIDEST_HELD:
-            parts.append(_Attention.apply(rows, group, rotations, heads))
-        else:
-            parts.append(_flash(rows, group, rotations, heads))
+        standing = _Stand.apply(rows, group, rotations)
+        mixed = _Held.apply(standing) if group.width <= WIDEST_HELD else _flash(standing)
+        parts.append(_Lie.apply(mixed, group))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _flash(rows: Tensor, group: Group, rotations: Tensor, heads: int) -> Tensor:
-    """`scaled_dot_product_attention`, whose memory does not grow with the square of a row's length."""
-    padded = rows if group.to_padded is None else rows[group.to_padded]
-    q, k, v = padded.view(group.rows, group.width, 3, heads, -1).transpose(1, 3).unbind(2)  # [R, H, T, d]
-    turn = rotations[: group.width]
-    mixed = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, is_causal=True, scale=1.0)
-    mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-    return mixed if group.from_padded is None else mixed[group.from_padded]
-
-
-class _Attention(torch.autograd.Function):
-    """The weights of all pairs of tokens, keys down and queries across: [H, R, T, T]. A product is one call a head."""
+class _Stand(torch.autograd.Function):
+    """[tokens, 3 D] -> [3, H R, T, d], queries and keys with their rotary embedding (Su et al. 2021)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group, rotations: Tensor, heads: int) -> Tensor:
-        _, count, width, to_padded, from_padded = group
-        padded = rows.clone() if to_padded is None else rows.index_select(0, to_padded)
-        padded = padded.view(count, width, 3, heads, -1)
-        turn = rotations[:width, None, None]
-        torch.view_as_complex(padded[:, :, :2].unflatten(-1, (-1, 2))).mul_(turn)
-        q, k, v = padded.unbind(2)  # [R, T, H, d]
-        scores = rows.new_empty(heads, count, width, width)
-        for head in range(heads):
-            torch.bmm(k[:, :, head], q[:, :, head].mT, out=scores[head])
-        later = torch.ones(width, width, dtype=torch.bool).tril(-1)  # a key behind the query
-        scores += torch.zeros(width, width, dtype=rows.dtype).masked_fill_(later, -torch.inf)
-        weights = torch.softmax(scores, dim=2)
-        mixed = rows.new_empty(heads, count, width, padded.shape[-1])
-        for head in range(heads):
-            torch.bmm(weights[head].mT, v[:, :, head], out=mixed[head])
-        ctx.save_for_backward(padded, weights, turn)
-        ctx.group = group
-        out = mixed.permute(1, 2, 0, 3).reshape(count * width, -1)
-        return out if from_padded is None else out.index_select(0, from_padded)
+    def forward(ctx: Any, rows: Tensor, group: Group, rotations: Tensor) -> Tensor:
+        ctx.group, ctx.rotations = group, rotations
+        size = rows.shape[1] // group.lying.shape[1]
+        out = rows.view(-1, size).index_select(0, group.standing.flatten()).view(3, -1, group.width, size)
+        _turn(out[:2], rotations[: group.width])
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        padded, weights, turn = ctx.saved_tensors
-        _, count, width, _, from_padded = ctx.group
-        if from_padded is not None:  # what a gap computes counts for nothing
-            grad = _placed(grad, from_padded, count * width)
-        q, k, v = padded.unbind(2)
-        heads, size = q.shape[2:]
-        grad = grad.view(count, width, heads, size)
-        grads = grad.new_empty(3, heads, count, width, size)
-        grad_weights = torch.empty_like(weights)
-        for head in range(heads):
-            torch.bmm(weights[head], grad[:, :, head], out=grads[2, head])
-            torch.bmm(v[:, :, head], grad[:, :, head].mT, out=grad_weights[head])
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, 2, weights.dtype)
-        for head in range(heads):
-            torch.bmm(grad_scores[head].mT, k[:, :, head], out=grads[0, head])
-            torch.bmm(grad_scores[head], q[:, :, head], out=grads[1, head])
-        out = torch.empty_like(padded)
-        pairs = torch.view_as_complex(grads[:2].unflatten(-1, (-1, 2))).permute(2, 3, 0, 1, 4)
-        torch.mul(pairs, turn.conj(), out=torch.view_as_complex(out[:, :, :2].unflatten(-1, (-1, 2))))
-        out[:, :, 2] = grads[2].permute(1, 2, 0, 3)
-        out = out.view(count * width, -1)
-        return (out if from_padded is None else out.index_select(0, from_padded)), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        group, size = ctx.group, grad.shape[-1]
+        out = grad.view(-1, size).index_select(0, group.lying.flatten()).view(group.tokens, -1, size)
+        position = group.lying[:, 0] % group.width
+        _turn(out[:, : 2 * out.shape[1] // 3], ctx.rotations[position].conj().unsqueeze(1))
+        return out.view(group.tokens, -1), None, None
+
+
+def _turn(pairs: Tensor, rotation: Tensor) -> None:
+    torch.view_as_complex(pairs.unflatten(-1, (-1, 2))).mul_(rotation)
+
+
+class _Lie(torch.autograd.Function):
+    """[H R, T, d] -> [tokens, D]; what gaps computed counts for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.shape = group, mixed.shape
+        heads = group.lying.shape[1] // 3
+        return mixed.view(-1, mixed.shape[-1]).index_select(0, group.lying[:, :heads].flatten()).view(group.tokens, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        group, size = ctx.group, ctx.shape[-1]
+        out = grad.reshape(-1, size).index_select(0, group.results.flatten()).view(len(group.results), -1, size)
+        return out.index_fill_(1, group.gaps, 0.0).view(ctx.shape), None
+
+
+class _Held(torch.autograd.Function):
+    """The weights of all pairs of tokens are held, keys down and queries across: [3, H R, T, d] -> [H R, T, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, standing: Tensor) -> Tensor:
+        q, k, v = standing
+        width = q.shape[1]
+        later = torch.ones(width, width, dtype=torch.bool).tril(-1)  # a key behind the query
+        allowed = torch.zeros(width, width, dtype=q.dtype).masked_fill_(later, -torch.inf)
+        weights = torch.baddbmm(allowed, k, q.mT).softmax(dim=1)
+        ctx.save_for_backward(standing, weights)
+        return torch.bmm(weights.mT, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        standing, weights = ctx.saved_tensors
+        q, k, v = standing
+        out = torch.empty_like(standing)
+        torch.bmm(weights, grad, out=out[2])
+        grad_weights = torch.bmm(v, grad.mT)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, 1, weights.dtype)
+        torch.bmm(grad_scores.mT, k, out=out[0])
+        torch.bmm(grad_scores, q, out=out[1])
+        return out
+
+
+def _flash(standing: Tensor) -> Tensor:
+    """Memory that does not grow with the square of a row's length: [3, H R, T, d] -> [H R, T, d]."""
+    q, k, v = standing.unsqueeze(2)  # [H R, 1, T, d]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).squeeze(1)

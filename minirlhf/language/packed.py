@@ -30,12 +30,10 @@ class Packed(NamedTuple):
 
     tokens: Tensor
     """[N] int64."""
-    positions: Tensor
-    """[N] int64, of each token in its row."""
     lengths: list[int]
     """Tokens of each row, falling; rows without any are left out."""
     slots: Tensor
-    """[B, T] int64: where in the N each token of the padded batch lies (no meaning at padding)."""
+    """[B, T] int64: where in the N each token of the padded batch lies (at padding, any place of the N)."""
 
 
 def pack(tokens: Tensor, mask: Tensor) -> Packed:
@@ -43,16 +41,15 @@ def pack(tokens: Tensor, mask: Tensor) -> Packed:
 
     Example:
         >>> packed = pack(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[False, True], [True, True]]))
-        >>> packed.tokens.tolist(), packed.positions.tolist(), packed.lengths, packed.slots[0, 1].item()
-        ([6, 7, 5], [0, 1, 0], [2, 1], 2)
+        >>> packed.tokens.tolist(), packed.lengths, packed.slots[0, 1].item()
+        ([6, 7, 5], [2, 1], 2)
     """
     mask = mask.bool()
     lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
     sorted_mask = mask[order]
     slots = torch.empty(mask.shape, dtype=torch.long, device=mask.device)
     slots[order] = (sorted_mask.flatten().long().cumsum(0) - 1).view(mask.shape)
-    positions = (sorted_mask.long().cumsum(1) - 1)[sorted_mask]
-    return Packed(tokens[order][sorted_mask], positions, [n for n in lengths.tolist() if n], slots)
+    return Packed(tokens[order][sorted_mask], [n for n in lengths.tolist() if n], slots)
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -96,13 +93,13 @@ def hidden_states(
     """
     heads = base.config.num_attention_heads
     x = base.embed_tokens(packed.tokens)  # [N, D]
-    turns, groups = rotations(base, max(packed.lengths)), attention_groups(packed.lengths)
+    turns, groups = rotations(base, max(packed.lengths)), attention_groups(packed.lengths, heads)
     for i, layer in enumerate(base.layers):
         weights = LayerWeights.of(layer, heads)
         qkv = F.linear(unit(x, weights.floors[0]), weights.qkv, weights.qkv_bias)
         if kept is not None:
             kept.append(qkv.view(len(qkv), 3, heads, -1))
-        mixed = attend(qkv, groups, turns, heads)
+        mixed = attend(qkv, groups, turns)
         if wanted is not None and i == len(base.layers) - 1:  # no later layer reads the others
             x, mixed = pick(x, wanted), pick(mixed, wanted)
         x = plus(x, mixed, weights.out)

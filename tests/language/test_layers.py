@@ -68,10 +68,10 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone() -> None:
 def test_attention(lengths: list[int], widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held weights, flash attention and the textbook agree, and so do their gradients."""
     monkeypatch.setattr(layers, "WIDEST_HELD", widest)
-    qkv, groups = normal(sum(lengths), 3 * HEADS * SIZE), attention_groups(lengths)
+    qkv, groups = normal(sum(lengths), 3 * HEADS * SIZE), attention_groups(lengths, HEADS)
 
     def ours(qkv):
-        return attend(qkv, groups, turns(max(lengths)), HEADS)
+        return attend(qkv, groups, turns(max(lengths)))
 
     before = qkv.detach().clone()
     torch.testing.assert_close(ours(qkv), one_by_one(qkv, lengths), atol=1e-12, rtol=0)
@@ -85,7 +85,7 @@ def test_attention(lengths: list[int], widest: int, monkeypatch: pytest.MonkeyPa
 
 def test_attention_holds_at_scores_beyond_the_range_of_exp() -> None:
     qkv = (300 * normal(6, 3 * HEADS * SIZE)).float().detach().requires_grad_()
-    mixed = attend(qkv, attention_groups([4, 2]), turns(4).to(torch.complex64), HEADS)
+    mixed = attend(qkv, attention_groups([4, 2], HEADS), turns(4).to(torch.complex64))
     torch.testing.assert_close(mixed.double(), one_by_one(qkv.double(), [4, 2]), atol=1e-2, rtol=1e-4)
     mixed.sum().backward()
     assert qkv.grad.isfinite().all()

@@ -92,7 +92,7 @@ def test_gradients_through_the_whole_body_are_exact(body) -> None:
     """float64 gradcheck, rows of several lengths in two groups, some tokens wanted."""
     tokens, mask = torch.arange(1, 37).view(4, 9), torch.arange(9) < torch.tensor([[9], [6], [3], [1]])
     rows = pack(tokens, mask)
-    assert len(attention_groups(rows.lengths)) == 3
+    assert len(attention_groups(rows.lengths, 3)) == 3
     parameters = [body.embed_tokens.weight, body.layers[0].self_attn.q_proj.weight, body.layers[1].mlp.up_proj.weight]
 
     def states(*_):
@@ -105,8 +105,8 @@ def test_what_a_gap_holds_reaches_nobody(body) -> None:
     """A row that is padded with a copy of its last token is the same row alone."""
     long, short = torch.arange(1, 18)[None], torch.tensor([[7, 9, 3] + [0] * 14])
     both = pack(torch.cat([long, short]), torch.cat([long > 0, short > 0]))
-    groups = attention_groups([17, 9])
-    assert len(groups) == 1 and groups[0].to_padded is not None, "one group, so that the shorter row has a gap"
+    groups = attention_groups([17, 9], 3)
+    assert len(groups) == 1 and len(groups[0].gaps) == 8, "one group, so that the shorter row has a gap"
     alone = pack(short[:, :3], short[:, :3] > 0)
     torch.testing.assert_close(hidden_states(body, both)[17:], hidden_states(body, alone), atol=1e-12, rtol=0)
 
