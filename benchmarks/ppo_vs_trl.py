@@ -390,7 +390,8 @@ def spread(numbers: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="PPO episodes a second: minirlhf against trl's PPOTrainer.")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts to compare")
+    both = sorted({1, os.cpu_count() or 1})
+    parser.add_argument("--threads", type=int, nargs="+", default=both, help="thread counts to compare")
     parser.add_argument(
         "--work", choices=WORKS, nargs="+", default=list(WORKS), help="what kind of answers (see above)"
     )
