@@ -163,11 +163,20 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     step's time). Sums are in float64, where a token of probability 1e-12 still has its share; one of probability 0 is
     never drawn.
 
+    Raises:
+        ValueError: a row has no distribution: it holds NaN or +inf, or nothing but -inf.
+
     Example:
         >>> draw(torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])).tolist()
         [0, 1]
     """
     below = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    broken = below[:, -1].isnan()
+    if broken.any():
+        raise ValueError(
+            f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits hold NaN or +inf, or nothing but -inf, and no "
+            "token can be drawn; look at the model's weights and at what masks its logits"
+        )
     chosen = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     # Strictly below the sum of all, which rounding may have left on either side of 1.
     return torch.searchsorted(below, chosen * (1 - 2**-50) * below[:, -1:], right=True).squeeze(1)

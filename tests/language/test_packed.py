@@ -221,3 +221,9 @@ def test_draw_at_the_ends_of_the_unit_interval(number: float, monkeypatch: pytes
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number, dtype=torch.float64))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf], [3.0, 3.0, 3.0], [0.0, -torch.inf, -torch.inf]])
     assert draw(logits).tolist() == [1, min(2, int(3 * number)), 0]
+
+
+@pytest.mark.parametrize("row", [[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+def test_a_row_without_a_distribution_is_named(row: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"row 1 of 2: .* no token can be drawn"):
+        draw(torch.tensor([[0.0, 0.0], row]))
