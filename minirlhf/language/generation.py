@@ -124,7 +124,7 @@ def sample(
     rows = len(prompts)
     response_tokens = torch.full((rows, max_new_tokens), pad_id, device=device)
     response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
 
     decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
     alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
@@ -174,8 +174,8 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     broken = below[:, -1].isnan()
     if broken.any():
         raise ValueError(
-            f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits hold NaN or +inf, or nothing but -inf, and no "
-            "token can be drawn; look at the model's weights and at what masks its logits"
+            f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits hold NaN or +inf, or nothing but -inf; "
+            "no token can be drawn. Look at the model's weights and at what masks its logits"
         )
     chosen = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     # Strictly below the sum of all, which rounding may have left on either side of 1.

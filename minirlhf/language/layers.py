@@ -11,19 +11,36 @@ much as the matrix products. Tests hold every gradient to finite differences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 SHORTEST_IN_GROUP = 0.5  # of the group's longest row: the share of attention that may be padding
 WIDEST_HELD = 256  # tokens a row: up to here all attention weights are held, beyond it flash attention is as quick
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that says so where a second derivative is asked for.
+
+    Only create_graph=True runs a backward with gradients on; torch's once_differentiable would let some cases pass.
+    """
+
+    @wraps(backward)
+    def checked(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a packed Llama is differentiable once: for a second derivative call the model's own forward"
+            )
+        return backward(*args)
+
+    return checked
 
 
 class LayerWeights(NamedTuple):
@@ -102,7 +119,7 @@ class _Unit(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out, scale = ctx.saved_tensors
         # x's own direction is taken out of the gradient: a longer x gives the same output.
@@ -127,7 +144,7 @@ class _SwiGLU(torch.autograd.Function):
         return active * up
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         gate_up, active = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -151,7 +168,7 @@ class _Pick(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _placed(grad, ctx.saved_tensors[0], ctx.length), None
 
@@ -233,7 +250,7 @@ class _Stand(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         group, size = ctx.group, grad.shape[-1]
         out = grad.view(-1, size).index_select(0, group.lying.flatten()).view(group.tokens, -1, size)
@@ -256,7 +273,7 @@ class _Lie(torch.autograd.Function):
         return mixed.view(-1, mixed.shape[-1]).index_select(0, group.lying[:, :heads].flatten()).view(group.tokens, -1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         group, size = ctx.group, ctx.shape[-1]
         out = grad.reshape(-1, size).index_select(0, group.results.flatten()).view(len(group.results), -1, size)
@@ -277,7 +294,7 @@ class _Held(torch.autograd.Function):
         return torch.bmm(weights.mT, v)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         standing, weights = ctx.saved_tensors
         q, k, v = standing

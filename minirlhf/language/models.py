@@ -233,7 +233,8 @@ def response_logprobs(
 
     Args:
         model: a causal model.
-        tokens: [B, P + T] with every response token among the last T columns; padding may stand anywhere else.
+        tokens: [B, P + T] with every response token among the last T columns. Padding may stand at either end of a
+            row, not within it.
         mask: [B, P + T] True at real tokens.
         response_mask: [B, T] True at response tokens, EOS included.
         temperature: the one that the response was sampled with.
@@ -264,6 +265,9 @@ def real_response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, r
     """`response_logits` at the W response tokens alone: [W, V], in the order of response_mask [B, T]."""
     if not can_pack(model):
         return response_logits(model, tokens, mask, response_mask.shape[1])[response_mask]
+    first = (mask.long().cumsum(dim=1) == 1)[:, -response_mask.shape[1] :]
+    if (first & response_mask).any():
+        raise ValueError("a response token has no token before it, which could predict it: give every row a prompt")
     packed = pack(tokens[:, :-1], mask[:, :-1])
     before = packed.slots[:, -response_mask.shape[1] :][response_mask]  # the token before each
     return model.lm_head(hidden_states(model.base_model, packed, before))
@@ -292,6 +296,7 @@ def _states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor
 
 
 def _head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    _check_scalar(model)
     return model.score(states).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
 
 
@@ -299,9 +304,14 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     """The scalar head at the last real token, by explicit index: [B, T] -> [B] float32.
 
     Padding on the left, on the right or on both sides gives the same score.
+
+    Raises:
+        ValueError: a row without any real token.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     last = torch.where(mask.bool(), columns, -1).amax(dim=1)
+    if (last < 0).any():
+        raise ValueError(f"row {int(last.argmin())} of {len(last)} has no real token, and so no score")
     return _head(model, _states(model, tokens, mask, columns == last[:, None]))
 
 

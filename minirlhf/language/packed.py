@@ -6,8 +6,8 @@ beside each other again, rows of like length together (Krell et al. 2021, "Effic
 cross-contamination"). After the last attention only the `wanted` tokens go on: a reward model reads one token of forty,
 PPO none of the prompt's. What a layer is made of, with backwards written out, is `layers.py`.
 
-A plain Llama in float32 on a CPU takes this path (`can_pack`); any other model, and any Llama with adapters or hooks,
-goes through transformers' own forward. Tests hold both to the same outputs and gradients.
+A plain, small Llama in float32 or float64 on a CPU takes this path (`can_pack`); any other model, and any Llama with
+adapters or hooks, goes through transformers' own forward. Tests hold both to the same outputs and gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
 
+WIDEST = 512  # hidden size: beyond it a few tokens' activations are smaller than the matrices that take in the norms
+
+
 class Packed(NamedTuple):
     """Rows end to end, the longest first."""
 
@@ -33,7 +36,7 @@ class Packed(NamedTuple):
     lengths: list[int]
     """Tokens of each row, falling; rows without any are left out."""
     slots: Tensor
-    """[B, T] int64: where in the N each token of the padded batch lies (at padding, any place of the N)."""
+    """[B, T] int64: where in the N each token of the padded batch lies (at padding, no matter)."""
 
 
 def pack(tokens: Tensor, mask: Tensor) -> Packed:
@@ -67,16 +70,31 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     if config.num_key_value_heads != config.num_attention_heads or base.rotary_emb.rope_type != "default":
         return False
+    if not getattr(config, "is_causal", True) or config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    if len(base.layers) != config.num_hidden_layers or config.hidden_size > WIDEST:
+        return False
     known = {llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm}
     known |= {llama.LlamaRotaryEmbedding, nn.ModuleList, nn.Embedding, nn.Linear, nn.SiLU, SiLUActivation}
-    return all(  # an adapter or a quantised matrix is another type; a hook waits for a call that would not come
-        type(module) in known and (module is base.embed_tokens or not _is_hooked(module)) for module in base.modules()
-    )
+    for module in base.modules():  # an adapter or a quantised matrix is another type; a hook waits for its call
+        if type(module) not in known or module.training or (module is not base.embed_tokens and _is_hooked(module)):
+            return False
+        if isinstance(module, llama.LlamaAttention):
+            biases = [linear.bias is None for linear in (module.q_proj, module.k_proj, module.v_proj)]
+            if len(set(biases)) > 1:
+                return False
+        if isinstance(module, llama.LlamaMLP) and (module.gate_proj.bias is None) != (module.up_proj.bias is None):
+            return False
+    return all(parameter.dtype == weight.dtype for parameter in base.parameters())
 
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # somebody's own
     )
 
 
@@ -93,6 +111,8 @@ def hidden_states(
     """
     heads = base.config.num_attention_heads
     x = base.embed_tokens(packed.tokens)  # [N, D]
+    if not packed.lengths:
+        return rms_norm(x, base.norm)
     turns, groups = rotations(base, max(packed.lengths)), attention_groups(packed.lengths, heads)
     for i, layer in enumerate(base.layers):
         weights = LayerWeights.of(layer, heads)

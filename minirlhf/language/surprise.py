@@ -5,6 +5,7 @@
 A wrong name in fluent text is what a scalar head misses: the body predicts token t in its last layer at token t - 1,
 and no layer is left to compare the prediction with what came. The comparison is one dot product, h[t - 1] with the
 embedding of token t, and a softmax; f is a small network of what it says, trained with the rest by the ranking loss.
+(A bias or a soft cap that a model's head may have besides is left out.)
 
 InstructGPT's reward model has no f. Where wrong answers are improbable ones, as in the small world, f is worth about
 six points of accuracy; in text of another kind probability may say little about quality, and f learns to stay silent.

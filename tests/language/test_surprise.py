@@ -41,15 +41,17 @@ def untied():
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_the_score_is_the_head_and_f_of_the_answers_own_logprobs(causal) -> None:
+def test_the_score_is_the_head_and_f_of_the_answers_own_logprobs(causal, tied: bool) -> None:
+    causal = causal if tied else untied()
     scalar = surprised(causal)
     tokens, mask = pad(ROWS, 0)
     scores = answer_scores(scalar, tokens, mask, torch.tensor(STARTS))
     for row, start, score in zip(ROWS, STARTS, scores, strict=True):
         one = torch.tensor([row])
         hidden = scalar.base_model(input_ids=one).last_hidden_state[0]
-        logits = hidden @ scalar.get_input_embeddings().weight.T
+        logits = hidden @ causal.get_output_embeddings().weight.T
         logprobs = logits.log_softmax(-1)[start - 1 : -1].gather(1, one[0, start:, None])[None, :, 0]
         everything = torch.ones_like(logprobs, dtype=torch.bool)
         expected = scalar.score(hidden[-1]) - 0.25 + scalar.surprise(logprobs, everything)
