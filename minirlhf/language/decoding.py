@@ -104,7 +104,8 @@ class PackedDecoder:
         turn = self._rotations[positions(self._mask)].unsqueeze(2)  # [b, P, 1, d/2]
         for (keys, values), qkv in zip(self._cache, kept, strict=True):
             # 0 at padding: the bias takes its weight away, but 0 times another row's NaN would be NaN.
-            _, k, v = (qkv[packed.slots].masked_fill(~self._mask[..., None, None, None], 0.0)).unbind(2)  # [b, P, H, d]
+            standing = qkv[packed.slots].masked_fill(~self._mask[..., None, None, None], 0.0)
+            _, k, v = standing.unbind(2)  # [b, P, H, d]
             keys[:, :, : self._width] = rotate(k, turn).transpose(1, 2)
             values[:, :, : self._width] = v.transpose(1, 2)
         return self._model.lm_head(hidden).float()

@@ -170,11 +170,7 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _placed(grad, ctx.saved_tensors[0], ctx.length), None
-
-
-def _placed(x: Tensor, index: Tensor, length: int) -> Tensor:
-    return x.new_zeros(length, *x.shape[1:]).index_copy_(0, index, x)
+        return grad.new_zeros(ctx.length, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

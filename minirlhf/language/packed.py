@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
-
 WIDEST = 512  # hidden size: beyond it a few tokens' activations are smaller than the matrices that take in the norms
 
 
@@ -63,7 +62,7 @@ def can_pack(model: PreTrainedModel) -> bool:
     base, config = model.base_model, model.config
     if type(model) not in (llama.LlamaForCausalLM, llama.LlamaForSequenceClassification) or _is_hooked(model):
         return False  # a forward of its own, or a hook, has something to say
-    if type(base) is not llama.LlamaModel or base.training or torch.is_autocast_enabled("cpu"):
+    if type(base) is not llama.LlamaModel or torch.is_autocast_enabled("cpu"):
         return False
     weight = base.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
