@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirlhf_kernels import linear_token_logprobs, token_logprobs
+from minirlhf_kernels.reference import rows as rows_module
 
 INF, NAN = float("inf"), float("nan")
 
@@ -21,11 +22,13 @@ def oracle(logits, tokens, temperature=1.0):
     log_rest = others.scatter(-1, index, 0.0).sum(-1).log()
     logprobs = -torch.nn.functional.softplus(log_rest - at, beta=1, threshold=1e9)
     p = u.softmax(-1)
-    log_p = torch.where(p > 0, u.log_softmax(-1), 0.0)
-    entropy = -(p * log_p).sum(-1)
+    below = u.exp().scatter(-1, u.argmax(-1, keepdim=True), 0.0)  # without the leader's 1
+    u = u.clamp(min=-1e300)
+    mean = (below * u).sum(-1) / (1 + below.sum(-1))
+    entropy = below.sum(-1).log1p() - mean
     complement = (rest / (rest + at.exp())).unsqueeze(-1)
     grad = (-p).scatter(-1, index, complement) / temperature
-    grad_entropy = -p * (log_p + entropy.unsqueeze(-1)) / temperature
+    grad_entropy = -p * (u - mean.unsqueeze(-1)) / temperature  # log p + H = u - mean
     return logprobs, entropy, grad, grad_entropy
 
 
@@ -231,6 +234,79 @@ def test_any_shape_and_the_linear_op_equals_the_plain_one(rows, vocabulary, hidd
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from([0.1, 3.0, 12.0, 60.0]), st.sampled_from([0.0, -100.0, 3000.0])), min_size=1
+    ),
+    vocabulary=st.integers(2, 40),
+    barred=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.6]),
+    want_entropy=st.booleans(),
+    inplace=st.booleans(),
+    masked=st.booleans(),
+    parts=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_rows_of_every_kind_side_by_side(
+    kinds, vocabulary, barred, temperature, want_entropy, inplace, masked, parts, seed
+):
+    """Flat, peaked and shifted rows in one call, some tokens likely and some hopeless, some logits -inf: each has its
+    own way through the reference, and all end within float32's reach of float64."""
+    g = torch.Generator().manual_seed(seed)
+    rows = len(kinds)
+    scale, offset = (torch.tensor(column)[:, None] for column in zip(*kinds, strict=True))
+    logits = scale * torch.randn(rows, vocabulary, generator=g) + offset
+    if barred:
+        logits[torch.rand(logits.shape, generator=g) < 0.3] = -INF
+    tokens = torch.where(
+        torch.rand(rows, generator=g) < 0.5, logits.argmax(-1), torch.randint(vocabulary, (rows,), generator=g)
+    )
+    counted = torch.rand(rows, generator=g) < 0.7 if masked else torch.ones(rows, dtype=torch.bool)
+    counted &= logits.gather(-1, tokens[:, None]).squeeze(-1) > -INF
+    up = torch.rand(2, rows, generator=g) + 0.5
+    leaf = logits.clone().requires_grad_()
+    x = leaf * 1.0
+    options = {"temperature": temperature, "mask": counted, "inplace_backward": inplace}
+    with pytest.MonkeyPatch.context() as patch:
+        if parts:  # several parts even of so few rows
+            patch.setattr(rows_module, "_PART", 1)
+            patch.setattr(rows_module, "_BLOCK", 2 * vocabulary)
+        with torch.no_grad():
+            alone = token_logprobs(logits, tokens, **options)
+        got = token_logprobs(x, tokens, return_entropy=want_entropy, **options)
+        got = got if want_entropy else (got,)
+        (grad,) = torch.autograd.grad(sum((u * y).sum() for u, y in zip(up, got, strict=False)), leaf)
+    logprobs, entropy, grad_logprobs, grad_entropy = oracle(logits, tokens, temperature)
+    tolerance = 1e-5 if (scale > 20).any() or (offset > 0).any() else 3e-6  # logits of 100s have fewer digits left
+    zero = torch.zeros((), dtype=torch.float64)
+    for y, exact in zip((alone, *got), (logprobs, logprobs, entropy), strict=False):
+        torch.testing.assert_close(y.detach().double(), torch.where(counted, exact, zero), rtol=tolerance, atol=1e-36)
+    exact = up[0, :, None] * grad_logprobs + (up[1, :, None] * grad_entropy if want_entropy else 0.0)
+    torch.testing.assert_close(grad.double(), torch.where(counted[:, None], exact, zero), rtol=1e-5, atol=1e-6)
+
+
+def test_writing_into_the_outputs_does_not_reach_the_backward():
+    """The gradient stays what it was, or torch says that something it needs has been written over."""
+    torch.manual_seed(9)
+    logits, tokens = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+
+    def gradient(write):
+        logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
+        loss = logprobs.sum() + 2 * entropy.sum()
+        if write:
+            with torch.no_grad():
+                logprobs.zero_()
+                entropy.zero_()
+        return torch.autograd.grad(loss, logits)[0]
+
+    expected = gradient(write=False)
+    try:
+        torch.testing.assert_close(gradient(write=True), expected, rtol=0, atol=0)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
 
 
 def test_sliced_and_transposed_views():

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from minirlhf_kernels.fused.common import compute_dtype, on_device_of
 from minirlhf_kernels.fused.logprobs import configuration, finish, fold, launch_backward, read_token
+from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
-    _check_linear,
     _check_temperature,
     _check_tokens,
     _counted_rows,

@@ -15,7 +15,8 @@ from torch import Tensor
 from minirlhf_kernels.fused import logprobs as rows_of
 from minirlhf_kernels.fused import ppo
 from minirlhf_kernels.fused.linear import _operands, product, slices
-from minirlhf_kernels.reference.logprobs import _check_linear, _check_temperature, _check_tokens, _counted_rows
+from minirlhf_kernels.reference.linear import _check_linear
+from minirlhf_kernels.reference.logprobs import _check_temperature, _check_tokens, _counted_rows
 from minirlhf_kernels.reference.ppo import _check
 
 SLAB = 1 << 26  # logits in memory at once: 256 MiB of float32, and half of that again for their gradient

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minirlhf_kernels.reference.logprobs import linear_token_logprobs
+from minirlhf_kernels.reference.linear import linear_token_logprobs
 from minirlhf_kernels.reference.ppo import ppo_loss
 
 
