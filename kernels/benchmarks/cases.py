@@ -91,12 +91,11 @@ def token_logprobs(rows: int, vocabulary: int, dtype: torch.dtype, device: str, 
     def make() -> Inputs:
         g = torch.Generator(device).manual_seed(0)
         shape = (rows,) if batch == 1 else (batch, rows // batch)
-        logits = torch.randn(*shape, vocabulary, device=device, generator=g).to(dtype).requires_grad_()
-        return {
-            "logits": logits,
-            "tokens": torch.randint(vocabulary, shape, device=device, generator=g),
-            "entropy": entropy,
-        }
+        # As peaked as a trained policy's, with tokens drawn from it: the highest logit + Gumbel noise.
+        logits = (4 * torch.randn(*shape, vocabulary, device=device, generator=g)).to(dtype)
+        noise = torch.rand(*shape, vocabulary, device=device, generator=g).clamp_(1e-9).log_().neg_().log_()
+        tokens = (logits - noise).argmax(-1)
+        return {"logits": logits.requires_grad_(), "tokens": tokens, "entropy": entropy}
 
     read = rows * vocabulary * dtype.itemsize
     return Case(

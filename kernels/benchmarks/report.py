@@ -74,13 +74,14 @@ def section(results: Path) -> str:
     cpu, gpu, hard = (read(results / f"{name}.csv") for name in ("cpu", "gpu", "adversarial"))
     lines = ["", *targets(gpu), ""]
     for rows in (gpu, cpu):
-        if rows:
-            first = rows[0]
+        for machine in dict.fromkeys(row["gpu"] for row in rows):
+            own = [row for row in rows if row["gpu"] == machine]
+            first = own[0]
             lines += [
                 f"Milliseconds (median) on {first['gpu']}, torch {first['torch']}, triton {first['triton']}, "
                 f"{first['date']}; the fastest of a line in bold:",
                 "",
-                *times(rows),
+                *times(own),
                 "",
             ]
     if hard:
@@ -126,7 +127,8 @@ def main(results: Path) -> None:
     for name in ("cpu", "gpu"):
         rows = read(results / f"{name}.csv")
         if rows:
-            plot(results, rows, name)
+            machine = rows[-1]["gpu"]  # on a CPU, with all its threads
+            plot(results, [row for row in rows if row["gpu"] == machine], name)
     text = README.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{README.name} lacks the markers {BEGIN} and {END}")

@@ -2,7 +2,8 @@
 
 Providers take turns, and whoever went first goes last in the next round. A provider whose values or gradients are wrong
 is reported and not timed. On a GPU the times are device times over buffers that exceed three times the L2 cache
-together; on a CPU the calls take the reference, which is what a CPU user runs, and the rows say so.
+together; on a CPU the calls take the reference, which is what a CPU user runs, on one thread and on all of them, and
+the rows say so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import adversarial
 import report
 import torch
 import torch._functorch.config as functorch
+import torch._inductor.config as inductor
 from cases import Call, Case, Inputs, all_cases
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +42,8 @@ def machine(device: str) -> str:
     if os.path.exists("/proc/cpuinfo"):
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    return f"CPU {model}, {torch.get_num_threads()} threads (reference path)"
+    threads = torch.get_num_threads()
+    return f"CPU {model}, {threads} thread{'s' * (threads > 1)} (reference path)"
 
 
 def triton_version() -> str:
@@ -229,15 +232,19 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     functorch.donated_buffer = False  # backward is timed alone, over one kept graph
+    inductor.fx_graph_cache = False  # what was compiled for other threads would be found there
     RESULTS.mkdir(exist_ok=True)
     if not args.report:
-        print(machine(device))
         rows = []
-        for make in all_cases(device) if args.only != "adversarial" else ():
-            case = make()
-            if args.only in case.kernel:
-                print(f"{case.kernel} {case.shape} {str(case.dtype).removeprefix('torch.')}")
-                rows += measure(case, args.rounds, args.skip_compile)
+        every = torch.get_num_threads()
+        for threads in (every,) if device == "cuda" else sorted({1, every}):
+            torch.set_num_threads(threads)
+            print(machine(device))
+            for make in all_cases(device) if args.only != "adversarial" else ():
+                case = make()
+                if args.only in case.kernel:
+                    print(f"{case.kernel} {case.shape} {str(case.dtype).removeprefix('torch.')}")
+                    rows += measure(case, args.rounds, args.skip_compile)
         if rows and not args.only:
             with open(RESULTS / f"{'gpu' if device == 'cuda' else 'cpu'}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)

@@ -2,16 +2,18 @@
 
 A row is summed WITHOUT one of its logits, the pivot:
 
-    v_j = (z_j - z_pivot) / T  rest = sum of exp v_j        moment = sum of exp(v_j) v_j        over all j but the pivot
+    v_j = (z_j - z_pivot) / T                   rest = sum of exp(v_j) over all j but the pivot
 
-    log p_token = v_token - log1p(rest)        p_j = exp(v_j) / (1 + rest)
-    entropy     = log1p(rest) - mean           mean = sum of p_j v_j = moment / (1 + rest)
+    log p_token = v_token - log1p(rest)         p_j = exp(v_j) / (1 + rest)
+    entropy     = log1p(rest) - mean            mean = sum of p_j v_j
 
-The pivot's own exp(0) = 1 is in no sum, so what the others add to it keeps its digits however small it is: at a margin
-of 20 nats 1 - p has lost all of them. The token is the pivot (v_token = 0) unless another logit lies so far above it
-that the entropy would be the small difference of two large numbers, or rest overflow: such a row is done again about
-its leader, the highest logit, where all terms have one sign. Without the entropy a pass is spared: v = z, and
-log p_token = -log1p(rest / exp v_token) as long as both are within bounds.
+The pivot's own exp(0) = 1 is in no sum, so that what the others add to it keeps its digits however small it is: at a
+margin of 20 nats 1 - p has lost all of them. The token is the pivot (v_token = 0) unless another logit lies so far
+above it that the entropy would be the small difference of two large numbers, or rest overflow. Such a row is done
+again about its leader, the highest logit, where all terms have one sign.
+
+For log p alone a pass is spared: logits as they are, summed without the token, give log p_token =
+-log1p(rest / exp z_token), as long as both are within bounds.
 
 Backward makes p from the logits again, as on a GPU: an exp costs less than the memory that keeping p would take. Rows
 are taken a few at a time, so that what one line writes is still in a core's own cache when the next one reads it.
@@ -28,7 +30,7 @@ from torch import Tensor
 
 # Logits of a part, with the entropy (several passes; for each thread: 512 KiB of float32) and without (two passes).
 _PART, _BLOCK = 1 << 17, 1 << 22
-# Without a pivot: exp(v_token) and rest within these have a quotient in float32, and terms that vanish do not matter.
+# exp(z_token) and rest within these have a quotient in float32, and terms that vanish do not matter.
 _LEAST, _MOST = 1e-20, 1e17
 # exp of it is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
 _NEVER = -1000.0
@@ -50,15 +52,15 @@ class Rows:
     logprobs: Tensor = field(init=False)
     rest: Tensor = field(init=False)
     own: Tensor | float = 1.0
-    """The pivot's exponential."""
+    """exp of what rest was summed without: the leader's, or the token's."""
     shift: Tensor | None = None
     """None: 0."""
     entropy: Tensor | None = None
     mean: Tensor | None = None
     kept: Tensor | None = None
     """p_j (own + rest) [N, V], anything at the token, where the backward may have it."""
-    again: bool = False
-    """Whether some were done again about their leader; only there can logits of -inf be met with the entropy."""
+    barred: bool = False
+    """Whether there may be logits of -inf (with the entropy: without, they do no harm)."""
 
     def take(self, logits: Tensor, some: Tensor) -> Tensor:
         """The logits of some of the N rows, in float32 or float64: a copy."""
@@ -102,35 +104,28 @@ def read(
     size = max(1, count) if keep and not want_entropy else _part_size(count, logits, want_entropy)
     e = torch.empty((size, logits.shape[-1]), dtype=dtype, device=logits.device)
     v = torch.empty_like(e) if want_entropy else e
-    found: list[tuple[Tensor, ...]] = []
+    parts = []
     for z, at in zip(rows.parts(logits, size), _split(index, size), strict=True):
         if z.shape[0] < size:  # the last part
             e, v = e[: z.shape[0]], v[: z.shape[0]]
-        if want_entropy:
-            z_token = z.gather(-1, at)
-            rest = torch.exp(rows.exponent(z, z_token, v), out=e).scatter_(-1, at, 0.0).sum(-1, keepdim=True)
-            found.append((z_token, rest, e.mul_(v).sum(-1, keepdim=True)))
-        else:
-            e_token = torch.exp(rows.exponent(z, None, e), out=e).gather(-1, at)
-            found.append((e_token, e.scatter_(-1, at, 0.0).sum(-1, keepdim=True)))
-    first, rest, *moment = found[0] if len(found) == 1 else (torch.cat(column) for column in zip(*found, strict=True))
-    rows.rest = rest
+        parts.append(_about_token(rows, z, at, v, e) if want_entropy else _as_it_is(rows, z, at, e))
+    columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
     if want_entropy:
-        below = torch.log1p(rest)
-        rows.logprobs, rows.shift = below.neg(), first
-        rows.mean = moment[0].div_(rest + 1.0)
-        rows.entropy = below - rows.mean
-        good = rows.entropy * 4.0 >= below  # else too many digits cancel; nor is it so where something is NaN
+        rows.shift, rest, moment = columns
+        below, rows.rest, rows.mean = torch.log1p(rest), rest, moment.div_(rest + 1.0)
+        rows.logprobs, rows.entropy = below.neg(), below - rows.mean
+        good = rows.entropy * 4.0 >= below  # else too many digits cancel; false where anything is NaN
         if bool(good.all()):
             return rows
     else:
-        rows.logprobs, rows.own, rows.kept = (rest / first).log1p_().neg_(), first, e if keep else None
-        if count == 0 or _within_bounds(*torch.cat((first, rest)).aminmax()):
+        own, rest = columns
+        rows.logprobs, rows.rest, rows.own, rows.kept = (rest / own).log1p_().neg_(), rest, own, e if keep else None
+        if count == 0 or _within_bounds(*torch.cat(columns).aminmax()):
             return rows
-        good = (torch.minimum(first, rest) >= _LEAST) & (torch.maximum(first, rest) <= _MOST)
-    bad = good.logical_not_().squeeze(-1).nonzero().squeeze(-1)
-    for some in _split(bad, size):
-        _read_about_leader(rows, logits, some)
+        good = (torch.minimum(own, rest) >= _LEAST) & (torch.maximum(own, rest) <= _MOST)
+        rows.shift = torch.zeros_like(own)
+    for some in _split(good.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
+        _again(rows, logits, some)
     return rows
 
 
@@ -138,27 +133,43 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
     return least.item() >= _LEAST and most.item() <= _MOST
 
 
-def _read_about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
-    """The same for rows whose token cannot be the pivot, into `rows`."""
-    z = rows.take(logits, some)  # a copy
-    top, leader = z.max(-1, keepdim=True)
+def _as_it_is(rows: Rows, z: Tensor, index: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """exp z_token and the sum of the others', which are left in e."""
+    own = torch.exp(rows.exponent(z, None, e), out=e).gather(-1, index)
+    return own, e.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+
+
+def _about_token(rows: Rows, z: Tensor, index: Tensor, v: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """z_token, the sum of exp(v_j) over the others, and that of exp(v_j) v_j, with v_j = (z_j - z_token) / T."""
+    z_token = z.gather(-1, index)
+    rest = torch.exp(rows.exponent(z, z_token, v), out=e).scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+    return z_token, rest, e.mul_(v).sum(-1, keepdim=True)
+
+
+def _again(rows: Rows, logits: Tensor, some: Tensor) -> None:
+    """Rows that cannot be summed without their token, summed without their leader."""
+    z = rows.take(logits, some)
+    top = z.amax(-1, keepdim=True)
     v = rows.exponent(z, top, z)
     v_token = v.gather(-1, rows.index[some])
-    v.clamp_(min=_NEVER)
-    e = v.exp().scatter_(-1, leader, 0.0)
-    rest = e.sum(-1, keepdim=True)
+    e = v.exp()
+    rest = e.sum(-1, keepdim=True).sub_(1.0)
+    if rows.kept is not None:
+        rows.kept[some] = e
+    if rows.mean is not None:
+        v.clamp_(min=_NEVER)
+        rows.mean[some] = (e * v).sum(-1, keepdim=True).div_(rest + 1.0)
+        rows.barred = True
+    # The 1 has cost rest its last digits where it is small, but there is only one 1 then, and the others are below it.
+    rest = torch.where(rest < 0.5, e.frac_().sum(-1, keepdim=True), rest)
     below = torch.log1p(rest)
-    rows.again = True
-    if rows.shift is None:
-        rows.shift = torch.zeros_like(rows.rest)
-    rows.shift[some], rows.rest[some], rows.logprobs[some] = top, rest, v_token - below
+    if rows.mean is not None and rows.entropy is not None:
+        rows.entropy[some] = below - rows.mean[some]
     if isinstance(rows.own, Tensor):
         rows.own[some] = 1.0
-    if rows.kept is not None:
-        rows.kept[some] = e.scatter_(-1, leader, 1.0)
-    if rows.mean is not None and rows.entropy is not None:
-        mean = (e * v).sum(-1, keepdim=True) / (1.0 + rest)
-        rows.mean[some], rows.entropy[some] = mean, below - mean
+    if rows.shift is not None:
+        rows.shift[some] = top
+    rows.logprobs[some], rows.rest[some] = v_token - below, rest
 
 
 def write_gradient(
@@ -200,7 +211,7 @@ def write_gradient(
             torch.exp(rows.exponent(z, shift, grad), out=grad).mul_(g)
         else:
             rows.exponent(z, shift, v)
-            if rows.again:
+            if rows.barred:
                 v.clamp_(min=_NEVER)
             torch.exp(v, out=grad).mul_(v.sub_(mean).mul_(g_entropy).add_(g))
         grad.scatter_(-1, index, at)
