@@ -75,27 +75,30 @@ class _TokenLogprobs(torch.autograd.Function):
         want_entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.rows = read(_flat(logits), tokens.reshape(-1), which, temperature, want_entropy, keep=not inplace)
-        ctx.save_for_backward(logits)
-        ctx.inplace = inplace
+        rows = read(_flat(logits), tokens.reshape(-1), which, temperature, want_entropy, keep=not inplace)
+        kept, rows.kept = rows.kept, None  # one [..., V] tensor waits, where autograd frees it after the backward
+        ctx.save_for_backward(logits if kept is None else None, kept)
+        ctx.rows, ctx.inplace = rows, inplace
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
         # Copies: what the caller writes into them must not change what the backward reads.
-        logprobs, entropy = _values(ctx.rows, tokens.shape)
+        logprobs, entropy = _values(rows, tokens.shape)
         return logprobs.clone(), entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        logits, which = ctx.saved_tensors[0].detach(), ctx.rows.which
-        over = ctx.inplace and logits.is_contiguous()
-        grad = logits if over else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        logits, kept = ctx.saved_tensors
+        logits, which = None if logits is None else logits.detach(), ctx.rows.which
+        over = logits if ctx.inplace and logits is not None and logits.is_contiguous() else None
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.rows.rest.device) if over is None else over
         if which is not None:
             counts = torch.zeros(grad.shape[:-1].numel(), dtype=torch.bool, device=grad.device)
             counts[which] = True
             _flat(grad)[~counts] = 0
         up, up_entropy = (None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy))
-        write_gradient(_flat(grad), ctx.rows, _flat(logits), up, up_entropy)
-        if ctx.inplace and not over:
+        write_gradient(_flat(grad), ctx.rows, None if logits is None else _flat(logits), up, up_entropy, kept)
+        if ctx.inplace and over is None and logits is not None:
             grad = logits.copy_(grad)
         return grad, None, None, None, None, None
 

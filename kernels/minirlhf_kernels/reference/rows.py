@@ -15,8 +15,9 @@ again about its leader, the highest logit, where all terms have one sign.
 For log p alone a pass is spared: logits as they are, summed without the token, give log p_token =
 -log1p(rest / exp z_token), as long as both are within bounds.
 
-Backward makes p from the logits again, as on a GPU: an exp costs less than the memory that keeping p would take. Rows
-are taken a few at a time, so that what one line writes is still in a core's own cache when the next one reads it.
+One [R, V] tensor waits for the backward: the logits, from which it makes p again, as on a GPU; or, for log p alone,
+their exponentials, which make it a single product. The entropy takes several passes, so its rows are taken a few at a
+time: what one line writes is still in a core's own cache when the next one reads it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Rows:
     entropy: Tensor | None = None
     mean: Tensor | None = None
     kept: Tensor | None = None
-    """p_j (own + rest) [N, V], anything at the token, where the backward may have it."""
+    """p_j (own + rest) [N, V], anything at the token, on request."""
     barred: bool = False
     """Whether there may be logits of -inf (with the entropy: without, they do no harm)."""
 
@@ -96,7 +97,7 @@ def read(
 ) -> Rows:
     """log p of the tokens [R] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
 
-    With `keep`, log p alone keeps its exponentials for the backward: quicker, for the memory of the logits once more.
+    With `keep`, log p alone leaves its exponentials in `kept`, for which `write_gradient` does not need the logits.
     """
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
@@ -173,11 +174,17 @@ def _again(rows: Rows, logits: Tensor, some: Tensor) -> None:
 
 
 def write_gradient(
-    out: Tensor, rows: Rows, logits: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    out: Tensor,
+    rows: Rows,
+    logits: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:
-    """The gradient into those rows of out [R, V], in out's type; out may be the logits. Upstream gradients are [R].
+    """The gradient into those rows of out [R, V], in out's type, from the logits or what `read` kept of them.
 
     -p_j (g + (log p_j + H) g_H) / temperature, log p_j + H = v_j - mean; with (1 - p_token) g for -p_token g.
+    out may be the logits themselves. Upstream gradients are [R].
     """
     up, up_entropy = (
         None if g is None else (g if rows.which is None else g[rows.which]).unsqueeze(-1) / rows.temperature
@@ -192,19 +199,20 @@ def write_gradient(
         up_entropy = (up_entropy / total).neg_()
     up = up.div(total).neg_()
 
-    size = _part_size(total.shape[0], logits, rows.entropy is not None)
-    v = torch.empty((size, logits.shape[-1]), dtype=total.dtype, device=logits.device)
+    size = _part_size(total.shape[0], out, rows.entropy is not None)
     direct = rows.which is None and out.dtype == total.dtype
-    grads = _split(out, size) if direct else repeat(torch.empty_like(v))
-    zs = rows.parts(logits, size) if rows.kept is None else repeat(v)  # what is kept stands for them
+    v = torch.empty((size, out.shape[-1]), dtype=total.dtype, device=out.device)
+    scratch = v if direct else torch.empty_like(v)
+    targets = _split(out, size) if rows.which is None else repeat(out)
+    zs = repeat(v) if logits is None else rows.parts(logits, size)  # what is kept stands for them
     columns = (
         repeat(None) if c is None else _split(c, size)
-        for c in (rows.which, rows.index, at_token, up, up_entropy, rows.shift, rows.mean, rows.kept)
+        for c in (rows.which, rows.index, at_token, up, up_entropy, rows.shift, rows.mean, kept)
     )
-    start = 0
-    for z, grad, which, index, at, g, g_entropy, shift, mean, e in zip(zs, grads, *columns, strict=False):
+    for target, z, which, index, at, g, g_entropy, shift, mean, e in zip(targets, zs, *columns, strict=False):
         if index.shape[0] < size:  # the last part
-            grad, v = grad[: index.shape[0]], v[: index.shape[0]]
+            scratch, v = scratch[: index.shape[0]], v[: index.shape[0]]
+        grad = target if direct else scratch
         if e is not None:
             torch.mul(e, g, out=grad)
         elif g_entropy is None:
@@ -215,6 +223,7 @@ def write_gradient(
                 v.clamp_(min=_NEVER)
             torch.exp(v, out=grad).mul_(v.sub_(mean).mul_(g_entropy).add_(g))
         grad.scatter_(-1, index, at)
-        if not direct:
-            out[slice(start, start + index.shape[0]) if which is None else which] = grad.to(out.dtype)
-        start += index.shape[0]
+        if which is not None:
+            target[which] = grad.to(target.dtype)
+        elif not direct:
+            target.copy_(grad)
