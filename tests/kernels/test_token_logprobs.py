@@ -274,7 +274,6 @@ def test_rows_of_every_kind_side_by_side(
     with pytest.MonkeyPatch.context() as patch:
         if parts:  # several parts even of so few rows
             patch.setattr(rows_module, "_PART", 1)
-            patch.setattr(rows_module, "_BLOCK", 2 * vocabulary)
         with torch.no_grad():
             alone = token_logprobs(logits, tokens, **options)
         got = token_logprobs(x, tokens, return_entropy=want_entropy, **options)

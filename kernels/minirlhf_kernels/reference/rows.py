@@ -2,26 +2,27 @@
 
 A row is summed WITHOUT one of its logits, the pivot:
 
-    v_j = (z_j - z_pivot) / T                   rest = sum of exp(v_j) over all j but the pivot
+    w_j = (z_j - z_pivot) log2(e) / T           rest = sum of 2^w_j over all j but the pivot
 
-    log p_token = v_token - log1p(rest)         p_j = exp(v_j) / (1 + rest)
-    entropy     = log1p(rest) - mean            mean = sum of p_j v_j
+    log p_token = ln 2 w_token - log1p(rest)    p_j = 2^w_j / (1 + rest)
+    entropy     = log1p(rest) - mean            mean = ln 2 sum of p_j w_j
 
-The pivot's own exp(0) = 1 is in no sum, so that what the others add to it keeps its digits however small it is: at a
-margin of 20 nats 1 - p has lost all of them. The token is the pivot (v_token = 0) unless another logit lies so far
-above it that the entropy would be the small difference of two large numbers, or rest overflow. Such a row is done
-again about its leader, the highest logit, where all terms have one sign.
+The pivot's own 2^0 = 1 is in no sum, so that what the others add to it keeps its digits however small it is: at a
+margin of 20 nats 1 - p has lost all of them. The token is the pivot (w_token = 0). A row that does not suit it is done
+again about its leader, the highest logit, in float64: where the token is all but certain, since 2^w has as many wrong
+digits as w has before its point; where another logit lies so far above the token that the entropy would be the small
+difference of two large numbers, or rest overflow.
 
-For log p alone a pass is spared: logits as they are, summed without the token, give log p_token =
--log1p(rest / exp z_token), as long as both are within bounds.
+Powers of 2, because 1 / T has to be multiplied in all the same, and exp2 is the cheaper function.
 
 One [R, V] tensor waits for the backward: the logits, from which it makes p again, as on a GPU; or, for log p alone,
-their exponentials, which make it a single product. The entropy takes several passes, so its rows are taken a few at a
-time: what one line writes is still in a core's own cache when the next one reads it.
+their powers, which make it a single product. Rows are taken a few at a time: what one line writes is still in a core's
+own cache when the next one reads it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -29,12 +30,13 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-# Logits of a part, with the entropy (several passes; for each thread: 512 KiB of float32) and without (two passes).
-_PART, _BLOCK = 1 << 17, 1 << 22
-# exp(z_token) and rest within these have a quotient in float32, and terms that vanish do not matter.
-_LEAST, _MOST = 1e-20, 1e17
-# exp of it is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
-_NEVER = -1000.0
+# Logits of a part, for each thread: 2 MiB of float32.
+_PART = 1 << 19
+# At a smaller rest (11.5 nats of margin) float32 no longer holds w to 1e-6; above the larger one sums near overflow.
+_LEAST, _MOST = 1e-5, 1e30
+# 2 to this power is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
+_NEVER = -2000.0
+_LN2 = math.log(2.0)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -43,7 +45,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Rows:
-    """N rows that were read: columns [N, 1], from which p_j = exp((z_j - shift) / temperature) / (own + rest)."""
+    """N rows that were read: columns [N, 1], from which p_j = 2^w_j / (1 + rest), w_j = (z_j - shift) log2(e) / T."""
 
     index: Tensor
     """Their tokens."""
@@ -52,81 +54,83 @@ class Rows:
     temperature: float
     logprobs: Tensor = field(init=False)
     rest: Tensor = field(init=False)
-    own: Tensor | float = 1.0
-    """exp of what rest was summed without: the leader's, or the token's."""
-    shift: Tensor | None = None
-    """None: 0."""
+    shift: Tensor = field(init=False)
     entropy: Tensor | None = None
     mean: Tensor | None = None
     kept: Tensor | None = None
-    """p_j (own + rest) [N, V], anything at the token, on request."""
+    """2^w_j [N, V], anything at the token, on request."""
     barred: bool = False
     """Whether there may be logits of -inf (with the entropy: without, they do no harm)."""
-
-    def take(self, logits: Tensor, some: Tensor) -> Tensor:
-        """The logits of some of the N rows, in float32 or float64: a copy."""
-        logits = logits[some if self.which is None else self.which[some]]
-        return logits.to(at_least_float32(logits.dtype))
 
     def parts(self, logits: Tensor, size: int) -> Iterator[Tensor]:
         """The logits of all N rows, `size` rows at a time."""
         parts = _split(logits, size) if self.which is None else (logits[some] for some in _split(self.which, size))
         return (part.to(at_least_float32(part.dtype)) for part in parts)
 
-    def exponent(self, logits: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-        """(logits - shift) / temperature, in that order: only differences are scaled, so that no digits are lost."""
-        if shift is not None:
-            logits = torch.sub(logits, shift, out=out)
-        return logits if self.temperature == 1.0 else torch.div(logits, self.temperature, out=out)
+    def exponent(self, logits: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+        """w, from differences: so no digits are lost to an offset that all logits share."""
+        w = torch.sub(logits, shift, out=out).mul_(1.0 / (_LN2 * self.temperature))
+        return w.clamp_(min=_NEVER) if self.barred and out is not None else w
 
 
 def _split(x: Tensor, size: int) -> Sequence[Tensor]:
     return (x,) if x.shape[0] <= size else x.split(size)
 
 
-def _part_size(rows: int, logits: Tensor, entropy: bool) -> int:
+def _part_size(rows: int, logits: Tensor) -> int:
     """Rows of a part. On a GPU all: there a launch costs more than a cache saves."""
     if not logits.is_cuda:
-        elements = _PART * torch.get_num_threads() if entropy else _BLOCK
-        rows = min(rows, elements // max(1, logits.shape[-1]))
+        rows = min(rows, _PART * torch.get_num_threads() // max(1, logits.shape[-1]))
     return max(1, rows)
 
 
 def read(
-    logits: Tensor, tokens: Tensor, which: Tensor | None, temperature: float, want_entropy: bool, keep: bool = False
+    logits: Tensor,
+    tokens: Tensor,
+    which: Tensor | None,
+    temperature: float,
+    want_entropy: bool,
+    keep: bool = False,
+    barred: bool = False,
 ) -> Rows:
     """log p of the tokens [R] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
 
-    With `keep`, log p alone leaves its exponentials in `kept`, for which `write_gradient` does not need the logits.
+    With `keep`, log p alone leaves its powers in `kept`, for which `write_gradient` does not need the logits.
     """
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
-    rows = Rows(index, which, temperature)
-    size = max(1, count) if keep and not want_entropy else _part_size(count, logits, want_entropy)
-    e = torch.empty((size, logits.shape[-1]), dtype=dtype, device=logits.device)
-    v = torch.empty_like(e) if want_entropy else e
+    rows = Rows(index, which, temperature, barred=barred)
+    size, keep = _part_size(count, logits), keep and not want_entropy
+    w = torch.empty((count if keep else size, logits.shape[-1]), dtype=dtype, device=logits.device)
+    e = torch.empty_like(w) if want_entropy else None
+    none = torch.zeros((size, 1), dtype=dtype, device=logits.device)
     parts = []
-    for z, at in zip(rows.parts(logits, size), _split(index, size), strict=True):
-        if z.shape[0] < size:  # the last part
-            e, v = e[: z.shape[0]], v[: z.shape[0]]
-        parts.append(_about_token(rows, z, at, v, e) if want_entropy else _as_it_is(rows, z, at, e))
+    for z, at, into in zip(
+        rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
+    ):
+        n = at.shape[0]
+        if n < size:  # the last part
+            into, none, e = into[:n], none[:n], None if e is None else e[:n]
+        parts.append(_about_token(rows, z, at, none, into, e))
     columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+    rows.shift, rows.rest, rows.kept = columns[0], columns[1], w if keep else None
+    below = rows.rest.log1p()
+    rows.logprobs = -below
     if want_entropy:
-        rows.shift, rest, moment = columns
-        below, rows.rest, rows.mean = torch.log1p(rest), rest, moment.div_(rest + 1.0)
-        rows.logprobs, rows.entropy = below.neg(), below - rows.mean
-        good = rows.entropy * 4.0 >= below  # else too many digits cancel; false where anything is NaN
-        if bool(good.all()):
+        rows.mean = columns[2].mul_(_LN2).div_(rows.rest + 1.0)
+        rows.entropy = below - rows.mean
+        # Else too many digits cancel; false where anything is NaN.
+        suits = (rows.entropy * 4.0 >= below).logical_and_(rows.rest >= _LEAST)
+        if bool(suits.all()):
             return rows
+        if not barred and bool(rows.mean.isnan().any()):
+            return read(logits, tokens, which, temperature, want_entropy, barred=True)
+    elif count == 0 or _within_bounds(*rows.rest.aminmax()):
+        return rows
     else:
-        own, rest = columns
-        rows.logprobs, rows.rest, rows.own, rows.kept = (rest / own).log1p_().neg_(), rest, own, e if keep else None
-        if count == 0 or _within_bounds(*torch.cat(columns).aminmax()):
-            return rows
-        good = (torch.minimum(own, rest) >= _LEAST) & (torch.maximum(own, rest) <= _MOST)
-        rows.shift = torch.zeros_like(own)
-    for some in _split(good.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
-        _again(rows, logits, some)
+        suits = (rows.rest >= _LEAST) & (rows.rest <= _MOST)
+    for some in _split(suits.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
+        _about_leader(rows, logits, some)
     return rows
 
 
@@ -134,43 +138,32 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
     return least.item() >= _LEAST and most.item() <= _MOST
 
 
-def _as_it_is(rows: Rows, z: Tensor, index: Tensor, e: Tensor) -> tuple[Tensor, ...]:
-    """exp z_token and the sum of the others', which are left in e."""
-    own = torch.exp(rows.exponent(z, None, e), out=e).gather(-1, index)
-    return own, e.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
-
-
-def _about_token(rows: Rows, z: Tensor, index: Tensor, v: Tensor, e: Tensor) -> tuple[Tensor, ...]:
-    """z_token, the sum of exp(v_j) over the others, and that of exp(v_j) v_j, with v_j = (z_j - z_token) / T."""
+def _about_token(rows: Rows, z: Tensor, index: Tensor, none: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
+    """z_token, the sum of 2^w_j over the others and, with room e for the powers, that of 2^w_j w_j."""
     z_token = z.gather(-1, index)
-    rest = torch.exp(rows.exponent(z, z_token, v), out=e).scatter_(-1, index, 0.0).sum(-1, keepdim=True)
-    return z_token, rest, e.mul_(v).sum(-1, keepdim=True)
+    rows.exponent(z, z_token, w)
+    powers = torch.exp2(w, out=w if e is None else e).scatter_(-1, index, none)
+    rest = powers.sum(-1, keepdim=True)
+    return (z_token, rest) if e is None else (z_token, rest, e.mul_(w).sum(-1, keepdim=True))
 
 
-def _again(rows: Rows, logits: Tensor, some: Tensor) -> None:
-    """Rows that cannot be summed without their token, summed without their leader."""
-    z = rows.take(logits, some)
-    top = z.amax(-1, keepdim=True)
-    v = rows.exponent(z, top, z)
-    v_token = v.gather(-1, rows.index[some])
-    e = v.exp()
-    rest = e.sum(-1, keepdim=True).sub_(1.0)
+def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
+    """Rows that cannot be summed without their token, summed without their leader, in float64."""
+    z = logits[some if rows.which is None else rows.which[some]].double()
+    top, leader = z.max(-1, keepdim=True)
+    w_token = rows.exponent(z.gather(-1, rows.index[some]), top)
+    w = rows.exponent(z, top, z)
+    e = torch.exp2(w).scatter_(-1, leader, 0.0)
+    rest = e.sum(-1, keepdim=True)
+    below = rest.log1p()
+    values = [(rows.shift, top), (rows.rest, rest), (rows.logprobs, w_token.mul_(_LN2) - below)]
     if rows.kept is not None:
-        rows.kept[some] = e
-    if rows.mean is not None:
-        v.clamp_(min=_NEVER)
-        rows.mean[some] = (e * v).sum(-1, keepdim=True).div_(rest + 1.0)
-        rows.barred = True
-    # The 1 has cost rest its last digits where it is small, but there is only one 1 then, and the others are below it.
-    rest = torch.where(rest < 0.5, e.frac_().sum(-1, keepdim=True), rest)
-    below = torch.log1p(rest)
+        values.append((rows.kept, e.scatter(-1, leader, 1.0)))
     if rows.mean is not None and rows.entropy is not None:
-        rows.entropy[some] = below - rows.mean[some]
-    if isinstance(rows.own, Tensor):
-        rows.own[some] = 1.0
-    if rows.shift is not None:
-        rows.shift[some] = top
-    rows.logprobs[some], rows.rest[some] = v_token - below, rest
+        mean = e.mul_(w).sum(-1, keepdim=True).mul_(_LN2).div_(rest + 1.0)
+        values += [(rows.mean, mean), (rows.entropy, below - mean)]
+    for column, value in values:
+        column[some] = value.to(column.dtype)
 
 
 def write_gradient(
@@ -183,7 +176,7 @@ def write_gradient(
 ) -> None:
     """The gradient into those rows of out [R, V], in out's type, from the logits or what `read` kept of them.
 
-    -p_j (g + (log p_j + H) g_H) / temperature, log p_j + H = v_j - mean; with (1 - p_token) g for -p_token g.
+    -p_j (g + (log p_j + H) g_H) / T, log p_j + H = ln 2 w_j - mean; with (1 - p_token) g for -p_token g.
     out may be the logits themselves. Upstream gradients are [R].
     """
     up, up_entropy = (
@@ -192,36 +185,33 @@ def write_gradient(
     )
     up = torch.zeros_like(rows.rest) if up is None else up
     at_token = torch.expm1(rows.logprobs).mul_(up).neg_()
-    total = rows.rest + rows.own
-    if up_entropy is not None and rows.entropy is not None:
+    slope = None  # of what p_j is multiplied by, along w_j
+    if up_entropy is not None and rows.entropy is not None and rows.mean is not None:
         log_p = rows.logprobs.clamp(min=_NEVER)
         at_token -= log_p.exp().mul_(log_p + rows.entropy).mul_(up_entropy)
-        up_entropy = (up_entropy / total).neg_()
-    up = up.div(total).neg_()
+        up, slope = up - rows.mean * up_entropy, up_entropy.mul_(-_LN2).div_(rows.rest + 1.0)
+    level = up.neg().div_(rows.rest + 1.0)
 
-    size = _part_size(total.shape[0], out, rows.entropy is not None)
-    direct = rows.which is None and out.dtype == total.dtype
-    v = torch.empty((size, out.shape[-1]), dtype=total.dtype, device=out.device)
-    scratch = v if direct else torch.empty_like(v)
+    size = _part_size(level.shape[0], out)
+    direct = rows.which is None and out.dtype == level.dtype
+    w = torch.empty((size, out.shape[-1]), dtype=level.dtype, device=out.device)
+    scratch = w if direct else torch.empty_like(w)
     targets = _split(out, size) if rows.which is None else repeat(out)
-    zs = repeat(v) if logits is None else rows.parts(logits, size)  # what is kept stands for them
+    zs = repeat(w) if logits is None else rows.parts(logits, size)  # what is kept stands for them
     columns = (
         repeat(None) if c is None else _split(c, size)
-        for c in (rows.which, rows.index, at_token, up, up_entropy, rows.shift, rows.mean, kept)
+        for c in (rows.which, rows.index, at_token, level, slope, rows.shift, kept)
     )
-    for target, z, which, index, at, g, g_entropy, shift, mean, e in zip(targets, zs, *columns, strict=False):
+    for target, z, which, index, at, base, rise, shift, e in zip(targets, zs, *columns, strict=False):
         if index.shape[0] < size:  # the last part
-            scratch, v = scratch[: index.shape[0]], v[: index.shape[0]]
+            scratch, w = scratch[: index.shape[0]], w[: index.shape[0]]
         grad = target if direct else scratch
         if e is not None:
-            torch.mul(e, g, out=grad)
-        elif g_entropy is None:
-            torch.exp(rows.exponent(z, shift, grad), out=grad).mul_(g)
+            torch.mul(e, base, out=grad)
+        elif rise is None:
+            rows.exponent(z, shift, grad).exp2_().mul_(base)
         else:
-            rows.exponent(z, shift, v)
-            if rows.barred:
-                v.clamp_(min=_NEVER)
-            torch.exp(v, out=grad).mul_(v.sub_(mean).mul_(g_entropy).add_(g))
+            torch.exp2(rows.exponent(z, shift, w), out=grad).mul_(torch.addcmul(base, w, rise, out=w))
         grad.scatter_(-1, index, at)
         if which is not None:
             target[which] = grad.to(target.dtype)
