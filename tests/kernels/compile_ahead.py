@@ -2,9 +2,17 @@
 
 Run by test_compilation.py in a process of its own, because the other tests import triton as an interpreter. The
 launchers run on CPU tensors; in place of each launch its kernel is compiled, with the signature the launch would have.
+
+For Hopper the machine code is read too: registers, bytes spilled, and the instructions of each loop that moves 16 bytes
+a thread at once. Such a loop is bound by the memory only if it has few of them: an H200 that reads bfloat16 at the
+speed of its memory has time for about 15 instructions a number, 30 if it writes as many.
 """
 
 import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -19,6 +27,32 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 done = set()
+
+
+def machine_code(binary: bytes) -> str:
+    """What the disassembler says of a Hopper kernel, in one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+
+        def tool(name, *options):
+            command = [getattr(triton.knobs.nvidia, name).path, *options, path]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, listing = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
+    (registers,), (spilled,) = re.findall(r"REG:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
+    labels, code, loops = {}, [], []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            if (back := re.search(r"BRA.*`\((\.L_\w+)\)", code[-1])) and back[1] in labels:
+                body = code[labels[back[1]] :]
+                if any("LDG.E.128" in x for x in body):
+                    meets = any(re.search(r"\b(BAR|SHFL)\b", x) for x in body)
+                    loops.append(f"{len(body)}{' with threads that wait' if meets else ''}")
+    return f"{registers} registers, {spilled} bytes spilled, instructions of loops: {', '.join(loops) or 'none'}"
 
 
 def compile_instead(self, *args, grid, warmup=False, num_warps=4, **options):
@@ -41,7 +75,10 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, **options):
         source = ASTSource(self, signature, constants, attrs)
         binary = triton.compile(source, target=target, options={"num_warps": num_warps})
         shared = binary.metadata.shared
-        print(f"{self.fn.__name__} {name} ok, {shared} bytes of shared memory, {num_warps} warps")
+        types = "/".join(dict.fromkeys(t.strip("*") for t in signature.values() if t.startswith("*")))
+        flags = [k for k, v in bound.items() if v is True and k.isupper()]
+        said = f"{self.fn.__name__} {name} ok, {types}, {' '.join(flags)}, {num_warps} warps, {shared} bytes shared"
+        print(said + (f", {machine_code(binary.asm['cubin'])}" if name == "sm_90" else ""))
 
 
 JITFunction.run = compile_instead
@@ -56,7 +93,8 @@ def main() -> None:
         for columns in (64, 4096, 5001):
             outs = fused.token_logprobs(numbers(3, 5, columns, dtype=dtype), tokens, mask=mask, return_entropy=True)
             sum(o.sum() for o in outs).backward()
-    fused.token_logprobs(numbers(3, 5, 64), tokens).sum().backward()
+    for columns in (64, 5001):
+        fused.token_logprobs(numbers(3, 5, columns, dtype=torch.bfloat16), tokens).sum().backward()
     outs = fused.linear_token_logprobs(
         numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True, chunk_size=1 << 16
     )

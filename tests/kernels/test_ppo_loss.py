@@ -139,6 +139,24 @@ def test_a_far_policy_gives_finite_gradients_where_the_clip_acts():
     assert loss.isfinite() and (logprobs.grad == 0).all()
 
 
+def values_within_reach():
+    """Values near their old ones in float32, where old + (value - old) is often not quite the value."""
+    torch.manual_seed(0)
+    data = {name: torch.randn(2, 500) for name in ("logprobs", "advantages", "old_values", "returns")}
+    data |= {"values": 0.1 * torch.randn(2, 500), "old_logprobs": data["logprobs"]}
+    data["old_values"] *= 0.1
+    move = data["values"] - data["old_values"]
+    assert move.abs().max() < 1.0 and (data["old_values"] + move != data["values"]).any()
+    return data | {"response_mask": torch.ones(2, 500, dtype=torch.bool)}
+
+
+def test_a_value_within_reach_is_not_counted_as_clipped():
+    data = values_within_reach()
+    _, metrics = ppo_loss(**data, value_clip_range=1.0)
+    assert metrics["value/clip_fraction"] == 0
+    assert metrics["value/loss"] == ppo_loss(**data)[1]["value/loss"]
+
+
 def test_half_precision_is_read_as_float32():
     data = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch().items()}
     loss, metrics = ppo_loss(**data, **OPTIONS)

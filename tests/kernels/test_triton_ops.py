@@ -6,7 +6,7 @@ from minirlhf_kernels import fused, gae, linear_ppo_loss, linear_token_logprobs,
 from minirlhf_kernels.dispatch import path_for
 from minirlhf_kernels.fused import gae as gae_public
 from minirlhf_kernels.fused import linear, linear_ppo, logprobs, ppo
-from test_ppo_loss import DIFFERENTIABLE, OPTIONS, TENSORS, batch
+from test_ppo_loss import DIFFERENTIABLE, OPTIONS, TENSORS, batch, values_within_reach
 from test_token_logprobs import oracle
 from torch.library import opcheck
 
@@ -191,10 +191,10 @@ def test_a_token_outside_the_vocabulary_reads_nothing_and_gives_nan():
     """What CUDA tensors get, where looking at the tokens first would cost a sync."""
     logits = torch.randn(4, 7)
     tokens = torch.tensor([3, 7, -1, 10**12])
-    out = torch.empty(4), torch.empty(4), torch.empty(3, 4)
+    out = torch.empty(4), torch.empty(4), torch.empty(4, 4)
     logprobs.forward_kernel[(4,)](
         logits, tokens, out[2], *out, 4, 4, 7, 0, 7, 1.0,
-        IGNORED=-100, HAS_MASK=False, WANT_ENTROPY=True, ALIGNED=False, ACC=logprobs.tl.float32, BLOCK=16,
+        IGNORED=-100, HAS_MASK=False, WANT_ENTROPY=True, ACC=logprobs.tl.float32, GROUP=4, BLOCK=16,
     )  # fmt: skip
     assert out[0][0].isfinite() and out[1][0].isfinite()
     assert out[0][1:].isnan().all() and out[1][1:].isnan().all()
@@ -242,6 +242,11 @@ def test_nan_in_a_token_that_counts_reaches_the_loss_and_the_metrics():
         assert loss.isnan(), name
         if name in ("logprobs", "old_logprobs"):
             assert metrics["policy/ratio_max"].isnan() and metrics["policy/ratio_mean"].isnan()
+
+
+def test_a_value_within_reach_is_not_counted_as_clipped():
+    data = {name: x.to(DEVICE) for name, x in values_within_reach().items()}
+    assert ppo_loss(**data, value_clip_range=1.0)[1]["value/clip_fraction"] == 0
 
 
 def test_the_ticket_is_back_at_zero_after_every_call(monkeypatch):

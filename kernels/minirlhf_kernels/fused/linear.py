@@ -2,7 +2,7 @@
 
 [rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
 vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
-the row kernel folds them into each row's running sums (`fold` of logprobs.py), which wait in memory for the next slab.
+the row kernel folds them into each row's running sums (`fold_apart` of logprobs.py), which wait for the next slab.
 After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient
 where it lies, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab.
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import compute_dtype, on_device_of
-from minirlhf_kernels.fused.logprobs import configuration, finish, fold, launch_backward, read_token
+from minirlhf_kernels.fused.logprobs import configuration, finish, fold_apart, launch_backward, read_token, store_row
 from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
@@ -65,18 +65,15 @@ def fold_kernel(
         at = start + lanes
         z = tl.load(logits + at, mask=at < end, other=float("-inf")).to(ACC)
         z = tl.where(at == own, float("-inf"), z)
-        peak, leaders, rest, slope = fold(z, scale, peak, leaders, rest, slope)
+        peak, leaders, rest, slope = fold_apart(z, scale, peak, leaders, rest, slope)
     total_leaders, total_rest, total_slope = tl.sum(leaders, 0), tl.sum(rest, 0), tl.sum(slope, 0)
     if LAST:
         logprob, entropy, top, log_sum, complement = finish(
             z_token, scale, peak, total_leaders, total_rest, total_slope
         )
-        tl.store(logprobs + row, tl.where(counts, logprob, 0.0))
-        if WANT_ENTROPY:
-            tl.store(entropies + row, tl.where(counts, entropy, 0.0))
-        tl.store(stats + row, tl.where(counts, top, 0.0))
-        tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
-        tl.store(stats + 2 * rows + row, tl.where(counts, complement, 0.0))
+        store_row(
+            logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY
+        )  # fmt: skip
     else:
         tl.store(state + row, peak)
         tl.store(state + rows + row, total_leaders)
@@ -133,14 +130,14 @@ def launch_forward(
     want_entropy: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [M, H], weight [V, H], tokens and mask [M] give logprobs [M], entropy [M] or [0], stats [3, M]."""
+    """hidden [M, H], weight [V, H], tokens and mask [M] give logprobs [M], entropy [M] or [0], stats [4, M]."""
     rows, vocabulary = len(tokens), len(weight)
     if not tokens.is_cuda:
         _counted_rows(tokens, mask, tokens.shape, vocabulary)
     x, w = _operands(hidden, weight)
     dtype = compute_dtype(x)
     logprobs = torch.empty(rows, dtype=dtype, device=x.device)
-    entropy, stats = logprobs.new_empty(rows if want_entropy else 0), logprobs.new_empty(3, rows)
+    entropy, stats = logprobs.new_empty(rows if want_entropy else 0), logprobs.new_empty(4, rows)
     tall, wide = plan(rows, vocabulary, chunk_size)
     state = logprobs.new_empty(5, rows if wide < vocabulary else 0)
     tokens, mask = tokens.contiguous(), None if mask is None else mask.contiguous()
@@ -217,7 +214,7 @@ def _(
     hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Any, temperature: float, want_entropy: bool, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.empty(tokens.shape, dtype=compute_dtype(hidden, weight), device=hidden.device)
-    return logprobs, logprobs.new_empty(tokens.shape if want_entropy else (0,)), logprobs.new_empty(3, len(tokens))
+    return logprobs, logprobs.new_empty(tokens.shape if want_entropy else (0,)), logprobs.new_empty(4, len(tokens))
 
 
 @backward_op.register_fake

@@ -1,24 +1,26 @@
 """Log-probabilities of tokens and the entropy of each row: one read forward; one read and one write backward.
 
-A row of logits z is read once, block after block. Its token is set aside; of all the OTHERS four numbers are kept:
+A row of logits z is read once, block after block, each thread 16 bytes at a time: a group. Its token is set aside; of
+all the OTHERS three numbers are kept, by every thread for the groups that it reads:
 
     peak      the highest logit so far
-    leaders   how many logits equal it                             each adds exp(0) = 1 to the sum
-    rest      sum of exp((z - peak) / temperature) of all below
-    slope     sum of exp(u) u, u = (z - peak) / temperature        what the entropy needs
+    total     sum of 2^w, w = (z - peak) log2(e) / temperature
+    slope     sum of 2^w w                                          what the entropy needs
 
-When a block holds a higher peak, the old sums fade by exp((old - new) / temperature). Blocks stay in registers.
+Where a group holds a higher peak, the old sums fade by 2^((old - new) log2(e) / temperature). Threads meet at the end
+of the row, not before: the loop has no barrier. What it costs is instructions, so it has few: about ten a logit.
 
 Why it is stable. Only differences of logits are ever scaled or exponentiated: adding 1000 to a row changes nothing.
-exp never sees a positive number. A row that begins with a block of -inf keeps a peak of -inf, for which 0 stands in.
+No power is above 1. A peak begins at the lowest finite number, so that -inf - peak is -inf and never NaN.
 The token is compared with the others, never subtracted from a sum that holds it:
 
     the token leads     log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
     another one leads   log p = u_token - log(leaders) - log1p((rest + exp(u_token)) / leaders)
 
-Both are sums of terms of one sign: no cancellation, and never above 0. At a margin of 20 nats, where 1 - p is lost in
-float32 and log_softmax gives 0, log p and its gradient keep all their digits; so does the entropy, because the leaders
-are counted apart from the small numbers beside them.
+with u = (z - peak) / temperature, `leaders` others at the peak and `rest` the sum of all below it. Both are sums of
+terms of one sign: no cancellation, and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and
+log_softmax gives 0, log p and its gradient keep all their digits. So does the entropy, with one detour: where another
+logit leads by far, 1 + rest has lost the digits of rest, and the row is read again, with the leaders counted apart.
 """
 
 import functools
@@ -39,9 +41,15 @@ from minirlhf_kernels.reference.logprobs import (
 )
 
 # Lanes of a block and warps of a program, for rows up to 1024 logits and for longer ones. Two variants, for any V.
-SHORT, LONG = (1024, 4), (4096, 8)
+SHORT, LONG = (1024, 4), (2048, 4)
+SPAN = 4  # blocks of a program in backward
 # Triton would compile again for a new divisibility of these, and for 1.
 RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride"]
+
+LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32's finite numbers
+NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
+CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this the rest keeps too few digits
 
 
 def configuration(columns: int) -> tuple[int, int]:
@@ -60,25 +68,52 @@ def log1p(y):
 @triton.jit
 def exp(x):
     """exp(x), x <= 0, to the last digit: 2^k exp(x - k ln 2). The hardware's is off by |x| / 2^24, 1e-6 at 20 nats."""
-    x = tl.where(x < -1000.0, -1000.0, x)
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+    k = (x * LOG2E + 12582912.0) - 12582912.0  # 1.5 2^23: no float32 near it has a fraction
     left = (x - k * 0.693359375) + k * 2.121944400546905827679e-4  # ln 2 in two parts, k times the first is exact
-    return tl.exp2(k) * tl.exp(left)
+    return tl.exp2(k) * tl.exp2(left * LOG2E)
 
 
 @triton.jit
-def fold(z, scale, peak, leaders, rest, slope):
-    """A block z of logits (-inf in the lanes that don't count) into a row's sums, which are lane by lane."""
+def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
+    """A block z [groups, GROUP] of logits (-inf where none counts) into each group's own sums [groups]."""
+    higher = tl.maximum(peak, tl.max(z, 1))
+    step = tl.maximum((peak - higher) * bits, NEVER)
+    w = (z - higher[:, None]) * bits
+    if WANT_ENTROPY:
+        w = tl.maximum(w, NEVER, propagate_nan=tl.PropagateNan.ALL)  # -inf * 2^-inf is NaN
+    e = tl.exp2(w)
+    fade = tl.exp2(step)
+    total *= fade
+    if WANT_ENTROPY:
+        slope = slope * fade + step * total + tl.sum(e * w, 1)
+    return higher, total + tl.sum(e, 1), slope
+
+
+@triton.jit
+def join(bits, peaks, totals, slopes):
+    """The groups' sums as the row's: peak (-inf where nothing counts), total, and slope in nats."""
+    peak = tl.max(peaks, 0)
+    step = tl.maximum((peaks - peak) * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
+    fade = tl.exp2(step)
+    total = tl.sum(totals * fade, 0)
+    slope = tl.sum(fade * (slopes + step * totals), 0) * LN2
+    return tl.where(total == 0.0, float("-inf"), peak), total, slope
+
+
+@triton.jit
+def fold_apart(z, scale, peak, leaders, rest, slope):
+    """A block z of logits into lanes of sums, of which the leaders are counted apart; in nats, to the last digit."""
     higher = tl.maximum(peak, tl.max(z, 0))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     step = tl.where(peak == float("-inf"), 0.0, (peak - shift) * scale)
-    fade = tl.exp(step)
+    fade = exp(step)
     old = leaders + rest
     slope = fade * (slope + step * old)
     rest = tl.where(higher > peak, fade * old, rest)
     leaders = tl.where(higher > peak, 0.0, leaders)
     u = (z - shift) * scale
-    e = tl.exp(u)
+    e = exp(u)
     leads = tl.where(z == shift, 1.0, 0.0)
     rest += e - leads  # exactly 0 for a leader
     slope += tl.where(e > 0.0, e * u, 0.0)  # 0 * -inf is NaN
@@ -107,6 +142,22 @@ def finish(z_token, scale, peak, leaders, rest, slope):
 
 
 @triton.jit
+def store_row(
+    logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement,
+    WANT_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """A row's results, and what its backward starts from; 0 where the row does not count."""
+    logprob = tl.where(counts, logprob, 0.0)
+    tl.store(logprobs + row, logprob)
+    if WANT_ENTROPY:
+        tl.store(entropies + row, tl.where(counts, entropy, 0.0))
+    tl.store(stats + row, tl.where(counts, top, 0.0))
+    tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
+    tl.store(stats + 2 * rows + row, tl.where(counts, complement, 0.0))
+    tl.store(stats + 3 * rows + row, logprob)
+
+
+@triton.jit
 def read_token(tokens, mask, row, columns, IGNORED: tl.constexpr, HAS_MASK: tl.constexpr):
     """The row's token, whether the row counts, and whether the token is in the vocabulary (checked when debugging)."""
     token = tl.load(tokens + row)
@@ -118,96 +169,151 @@ def read_token(tokens, mask, row, columns, IGNORED: tl.constexpr, HAS_MASK: tl.c
     return token, counts, inside
 
 
+@triton.jit
+def start_of(row, inner, outer_stride, row_stride):
+    """Where row [outer, inner] begins, in elements. Divided in int32, which is quick, and multiplied in int64."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * row_stride
+
+
+@triton.jit
+def others(logits, start, skew, end, own, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Lanes start ... of a row that fills skew ... end; -inf in place of what is outside it, and of its token."""
+    at = start + tl.arange(0, BLOCK)
+    z = tl.load(logits + at, mask=(at >= skew) & (at < end), other=float("-inf")).to(ACC)
+    return tl.where(at == own, float("-inf"), z)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     logits, tokens, mask, logprobs, entropies, stats,
-    rows, inner, columns, outer_stride, row_stride, temperature: tl.float64,
-    IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    rows, inner, columns, outer_stride, row_stride, per_temperature: tl.float64,
+    IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row, on grid x. Offsets are int64: eight sequences of 4096 tokens and 150k words pass 2^31."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     token, counts, inside = read_token(tokens, mask, row, columns, IGNORED, HAS_MASK)
-    start_of_row = (row // inner) * outer_stride + (row % inner) * row_stride
-    if ALIGNED:  # a promise to the compiler: loads of 16 bytes a thread
-        start_of_row = tl.multiple_of(start_of_row, 16)
-    logits += start_of_row
-    scale = tl.full((), 1.0 / temperature, ACC)
-    lanes = tl.arange(0, BLOCK)
+    start_of_row = start_of(row, inner, outer_stride, row_stride)
+    # Blocks begin at multiples of 16 bytes wherever the row does, or a row of 50257 would be read number by number.
+    skew = (start_of_row % GROUP).to(tl.int32)
+    row_logits = logits + tl.multiple_of(start_of_row - skew, GROUP)
+    scale, bits = tl.full((), per_temperature, ACC), tl.full((), per_temperature * LOG2E, ACC)
 
     # A row that does not count is a row of no columns: nothing of it is read.
-    end = tl.where(counts, columns, 0)
-    whole = end - end % BLOCK
-    peak = tl.full((), float("-inf"), ACC)
-    leaders, rest, slope = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    for start in range(0, whole, BLOCK):
-        z = tl.load(logits + start + lanes).to(ACC)  # half precision ends here
-        z = tl.where(start + lanes == token, float("-inf"), z)
-        peak, leaders, rest, slope = fold(z, scale, peak, leaders, rest, slope)
-    # The tail alone pays for a mask.
-    at = whole + lanes
-    z = tl.load(logits + at, mask=at < end, other=float("-inf")).to(ACC)
-    z = tl.where(at == token, float("-inf"), z)
-    peak, leaders, rest, slope = fold(z, scale, peak, leaders, rest, slope)
+    end = tl.where(counts, skew + columns, 0)
+    own = tl.where(inside, skew + token, -1).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
+    aside = own // BLOCK * BLOCK
+    steps_over = (aside >= first) & (aside < whole)
+    peaks = tl.full((BLOCK // GROUP,), LOWEST, ACC)
+    totals, slopes = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
+    for i in range(first, tl.where(steps_over, whole - BLOCK, whole), BLOCK):
+        start = tl.where(steps_over & (i >= aside), i + BLOCK, i)
+        z = tl.load(row_logits + start + lanes).to(ACC)  # half precision ends here
+        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    if steps_over:
+        z = tl.load(row_logits + aside + lanes).to(ACC)
+        z = tl.where(lanes == own - aside, float("-inf"), z)
+        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    # The head of a row that begins between two multiples, and the tail: they alone pay for a mask.
+    for start in range(tl.where(skew > 0, 0, whole), end, tl.maximum(whole, BLOCK)):
+        z = tl.reshape(others(row_logits, start, skew, end, own, ACC, BLOCK), (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    peak, total, slope = join(bits, peaks, totals, slopes)
 
     # A token outside the vocabulary reads NaN in place of a logit: its row comes out NaN, and nothing is read.
-    z_token = tl.load(logits + token, mask=counts & inside, other=float("nan")).to(ACC)
-    logprob, entropy, top, log_sum, complement = finish(
-        z_token, scale, peak, tl.sum(leaders, 0), tl.sum(rest, 0), tl.sum(slope, 0)
-    )
-    tl.store(logprobs + row, tl.where(counts, logprob, 0.0))
-    if WANT_ENTROPY:
-        tl.store(entropies + row, tl.where(counts, entropy, 0.0))
-    tl.store(stats + row, tl.where(counts, top, 0.0))
-    tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
-    tl.store(stats + 2 * rows + row, tl.where(counts, complement, 0.0))
+    z_token = tl.load(row_logits + own, mask=counts & inside, other=float("nan")).to(ACC)
+    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
+        if (z_token <= peak) & (rest < CLOSE):
+            peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK // 4,), ACC)
+            below, products = each, each
+            for start in range(0, end, BLOCK // 4):  # rare, so no registers are spent on its speed
+                z = others(row_logits, start, skew, end, own, ACC, BLOCK // 4)
+                peak, each, below, products = fold_apart(z, scale, peak, each, below, products)
+            leaders, rest, slope = tl.sum(each, 0), tl.sum(below, 0), tl.sum(products, 0)
+
+    logprob, entropy, top, log_sum, complement = finish(z_token, scale, peak, leaders, rest, slope)
+    store_row(
+        logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient(z, top, scale, level, slope, OF_ENTROPY: tl.constexpr):
+    """exp(u) (level + slope u), u = (z - top) / temperature."""
+    u = (z - top) * scale
+    if OF_ENTROPY:
+        u = tl.maximum(u, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-inf) * -inf is NaN
+        grad = exp(u) * (level + slope * u)
+    else:
+        grad = exp(u) * level
+    return grad
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "grad_outer_stride", "grad_row_stride", "first_column", "vocabulary"])
 def backward_kernel(
     logits, tokens, mask, entropies, stats, grad_logprobs, grad_entropies, grads,
     rows, inner, columns, outer_stride, row_stride, grad_outer_stride, grad_row_stride, first_column, vocabulary,
-    temperature: tl.float64,
+    per_temperature: tl.float64,
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, OF_LOGPROBS: tl.constexpr, OF_ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ALIKE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of a row: p again from its logits, then (1 - p at the token, -p elsewhere) / temperature.
+    """A program a few blocks of a row: p again from its logits, then (1 - p at the token, -p elsewhere) / temperature.
 
-    The entropy adds -p (log p + H) / temperature. `logits` may hold columns first_column ... of a longer row (the
-    linear op's chunks). The gradient may be written over the logits: each program reads only what it writes.
+    The entropy adds -p (log p + H) / temperature: in all p times a line in log p. `logits` may hold columns
+    first_column ... of a longer row (the linear op's chunks). The gradient may be written over the logits: each program
+    reads only what it writes. ALIKE: grads begin their rows between two multiples of 16 bytes where logits do.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
-    logits_at = (row // inner) * outer_stride + (row % inner) * row_stride
-    grads_at = (row // inner) * grad_outer_stride + (row % inner) * grad_row_stride
-    if ALIGNED:
-        logits_at, grads_at = tl.multiple_of(logits_at, 16), tl.multiple_of(grads_at, 16)
-    scale = tl.full((), 1.0 / temperature, ACC)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    whole = (tl.program_id(1) + 1) * BLOCK <= columns  # such blocks move 16 bytes a thread; the tail alone is masked
-    if whole & counts:
-        z = tl.load(logits + logits_at + at).to(ACC)
-    else:
-        z = tl.load(logits + logits_at + at, mask=(at < columns) & counts, other=float("-inf")).to(ACC)
-    log_p = (z - tl.load(stats + row)) * scale - tl.load(stats + rows + row)
-    p = tl.exp(log_p)
-    grad = tl.zeros((BLOCK,), ACC)
+    logits_at = start_of(row, inner, outer_stride, row_stride)
+    grads_at = start_of(row, inner, grad_outer_stride, grad_row_stride)
+    skew = (logits_at % GROUP).to(tl.int32)
+    logits += tl.multiple_of(logits_at - skew, GROUP)
+    grads += tl.multiple_of(grads_at - skew, GROUP) if ALIKE else grads_at - skew
+
+    scale = tl.full((), per_temperature, ACC)
+    top, log_sum = tl.load(stats + row), tl.load(stats + rows + row)
+    # With u = (z - top) / temperature, log p = u - log_sum, the gradient is exp(u) (level + slope u).
+    level, slope = scale * 0.0, scale * 0.0
     if OF_LOGPROBS:
-        up = tl.load(grad_logprobs + row).to(ACC)
-        grad += up * tl.where(at + first_column == token, tl.load(stats + 2 * rows + row), -p)
+        level -= tl.load(grad_logprobs + row).to(ACC)
     if OF_ENTROPY:
-        up = tl.load(grad_entropies + row).to(ACC)
-        entropy = tl.load(entropies + row)
-        grad -= up * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
-    grad = tl.where(counts, grad * scale, 0.0)
-    if whole:
-        tl.store(grads + grads_at + at, grad)
-    else:
-        tl.store(grads + grads_at + at, grad, mask=at < columns)
+        slope -= tl.load(grad_entropies + row).to(ACC)
+        level += slope * (tl.load(entropies + row) - log_sum)
+    outer = tl.where(counts, scale * exp(-log_sum), 0.0)
+    level, slope = tl.where(counts, level * outer, 0.0), tl.where(counts, slope * outer, 0.0)
+    first, end = tl.program_id(1) * SPAN, skew + columns
+    last = tl.minimum(first + SPAN, end)
+    low = first + tl.where(skew > first, BLOCK, 0)
+    whole = tl.maximum((last - low) // BLOCK * BLOCK, 0)
+    for start in range(low, low + whole, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at, mask=counts, other=float("-inf")).to(ACC)
+        tl.store(grads + at, gradient(z, top, scale, level, slope, OF_ENTROPY))
+    # Head and tail, which pay for masks: in pieces, so that they cost the loop above no registers.
+    for i in range(first, last - whole, BLOCK // 4):
+        start = tl.where(i >= low, i + whole, i)
+        at = start + tl.arange(0, BLOCK // 4)
+        inside = (at >= skew) & (at < last)
+        z = tl.load(logits + at, mask=inside & counts, other=float("-inf")).to(ACC)
+        tl.store(grads + at, gradient(z, top, scale, level, slope, OF_ENTROPY), mask=inside)
 
-
-def aligned(*strides: int) -> bool:
-    return all(stride % 16 == 0 for stride in strides)
+    own = token - first_column + skew
+    if counts & (own >= tl.maximum(first, skew)) & (own < last):
+        at_token = scale * 0.0
+        if OF_LOGPROBS:
+            at_token += tl.load(grad_logprobs + row).to(ACC) * tl.load(stats + 2 * rows + row)
+        if OF_ENTROPY:
+            logprob = tl.load(stats + 3 * rows + row)
+            of_entropy = tl.load(grad_entropies + row).to(ACC) * exp(logprob) * (logprob + tl.load(entropies + row))
+            at_token -= tl.where(logprob == float("-inf"), 0.0, of_entropy)
+        tl.debug_barrier()  # after the block's own store, which another thread has done
+        tl.store(grads + own, at_token * scale)
 
 
 def launch_backward(
@@ -233,17 +339,19 @@ def launch_backward(
     ups = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
     if rows and columns:
         block, warps = configuration(columns)
+        group = 16 // max(x.dtype.itemsize, out.dtype.itemsize)
+        differ = outer_stride - grad_outer_stride, row_stride - grad_row_stride
         with on_device_of(x):
-            backward_kernel[(rows, triton.cdiv(columns, block))](
+            backward_kernel[(rows, triton.cdiv(columns + group - 1, SPAN * block))](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), entropy, stats,
                 *(stats if g is None else g for g in ups), out,
                 rows, inner, columns, outer_stride, row_stride, grad_outer_stride, grad_row_stride,
-                first_column, columns if vocabulary is None else vocabulary, temperature,
+                first_column, columns if vocabulary is None else vocabulary, 1.0 / temperature,
                 IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None,
                 OF_LOGPROBS=ups[0] is not None, OF_ENTROPY=ups[1] is not None,
-                ALIGNED=aligned(outer_stride, row_stride, grad_outer_stride, grad_row_stride),
+                ALIKE=x.dtype == out.dtype and all(d % group == 0 for d in differ),
                 ACC=tl.float64 if compute_dtype(stats) == torch.float64 else tl.float32,
-                BLOCK=block, num_warps=warps,
+                GROUP=group, BLOCK=block, SPAN=SPAN * block, num_warps=warps,
             )  # fmt: skip
     return out
 
@@ -251,24 +359,24 @@ def launch_backward(
 def launch_forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [3, rows]."""
+    """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [4, rows]."""
     if not tokens.is_cuda:
         _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])  # on the CPU, looking costs no sync
     dtype = compute_dtype(logits)
     logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
     entropy = torch.empty(tokens.shape if want_entropy else (0,), dtype=dtype, device=logits.device)
     rows, columns = tokens.numel(), logits.shape[-1]
-    stats = torch.empty((3, rows), dtype=dtype, device=logits.device)
+    stats = torch.empty((4, rows), dtype=dtype, device=logits.device)
     x, inner, outer_stride, row_stride = as_rows(logits)
     if rows:
         block, warps = configuration(columns)
         with on_device_of(x):
             forward_kernel[(rows,)](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), logprobs, entropy, stats,
-                rows, inner, columns, outer_stride, row_stride, temperature,
+                rows, inner, columns, outer_stride, row_stride, 1.0 / temperature,
                 IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None, WANT_ENTROPY=want_entropy,
-                ALIGNED=aligned(outer_stride, row_stride),
-                ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=warps,
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                GROUP=16 // x.dtype.itemsize, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return logprobs, entropy, stats
 
@@ -332,7 +440,7 @@ def _(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     new = functools.partial(torch.empty, dtype=compute_dtype(logits), device=logits.device)
-    return new(tokens.shape), new(tokens.shape if want_entropy else (0,)), new((3, tokens.numel()))
+    return new(tokens.shape), new(tokens.shape if want_entropy else (0,)), new((4, tokens.numel()))
 
 
 def _backward_of_op(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -97,6 +97,8 @@ def forward_kernel(
             old = read(old_values, at, counts, ACC)
             move = value - old
             near = old + tl.where(move > reach, reach, tl.where(move < -reach, -reach, move))
+            # Within reach the value itself: old + move is off by a rounding, and would be counted as clipped.
+            near = tl.where(tl.abs(move) <= reach, value, near)
             near_error = (near - target) * (near - target)
             tl.store(mine + 5 * programs, tl.sum((near_error > error).to(ACC), 0))
             near_slope = tl.where(tl.abs(move) <= reach, near - target, 0.0)

@@ -113,7 +113,10 @@ def ppo_loss(
         error = (values - returns).square()
         if value_clip_range is not None and old_values is not None:
             old_values = _counted(old_values.detach(), mask)
-            near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+            move = values - old_values
+            near = old_values + move.clamp(-value_clip_range, value_clip_range)
+            # Within reach the value itself: old + move is off by a rounding, and would be counted as clipped.
+            near = torch.where(move.abs() <= value_clip_range, values, near)
             clipped_error = (near - returns).square()
             metrics["value/clip_fraction"] = (clipped_error > error).sum(dtype=error.dtype) / denominator
             error = torch.maximum(error, clipped_error)
