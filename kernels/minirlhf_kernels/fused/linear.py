@@ -2,7 +2,7 @@
 
 [rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
 vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
-the row kernel folds them into each row's running sums (`fold_apart` of logprobs.py), which wait for the next slab.
+the row kernel folds them into each row's running sums (`fold_apart` of rows.py), which wait for the next slab.
 After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient
 where it lies, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab.
 
@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import compute_dtype, on_device_of
-from minirlhf_kernels.fused.logprobs import configuration, finish, fold_apart, launch_backward, read_token, store_row
+from minirlhf_kernels.fused.logprobs import configuration, launch_backward, read_token, store_row
+from minirlhf_kernels.fused.rows import finish, fold_apart
 from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,

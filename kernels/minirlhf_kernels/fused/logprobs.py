@@ -1,26 +1,12 @@
 """Log-probabilities of tokens and the entropy of each row: one read forward; one read and one write backward.
 
-A row of logits z is read once, block after block, each thread 16 bytes at a time: a group. Its token is set aside; of
-all the OTHERS three numbers are kept, by every thread for the groups that it reads:
+Forward, a program reads a row once, block after block, each thread 16 bytes at a time: a group. Every thread keeps
+sums (rows.py) for the groups that it reads, and the threads meet at the end of the row, not before: the loop has no
+barrier. While two bytes come from memory there is time for some fifteen instructions, so it has few, about ten a logit:
+it steps over the block that holds the token, and over the row's ends, which are read with masks afterwards. A row whose
+entropy would lose its digits (another logit leads by far) is read a second time, with the leaders counted apart.
 
-    peak      the highest logit so far
-    total     sum of 2^w, w = (z - peak) log2(e) / temperature
-    slope     sum of 2^w w                                          what the entropy needs
-
-Where a group holds a higher peak, the old sums fade by 2^((old - new) log2(e) / temperature). Threads meet at the end
-of the row, not before: the loop has no barrier. What it costs is instructions, so it has few: about ten a logit.
-
-Why it is stable. Only differences of logits are ever scaled or exponentiated: adding 1000 to a row changes nothing.
-No power is above 1. A peak begins at the lowest finite number, so that -inf - peak is -inf and never NaN.
-The token is compared with the others, never subtracted from a sum that holds it:
-
-    the token leads     log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
-    another one leads   log p = u_token - log(leaders) - log1p((rest + exp(u_token)) / leaders)
-
-with u = (z - peak) / temperature, `leaders` others at the peak and `rest` the sum of all below it. Both are sums of
-terms of one sign: no cancellation, and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and
-log_softmax gives 0, log p and its gradient keep all their digits. So does the entropy, with one detour: where another
-logit leads by far, 1 + rest has lost the digits of rest, and the row is read again, with the leaders counted apart.
+Backward, a program makes p again from a few blocks of logits: no [rows, V] tensor waits between the two but the logits.
 """
 
 import functools
@@ -32,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import as_rows, compute_dtype, on_device_of
+from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, exp, finish, fold, fold_apart, gradient, join
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
     _check_temperature,
@@ -46,99 +33,9 @@ SPAN = 4  # blocks of a program in backward
 # Triton would compile again for a new divisibility of these, and for 1.
 RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride"]
 
-LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32's finite numbers
-NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
-CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this the rest keeps too few digits
-
 
 def configuration(columns: int) -> tuple[int, int]:
     return SHORT if columns <= 1024 else LONG
-
-
-@triton.jit
-def log1p(y):
-    """log(1 + y) for y >= 0, with all the digits of a y that 1 + y would round away: 2 atanh(y / (2 + y))."""
-    s = y / (2.0 + y)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
-    return tl.where(y < 0.25, 2.0 * s * series, tl.log(1.0 + y))
-
-
-@triton.jit
-def exp(x):
-    """exp(x), x <= 0, to the last digit: 2^k exp(x - k ln 2). The hardware's is off by |x| / 2^24, 1e-6 at 20 nats."""
-    x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-    k = (x * LOG2E + 12582912.0) - 12582912.0  # 1.5 2^23: no float32 near it has a fraction
-    left = (x - k * 0.693359375) + k * 2.121944400546905827679e-4  # ln 2 in two parts, k times the first is exact
-    return tl.exp2(k) * tl.exp2(left * LOG2E)
-
-
-@triton.jit
-def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
-    """A block z [groups, GROUP] of logits (-inf where none counts) into each group's own sums [groups]."""
-    higher = tl.maximum(peak, tl.max(z, 1))
-    step = tl.maximum((peak - higher) * bits, NEVER)
-    w = (z - higher[:, None]) * bits
-    if WANT_ENTROPY:
-        w = tl.maximum(w, NEVER, propagate_nan=tl.PropagateNan.ALL)  # -inf * 2^-inf is NaN
-    e = tl.exp2(w)
-    fade = tl.exp2(step)
-    total *= fade
-    if WANT_ENTROPY:
-        slope = slope * fade + step * total + tl.sum(e * w, 1)
-    return higher, total + tl.sum(e, 1), slope
-
-
-@triton.jit
-def join(bits, peaks, totals, slopes):
-    """The groups' sums as the row's: peak (-inf where nothing counts), total, and slope in nats."""
-    peak = tl.max(peaks, 0)
-    step = tl.maximum((peaks - peak) * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
-    fade = tl.exp2(step)
-    total = tl.sum(totals * fade, 0)
-    slope = tl.sum(fade * (slopes + step * totals), 0) * LN2
-    return tl.where(total == 0.0, float("-inf"), peak), total, slope
-
-
-@triton.jit
-def fold_apart(z, scale, peak, leaders, rest, slope):
-    """A block z of logits into lanes of sums, of which the leaders are counted apart; in nats, to the last digit."""
-    higher = tl.maximum(peak, tl.max(z, 0))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    step = tl.where(peak == float("-inf"), 0.0, (peak - shift) * scale)
-    fade = exp(step)
-    old = leaders + rest
-    slope = fade * (slope + step * old)
-    rest = tl.where(higher > peak, fade * old, rest)
-    leaders = tl.where(higher > peak, 0.0, leaders)
-    u = (z - shift) * scale
-    e = exp(u)
-    leads = tl.where(z == shift, 1.0, 0.0)
-    rest += e - leads  # exactly 0 for a leader
-    slope += tl.where(e > 0.0, e * u, 0.0)  # 0 * -inf is NaN
-    return higher, leaders + leads, rest, slope
-
-
-@triton.jit
-def finish(z_token, scale, peak, leaders, rest, slope):
-    """log p, entropy, the row's highest logit, log of the sum below it, and 1 - p, from the sums of the others."""
-    total = leaders + rest
-    x = (z_token - tl.where(peak == float("-inf"), 0.0, peak)) * scale
-    token_leads = z_token > peak
-    # The token leads: every other one is measured from it.
-    fade = tl.where(total > 0.0, exp(-tl.where(token_leads, x, 0.0)), 0.0)
-    odds = total * fade
-    log_odds = log1p(odds)
-    spread = (fade * (tl.where(token_leads, x, 0.0) * total - slope)) / (1.0 + odds)
-    # Another one leads.
-    own = exp(tl.where(token_leads, 0.0, x))
-    log_sum = tl.log(leaders) + log1p((rest + own) / leaders)
-    slope += tl.where(own > 0.0, own * x, 0.0)
-    logprob = tl.where(token_leads, 0.0 - log_odds, x - log_sum)
-    entropy = tl.where(token_leads, log_odds + spread, log_sum - slope / (total + own))
-    complement = tl.where(token_leads, odds / (1.0 + odds), total / (total + own))
-    return logprob, entropy, tl.maximum(z_token, peak), tl.where(token_leads, log_odds, log_sum), complement
 
 
 @triton.jit
@@ -240,18 +137,6 @@ def forward_kernel(
     store_row(
         logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY
     )  # fmt: skip
-
-
-@triton.jit
-def gradient(z, top, scale, level, slope, OF_ENTROPY: tl.constexpr):
-    """exp(u) (level + slope u), u = (z - top) / temperature."""
-    u = (z - top) * scale
-    if OF_ENTROPY:
-        u = tl.maximum(u, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-inf) * -inf is NaN
-        grad = exp(u) * (level + slope * u)
-    else:
-        grad = exp(u) * level
-    return grad
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "grad_outer_stride", "grad_row_stride", "first_column", "vocabulary"])
