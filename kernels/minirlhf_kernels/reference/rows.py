@@ -23,6 +23,7 @@ own cache when the next one reads it.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -32,6 +33,7 @@ from torch import Tensor
 
 # Logits of a part, for each thread: 2 MiB of float32.
 _PART = 1 << 19
+_KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (11.5 nats of margin) float32 no longer holds w to 1e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-5, 1e30
 # 2 to this power is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
@@ -73,6 +75,32 @@ class Rows:
         return w.clamp_(min=_NEVER) if self.barred and out is not None else w
 
 
+class _Scratch(threading.local):
+    """Room to work in on the CPU, kept from call to call: fresh memory costs more to get than to compute in.
+
+    (The C library gives two large pieces back to the system as soon as they are free, and gets them back page by page.)
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def room(self, number: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised [rows, columns]; two that are in use at the same time have different numbers."""
+        size = rows * columns
+        if device.type != "cpu" or size > _KEPT:
+            return torch.empty((rows, columns), dtype=dtype, device=device)
+        found = self.kept.get((number, dtype))
+        if found is None or found.numel() < size:
+            with torch.inference_mode(False):  # or it could not be written outside of that mode
+                found = torch.empty(size, dtype=dtype, device=device)
+            if type(found) is Tensor:  # and not one that a tracer made up
+                self.kept[number, dtype] = found
+        return found[:size].view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
 def _split(x: Tensor, size: int) -> Sequence[Tensor]:
     return (x,) if x.shape[0] <= size else x.split(size)
 
@@ -101,9 +129,13 @@ def read(
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred)
     size, keep = _part_size(count, logits), keep and not want_entropy
-    w = torch.empty((count if keep else size, logits.shape[-1]), dtype=dtype, device=logits.device)
-    e = torch.empty_like(w) if want_entropy else None
-    none = torch.zeros((size, 1), dtype=dtype, device=logits.device)
+    columns, device = logits.shape[-1], logits.device
+    if keep:
+        w = torch.empty((count, columns), dtype=dtype, device=device)
+    else:
+        w = _scratch.room(0, size, columns, dtype, device)
+    e = _scratch.room(1, size, columns, dtype, device) if want_entropy else None
+    none = torch.zeros((size, 1), dtype=dtype, device=device)
     parts = []
     for z, at, into in zip(
         rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
@@ -112,12 +144,12 @@ def read(
         if n < size:  # the last part
             into, none, e = into[:n], none[:n], None if e is None else e[:n]
         parts.append(_about_token(rows, z, at, none, into, e))
-    columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-    rows.shift, rows.rest, rows.kept = columns[0], columns[1], w if keep else None
+    sums = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+    rows.shift, rows.rest, rows.kept = sums[0], sums[1], w if keep else None
     below = rows.rest.log1p()
     rows.logprobs = -below
     if want_entropy:
-        rows.mean = columns[2].mul_(_LN2).div_(rows.rest + 1.0)
+        rows.mean = sums[2].mul_(_LN2).div_(rows.rest + 1.0)
         rows.entropy = below - rows.mean
         # Else too many digits cancel; false where anything is NaN.
         suits = (rows.entropy * 4.0 >= below).logical_and_(rows.rest >= _LEAST)
@@ -194,8 +226,8 @@ def write_gradient(
 
     size = _part_size(level.shape[0], out)
     direct = rows.which is None and out.dtype == level.dtype
-    w = torch.empty((size, out.shape[-1]), dtype=level.dtype, device=out.device)
-    scratch = w if direct else torch.empty_like(w)
+    w = _scratch.room(0, size, out.shape[-1], level.dtype, out.device)
+    scratch = w if direct else _scratch.room(1, size, out.shape[-1], level.dtype, out.device)
     targets = _split(out, size) if rows.which is None else repeat(out)
     zs = repeat(w) if logits is None else rows.parts(logits, size)  # what is kept stands for them
     columns = (
