@@ -32,7 +32,9 @@ setup: .venv/.stamp  ## make .venv with the exact tested versions
 
 run: setup  ## from a folder of text to an aligned model and a report
 	@# Threads that stay on their own core: two that share one wait for each other, ten times slower at this size.
-	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run $(ARGS)
+	@# And large pieces of memory that the C library keeps, in place of getting them back page by page.
+	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
+		$(BIN)/minirlhf run $(ARGS)
 
 lab: setup  ## open the lessons in JupyterLab
 	@$(BIN)/jupyter lab $(ARGS) notebooks/00_map_and_setup.ipynb

@@ -187,6 +187,21 @@ def test_inplace_backward_overwrites_the_logits_and_runs_once(inner, monkeypatch
             torch.autograd.grad(out, logits)
 
 
+def test_the_gradient_begins_its_rows_where_a_causal_model_s_logits_do():
+    """logits[:, :-1] of an odd vocabulary: only so do both move 16 bytes at a time."""
+    whole = torch.randn(3, 5, 37, device=DEVICE, dtype=torch.float64)
+    tokens = torch.randint(37, (3, 4), device=DEVICE)
+    for view in (whole[:, :-1], whole[:, :-1, None], whole.expand(3, 5, 37)[:1].expand(3, 5, 37)[:, 1:]):
+        leaf = view.detach().requires_grad_()
+        index = tokens.view(leaf.shape[:-1])
+        (grad,) = torch.autograd.grad(token_logprobs(leaf, index).sum(), leaf)
+        exact = torch.autograd.grad(leaf.log_softmax(-1).gather(-1, index.unsqueeze(-1)).sum(), leaf)[0]
+        torch.testing.assert_close(grad, exact)
+    assert logprobs.room_like(whole[:, :-1]).stride() == whole.stride()
+    assert logprobs.room_like(whole[:1].expand(3, 5, 37)).is_contiguous()
+    assert logprobs.room_like(torch.empty(99999).as_strided((2, 3), (9999, 1))).is_contiguous()
+
+
 def test_a_token_outside_the_vocabulary_reads_nothing_and_gives_nan():
     """What CUDA tensors get, where looking at the tokens first would cost a sync."""
     logits = torch.randn(4, 7)

@@ -201,6 +201,16 @@ def backward_kernel(
         tl.store(grads + own, at_token * scale)
 
 
+def room_like(x: Tensor) -> Tensor:
+    """Room for x's gradient, which begins its rows where x does, also where x is `logits[:, :-1]`: see ALIKE."""
+    strides = x.stride()
+    in_order = all(a >= b * n for a, b, n in zip(strides[:-1], strides[1:], x.shape[1:], strict=True))
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    if x.numel() and strides[-1] == 1 and in_order and span <= 2 * x.numel():
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def launch_backward(
     logits: Tensor,
     tokens: Tensor,
@@ -218,7 +228,7 @@ def launch_backward(
     """The gradient with respect to logits, in their type; written over them in place, or into `out`, on request."""
     x, inner, outer_stride, row_stride = as_rows(logits)
     if out is None:
-        out = logits if inplace and x is logits else torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
+        out = logits if inplace and x is logits else room_like(x)
     _, _, grad_outer_stride, grad_row_stride = as_rows(out)
     rows, columns = tokens.numel(), logits.shape[-1]
     ups = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
@@ -309,7 +319,8 @@ def backward_op(
     grad_entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    return launch_backward(logits, tokens, mask, entropy, stats, grad_logprobs, grad_entropy, temperature)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return launch_backward(logits, tokens, mask, entropy, stats, grad_logprobs, grad_entropy, temperature, out=out)
 
 
 @backward_op.register_fake

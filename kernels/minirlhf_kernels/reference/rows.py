@@ -31,8 +31,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-# Logits of a part, for each thread: 2 MiB of float32.
-_PART = 1 << 19
+# Numbers in the room that a part takes, for each thread: 4 MiB of float32.
+_PART = 1 << 20
 _KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (11.5 nats of margin) float32 no longer holds w to 1e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-5, 1e30
@@ -105,10 +105,10 @@ def _split(x: Tensor, size: int) -> Sequence[Tensor]:
     return (x,) if x.shape[0] <= size else x.split(size)
 
 
-def _part_size(rows: int, logits: Tensor) -> int:
-    """Rows of a part. On a GPU all: there a launch costs more than a cache saves."""
+def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
+    """Rows of a part that takes so many rooms. On a GPU all: there a launch costs more than a cache saves."""
     if not logits.is_cuda:
-        rows = min(rows, _PART * torch.get_num_threads() // max(1, logits.shape[-1]))
+        rows = min(rows, _PART * torch.get_num_threads() // max(1, rooms * logits.shape[-1]))
     return max(1, rows)
 
 
@@ -128,7 +128,7 @@ def read(
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred)
-    size, keep = _part_size(count, logits), keep and not want_entropy
+    size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
     columns, device = logits.shape[-1], logits.device
     if keep:
         w = torch.empty((count, columns), dtype=dtype, device=device)
@@ -224,7 +224,7 @@ def write_gradient(
         up, slope = up - rows.mean * up_entropy, up_entropy.mul_(-_LN2).div_(rows.rest + 1.0)
     level = up.neg().div_(rows.rest + 1.0)
 
-    size = _part_size(level.shape[0], out)
+    size = _part_size(level.shape[0], out, 2)
     direct = rows.which is None and out.dtype == level.dtype
     w = _scratch.room(0, size, out.shape[-1], level.dtype, out.device)
     scratch = w if direct else _scratch.room(1, size, out.shape[-1], level.dtype, out.device)
