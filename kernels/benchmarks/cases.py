@@ -243,7 +243,7 @@ def all_cases(device: str) -> Iterator[Callable[[], Case]]:
         for rows, steps in ((8192, 128), (8192, 1024), (8192, 4096), (32768, 8)):
             yield lambda n=rows, t=steps: gae(n, t, device)
     else:
-        for rows, vocabulary, batch in ((5120, 113, 128), (5120, 512, 128), (256, 32000, 8)):
+        for rows, vocabulary, batch in ((5120, 113, 128), (5120, 301, 128), (5120, 512, 128), (256, 32000, 8)):
             for entropy in (False, True):
                 yield lambda n=rows, v=vocabulary, e=entropy, b=batch: token_logprobs(n, v, torch.float32, device, e, b)
         yield lambda: linear_token_logprobs(512, 96, 4096, torch.float32, device)
