@@ -40,7 +40,7 @@ def machine_code(binary: bytes) -> str:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, listing = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
-    (registers,), (spilled,) = re.findall(r"REG:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
+    (registers,), (spilled,) = re.findall(r"REG:(\d+)", usage), re.findall(r"STACK:(\d+)", usage)
     labels, code, loops = {}, [], []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
@@ -95,6 +95,12 @@ def main() -> None:
             sum(o.sum() for o in outs).backward()
     for columns in (64, 5001):
         fused.token_logprobs(numbers(3, 5, columns, dtype=torch.bfloat16), tokens).sum().backward()
+    whole = torch.randn(3, 6, 5001).bfloat16()  # a causal model's slices, of an odd vocabulary
+    for sliced in (whole[:, :-1], whole[:, 1:]):
+        outs = fused.token_logprobs(sliced.detach().requires_grad_(), tokens, mask=mask, return_entropy=True)
+        sum(o.sum() for o in outs).backward()
+    half = numbers(3, 5, 8, dtype=torch.bfloat16), numbers(600, 8, dtype=torch.bfloat16)
+    fused.linear_token_logprobs(*half, tokens).sum().backward()
     outs = fused.linear_token_logprobs(
         numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True, chunk_size=1 << 16
     )

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -288,6 +289,25 @@ def test_rows_of_every_kind_side_by_side(
         assert ((y.detach().double() - exact).abs() <= allowed * exact.abs() + 1e-36).all(), (y, exact)
     exact = up[0, :, None] * grad_logprobs + (up[1, :, None] * grad_entropy if want_entropy else 0.0)
     torch.testing.assert_close(grad.double(), torch.where(counted[:, None], exact, zero), rtol=1e-5, atol=1e-6)
+
+
+def test_the_room_that_is_kept_is_nobody_else_s():
+    """Calls under inference_mode, compiled ones and other threads' leave this thread's later calls as they were."""
+    torch.manual_seed(8)
+    logits, tokens = torch.randn(40, 301), torch.randint(301, (40,))
+    expected = token_logprobs(logits, tokens, return_entropy=True)
+    compiled = torch.compile(lambda z: token_logprobs(z, tokens, return_entropy=True), backend="aot_eager")
+    with torch.inference_mode():
+        results = [compiled(logits), token_logprobs(logits, tokens, return_entropy=True)]
+    with ThreadPoolExecutor(4) as threads:
+        results += threads.map(lambda _: token_logprobs(logits.clone(), tokens, return_entropy=True), range(16))
+    first, second = (logits.clone().requires_grad_() for _ in range(2))
+    outs = [token_logprobs(x, tokens, return_entropy=True) for x in (first, second * 2)]  # both, then both backwards
+    sum(y.sum() for out in outs for y in out).backward()
+    (alone,) = torch.autograd.grad(sum(token_logprobs(first, tokens, return_entropy=True)).sum(), first)
+    torch.testing.assert_close(first.grad, alone, rtol=0, atol=0)
+    for result in results:
+        torch.testing.assert_close(result, expected)
 
 
 def test_writing_into_the_outputs_does_not_reach_the_backward():

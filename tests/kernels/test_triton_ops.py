@@ -198,6 +198,8 @@ def test_the_gradient_begins_its_rows_where_a_causal_model_s_logits_do():
         exact = torch.autograd.grad(leaf.log_softmax(-1).gather(-1, index.unsqueeze(-1)).sum(), leaf)[0]
         torch.testing.assert_close(grad, exact)
     assert logprobs.room_like(whole[:, :-1]).stride() == whole.stride()
+    later = whole[:, 1:]
+    assert later.data_ptr() % 16 == 8 == logprobs.room_like(later).data_ptr() % 16
     assert logprobs.room_like(whole[:1].expand(3, 5, 37)).is_contiguous()
     assert logprobs.room_like(torch.empty(99999).as_strided((2, 3), (9999, 1))).is_contiguous()
 
@@ -208,7 +210,7 @@ def test_a_token_outside_the_vocabulary_reads_nothing_and_gives_nan():
     tokens = torch.tensor([3, 7, -1, 10**12])
     out = torch.empty(4), torch.empty(4), torch.empty(4, 4)
     logprobs.forward_kernel[(4,)](
-        logits, tokens, out[2], *out, 4, 4, 7, 0, 7, 1.0,
+        logits, tokens, out[2], *out, 4, 4, 7, 0, 7, 0, 1.0,
         IGNORED=-100, HAS_MASK=False, WANT_ENTROPY=True, ACC=logprobs.tl.float32, GROUP=4, BLOCK=16,
     )  # fmt: skip
     assert out[0][0].isfinite() and out[1][0].isfinite()
@@ -230,6 +232,20 @@ def test_row_offsets_do_not_overflow_int32():
     torch.testing.assert_close(outs, token_logprobs(near, tokens, return_entropy=True))
     grad = torch.autograd.grad(outs[0].sum(), far)[0]
     torch.testing.assert_close(grad.double(), oracle(near, tokens)[2], rtol=1e-2, atol=1e-4)
+
+
+def test_a_token_among_lowest_finite_logits_has_no_entropy():
+    """What `masked_fill(finfo.min)` leaves of a row in which one token is allowed."""
+    for dtype in (torch.float32, torch.float64):
+        low = torch.finfo(dtype).min
+        logits = torch.full((3, 9), low, dtype=dtype, device=DEVICE)
+        logits[0, 3] = logits[1, 3] = 5.0
+        x, tokens = logits.requires_grad_(), torch.tensor([3, 4, 4], device=DEVICE)
+        out, entropy = token_logprobs(x, tokens, return_entropy=True)
+        third = -torch.tensor(9.0, dtype=dtype, device=DEVICE).log()  # nothing but lowest ones: each is as likely
+        torch.testing.assert_close(out, torch.stack((torch.zeros_like(third), third * 0 + low, third)))
+        torch.testing.assert_close(entropy, torch.stack((third * 0, third * 0, -third)))
+        assert torch.autograd.grad(entropy.sum(), x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("margin", [15.0, 20.0, 25.0, 60.0])

@@ -43,3 +43,14 @@ def as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
                 break
         strides = x.stride()[:-1]
     return x, shape[-1], strides[-2], strides[-1]
+
+
+def from_16_bytes(x: Tensor) -> tuple[Tensor, int]:
+    """x's memory from the multiple of 16 bytes at or before its beginning, and how many numbers lie between.
+
+    `logits[:, 1:]` of an odd vocabulary begins anywhere; the memory before it is still its own storage's.
+    """
+    numbers, bytes_left = divmod(x.data_ptr() % 16, x.element_size())
+    if numbers == 0 or bytes_left or numbers > x.storage_offset():
+        return x, 0
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - numbers), numbers

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minirlhf_kernels.fused.common import as_rows, compute_dtype, on_device_of
-from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, exp, finish, fold, fold_apart, gradient, join
+from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of
+from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, LOWEST64, exp, finish, fold, fold_apart, gradient, join
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
     _check_temperature,
@@ -31,7 +31,8 @@ from minirlhf_kernels.reference.logprobs import (
 SHORT, LONG = (1024, 4), (2048, 4)
 SPAN = 4  # blocks of a program in backward
 # Triton would compile again for a new divisibility of these, and for 1.
-RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride"]
+RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride", "offset"]
+GRAD_RUN_TIME = [*RUN_TIME, "grad_outer_stride", "grad_row_stride", "grad_offset", "first_column", "vocabulary"]
 
 
 def configuration(columns: int) -> tuple[int, int]:
@@ -83,14 +84,14 @@ def others(logits, start, skew, end, own, ACC: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     logits, tokens, mask, logprobs, entropies, stats,
-    rows, inner, columns, outer_stride, row_stride, per_temperature: tl.float64,
+    rows, inner, columns, outer_stride, row_stride, offset, per_temperature: tl.float64,
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
     ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row, on grid x. Offsets are int64: eight sequences of 4096 tokens and 150k words pass 2^31."""
     row = tl.program_id(0)
     token, counts, inside = read_token(tokens, mask, row, columns, IGNORED, HAS_MASK)
-    start_of_row = start_of(row, inner, outer_stride, row_stride)
+    start_of_row = offset + start_of(row, inner, outer_stride, row_stride)
     # Blocks begin at multiples of 16 bytes wherever the row does, or a row of 50257 would be read number by number.
     skew = (start_of_row % GROUP).to(tl.int32)
     row_logits = logits + tl.multiple_of(start_of_row - skew, GROUP)
@@ -103,7 +104,8 @@ def forward_kernel(
     first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
     aside = own // BLOCK * BLOCK
     steps_over = (aside >= first) & (aside < whole)
-    peaks = tl.full((BLOCK // GROUP,), LOWEST, ACC)
+    lowest = LOWEST64 if ACC == tl.float64 else LOWEST  # noqa: SIM300 (ACC is the variable)
+    peaks = tl.full((BLOCK // GROUP,), lowest, ACC)
     totals, slopes = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
     for i in range(first, tl.where(steps_over, whole - BLOCK, whole), BLOCK):
         start = tl.where(steps_over & (i >= aside), i + BLOCK, i)
@@ -139,11 +141,11 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "grad_outer_stride", "grad_row_stride", "first_column", "vocabulary"])
+@triton.jit(do_not_specialize=GRAD_RUN_TIME)
 def backward_kernel(
     logits, tokens, mask, entropies, stats, grad_logprobs, grad_entropies, grads,
-    rows, inner, columns, outer_stride, row_stride, grad_outer_stride, grad_row_stride, first_column, vocabulary,
-    per_temperature: tl.float64,
+    rows, inner, columns, outer_stride, row_stride, offset, grad_outer_stride, grad_row_stride, grad_offset,
+    first_column, vocabulary, per_temperature: tl.float64,
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, OF_LOGPROBS: tl.constexpr, OF_ENTROPY: tl.constexpr,
     ALIKE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +157,8 @@ def backward_kernel(
     """
     row = tl.program_id(0)
     token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
-    logits_at = start_of(row, inner, outer_stride, row_stride)
-    grads_at = start_of(row, inner, grad_outer_stride, grad_row_stride)
+    logits_at = offset + start_of(row, inner, outer_stride, row_stride)
+    grads_at = grad_offset + start_of(row, inner, grad_outer_stride, grad_row_stride)
     skew = (logits_at % GROUP).to(tl.int32)
     logits += tl.multiple_of(logits_at - skew, GROUP)
     grads += tl.multiple_of(grads_at - skew, GROUP) if ALIKE else grads_at - skew
@@ -207,7 +209,8 @@ def room_like(x: Tensor) -> Tensor:
     in_order = all(a >= b * n for a, b, n in zip(strides[:-1], strides[1:], x.shape[1:], strict=True))
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
     if x.numel() and strides[-1] == 1 and in_order and span <= 2 * x.numel():
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+        _, offset = from_16_bytes(x)
+        return torch.empty(offset + span, dtype=x.dtype, device=x.device).as_strided(x.shape, strides, offset)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -235,16 +238,17 @@ def launch_backward(
     if rows and columns:
         block, warps = configuration(columns)
         group = 16 // max(x.dtype.itemsize, out.dtype.itemsize)
-        differ = outer_stride - grad_outer_stride, row_stride - grad_row_stride
+        (x, offset), (base, grad_offset) = from_16_bytes(x), from_16_bytes(out)
+        differ = outer_stride - grad_outer_stride, row_stride - grad_row_stride, offset - grad_offset
         with on_device_of(x):
             backward_kernel[(rows, triton.cdiv(columns + group - 1, SPAN * block))](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), entropy, stats,
-                *(stats if g is None else g for g in ups), out,
-                rows, inner, columns, outer_stride, row_stride, grad_outer_stride, grad_row_stride,
+                *(stats if g is None else g for g in ups), base,
+                rows, inner, columns, outer_stride, row_stride, offset, grad_outer_stride, grad_row_stride, grad_offset,
                 first_column, columns if vocabulary is None else vocabulary, 1.0 / temperature,
                 IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None,
                 OF_LOGPROBS=ups[0] is not None, OF_ENTROPY=ups[1] is not None,
-                ALIKE=x.dtype == out.dtype and all(d % group == 0 for d in differ),
+                ALIKE=all(d % group == 0 for d in differ),
                 ACC=tl.float64 if compute_dtype(stats) == torch.float64 else tl.float32,
                 GROUP=group, BLOCK=block, SPAN=SPAN * block, num_warps=warps,
             )  # fmt: skip
@@ -265,10 +269,11 @@ def launch_forward(
     x, inner, outer_stride, row_stride = as_rows(logits)
     if rows:
         block, warps = configuration(columns)
+        x, offset = from_16_bytes(x)
         with on_device_of(x):
             forward_kernel[(rows,)](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), logprobs, entropy, stats,
-                rows, inner, columns, outer_stride, row_stride, 1.0 / temperature,
+                rows, inner, columns, outer_stride, row_stride, offset, 1.0 / temperature,
                 IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None, WANT_ENTROPY=want_entropy,
                 ACC=tl.float64 if dtype == torch.float64 else tl.float32,
                 GROUP=16 // x.dtype.itemsize, BLOCK=block, num_warps=warps,

@@ -9,7 +9,7 @@ Of a row of logits z the token is set aside; of all the OTHERS three numbers are
 Where another part holds a higher peak, the old sums fade by 2^((old - new) log2(e) / temperature).
 
 Why it is stable. Only differences of logits are ever scaled or exponentiated: adding 1000 to a row changes nothing.
-No power is above 1. A peak begins at the lowest finite number, so that -inf - peak is -inf and never NaN.
+No power is above 1. In `fold` a peak begins at the lowest finite number, so that -inf - peak is -inf and never NaN.
 The token is compared with the others, never subtracted from a sum that holds it:
 
     the token leads     log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32's finite numbers
+LOWEST, LOWEST64 = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931348623157e308)  # finite numbers
 NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
 CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this the rest keeps too few digits
 
@@ -41,7 +41,7 @@ def log1p(y):
 
 @triton.jit
 def exp(x):
-    """exp(x), x <= 0, to the last digit: 2^k exp(x - k ln 2). The hardware's is off by |x| / 2^24, 1e-6 at 20 nats."""
+    """exp(x), x <= 0, to the last digit or two: 2^k exp(x - k ln 2). The hardware's is off by |x| / 2^24."""
     x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
     k = (x * LOG2E + 12582912.0) - 12582912.0  # 1.5 2^23: no float32 near it has a fraction
     left = (x - k * 0.693359375) + k * 2.121944400546905827679e-4  # ln 2 in two parts, k times the first is exact
@@ -104,7 +104,7 @@ def finish(z_token, scale, peak, leaders, rest, slope):
     fade = tl.where(total > 0.0, exp(-tl.where(token_leads, x, 0.0)), 0.0)
     odds = total * fade
     log_odds = log1p(odds)
-    spread = (fade * (tl.where(token_leads, x, 0.0) * total - slope)) / (1.0 + odds)
+    spread = tl.where(fade > 0.0, fade * (tl.where(token_leads, x, 0.0) * total - slope), 0.0) / (1.0 + odds)
     # Another one leads.
     own = exp(tl.where(token_leads, 0.0, x))
     log_sum = tl.log(leaders) + log1p((rest + own) / leaders)

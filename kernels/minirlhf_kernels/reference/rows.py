@@ -1,4 +1,4 @@
-"""What the softmax of a row of logits gives one token, and the gradient back into the row, to the last digits.
+"""What the softmax of a row of logits gives one token, and the gradient back into the row, as near as float32 gets.
 
 A row is summed WITHOUT one of its logits, the pivot:
 
@@ -34,8 +34,8 @@ from torch import Tensor
 # Numbers in the room that a part takes, for each thread: 4 MiB of float32.
 _PART = 1 << 20
 _KEPT = 1 << 22  # the largest room that waits for the next call
-# At a smaller rest (11.5 nats of margin) float32 no longer holds w to 1e-6; above the larger one sums near overflow.
-_LEAST, _MOST = 1e-5, 1e30
+# At a smaller rest (20.7 nats of margin) float32 no longer holds w to 2e-6; above the larger one sums near overflow.
+_LEAST, _MOST = 1e-9, 1e30
 # 2 to this power is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
 _NEVER = -2000.0
 _LN2 = math.log(2.0)
@@ -69,10 +69,10 @@ class Rows:
         parts = _split(logits, size) if self.which is None else (logits[some] for some in _split(self.which, size))
         return (part.to(at_least_float32(part.dtype)) for part in parts)
 
-    def exponent(self, logits: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    def exponent(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
         """w, from differences: so no digits are lost to an offset that all logits share."""
         w = torch.sub(logits, shift, out=out).mul_(1.0 / (_LN2 * self.temperature))
-        return w.clamp_(min=_NEVER) if self.barred and out is not None else w
+        return w.clamp_(min=_NEVER) if self.barred else w
 
 
 class _Scratch(threading.local):
@@ -84,17 +84,18 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.kept: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def room(self, number: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised [rows, columns]; two that are in use at the same time have different numbers."""
+    def room(self, number: int, rows: int, dtype: torch.dtype, logits: Tensor) -> Tensor:
+        """An uninitialised [rows, V]; two that are in use at the same time have different numbers."""
+        columns = logits.shape[-1]
         size = rows * columns
-        if device.type != "cpu" or size > _KEPT:
-            return torch.empty((rows, columns), dtype=dtype, device=device)
+        # What a tracer makes up must not stay here, nor what is here go into its graph.
+        traced = type(logits) is not Tensor or torch.compiler.is_compiling()
+        if logits.is_cuda or size > _KEPT or traced:
+            return torch.empty((rows, columns), dtype=dtype, device=logits.device)
         found = self.kept.get((number, dtype))
         if found is None or found.numel() < size:
             with torch.inference_mode(False):  # or it could not be written outside of that mode
-                found = torch.empty(size, dtype=dtype, device=device)
-            if type(found) is Tensor:  # and not one that a tracer made up
-                self.kept[number, dtype] = found
+                found = self.kept[number, dtype] = torch.empty(size, dtype=dtype)
         return found[:size].view(rows, columns)
 
 
@@ -108,7 +109,8 @@ def _split(x: Tensor, size: int) -> Sequence[Tensor]:
 def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
     """Rows of a part that takes so many rooms. On a GPU all: there a launch costs more than a cache saves."""
     if not logits.is_cuda:
-        rows = min(rows, _PART * torch.get_num_threads() // max(1, rooms * logits.shape[-1]))
+        numbers = min(_PART * torch.get_num_threads(), _KEPT)
+        rows = min(rows, numbers // max(1, rooms * logits.shape[-1]))
     return max(1, rows)
 
 
@@ -129,13 +131,12 @@ def read(
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred)
     size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
-    columns, device = logits.shape[-1], logits.device
     if keep:
-        w = torch.empty((count, columns), dtype=dtype, device=device)
+        w = torch.empty((count, logits.shape[-1]), dtype=dtype, device=logits.device)
     else:
-        w = _scratch.room(0, size, columns, dtype, device)
-    e = _scratch.room(1, size, columns, dtype, device) if want_entropy else None
-    none = torch.zeros((size, 1), dtype=dtype, device=device)
+        w = _scratch.room(0, size, dtype, logits)
+    e = _scratch.room(1, size, dtype, logits) if want_entropy else None
+    none = torch.zeros((size, 1), dtype=dtype, device=logits.device)
     parts = []
     for z, at, into in zip(
         rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
@@ -183,12 +184,12 @@ def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
     """Rows that cannot be summed without their token, summed without their leader, in float64."""
     z = logits[some if rows.which is None else rows.which[some]].double()
     top, leader = z.max(-1, keepdim=True)
-    w_token = rows.exponent(z.gather(-1, rows.index[some]), top)
+    v_token = (z.gather(-1, rows.index[some]) - top).div_(rows.temperature)
     w = rows.exponent(z, top, z)
     e = torch.exp2(w).scatter_(-1, leader, 0.0)
     rest = e.sum(-1, keepdim=True)
     below = rest.log1p()
-    values = [(rows.shift, top), (rows.rest, rest), (rows.logprobs, w_token.mul_(_LN2) - below)]
+    values = [(rows.shift, top), (rows.rest, rest), (rows.logprobs, v_token - below)]
     if rows.kept is not None:
         values.append((rows.kept, e.scatter(-1, leader, 1.0)))
     if rows.mean is not None and rows.entropy is not None:
@@ -226,8 +227,8 @@ def write_gradient(
 
     size = _part_size(level.shape[0], out, 2)
     direct = rows.which is None and out.dtype == level.dtype
-    w = _scratch.room(0, size, out.shape[-1], level.dtype, out.device)
-    scratch = w if direct else _scratch.room(1, size, out.shape[-1], level.dtype, out.device)
+    w = _scratch.room(0, size, level.dtype, out)
+    scratch = w if direct else _scratch.room(1, size, level.dtype, out)
     targets = _split(out, size) if rows.which is None else repeat(out)
     zs = repeat(w) if logits is None else rows.parts(logits, size)  # what is kept stands for them
     columns = (
