@@ -26,6 +26,7 @@ import triton.language as tl
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 LOWEST, LOWEST64 = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931348623157e308)  # finite numbers
+FAR = tl.constexpr(-1e30)  # a peak that is further below fades to nothing, and this can still be scaled
 NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
 CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this the rest keeps too few digits
 
@@ -52,7 +53,7 @@ def exp(x):
 def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
     """A block z [groups, GROUP] of logits (-inf where none counts) into each group's own sums [groups]."""
     higher = tl.maximum(peak, tl.max(z, 1))
-    step = tl.maximum((peak - higher) * bits, NEVER)
+    step = tl.maximum(tl.maximum(peak - higher, FAR) * bits, NEVER)
     w = (z - higher[:, None]) * bits
     if WANT_ENTROPY:
         w = tl.maximum(w, NEVER, propagate_nan=tl.PropagateNan.ALL)  # -inf * 2^-inf is NaN
@@ -68,7 +69,8 @@ def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
 def join(bits, peaks, totals, slopes):
     """The groups' sums as the row's: peak (-inf where nothing counts), total, and slope in nats."""
     peak = tl.max(peaks, 0)
-    step = tl.maximum((peaks - peak) * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
+    apart = tl.maximum(peaks - peak, FAR, propagate_nan=tl.PropagateNan.ALL)
+    step = tl.maximum(apart * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
     fade = tl.exp2(step)
     total = tl.sum(totals * fade, 0)
     slope = tl.sum(fade * (slopes + step * totals), 0) * LN2
