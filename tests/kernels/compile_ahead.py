@@ -65,9 +65,9 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, **options):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
             signature[parameter.name] = parameter.annotation_type or mangle_type(value)
-            if hasattr(value, "data_ptr"):
+            if hasattr(value, "data_ptr") and value.data_ptr() % 16 == 0:  # as a launch would find it
                 attrs[(i,)] = [["tt.divisibility", 16]]
-    key = self.fn.__module__, self.fn.__name__, str(signature), str(constants)
+    key = self.fn.__module__, self.fn.__name__, str(signature), str(constants), str(attrs)
     if key in done:
         return
     done.add(key)

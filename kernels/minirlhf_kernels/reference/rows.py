@@ -31,8 +31,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-# Numbers in the room that a part takes, for each thread: 4 MiB of float32.
-_PART = 1 << 20
+# Numbers in the room that a part takes, for each thread: 2 MiB of float32.
+_PART = 1 << 19
 _KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (20.7 nats of margin) float32 no longer holds w to 2e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-9, 1e30
