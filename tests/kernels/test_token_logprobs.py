@@ -274,7 +274,7 @@ def test_rows_of_every_kind_side_by_side(
     options = {"temperature": temperature, "mask": counted, "inplace_backward": inplace}
     with pytest.MonkeyPatch.context() as patch:
         if parts:  # several parts even of so few rows
-            patch.setattr(rows_module, "_PART", 1)
+            patch.setattr(rows_module, "_PART", {1: 1, 2: 1})
         with torch.no_grad():
             alone = token_logprobs(logits, tokens, **options)
         got = token_logprobs(x, tokens, return_entropy=want_entropy, **options)

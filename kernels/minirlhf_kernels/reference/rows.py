@@ -31,8 +31,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-# Numbers in the room that a part takes, for each thread: 2 MiB of float32.
-_PART = 1 << 19
+# Numbers in each room of a part that takes one or two, for each thread.
+_PART = {1: 1 << 20, 2: 1 << 18}
 _KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (20.7 nats of margin) float32 no longer holds w to 2e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-9, 1e30
@@ -109,8 +109,8 @@ def _split(x: Tensor, size: int) -> Sequence[Tensor]:
 def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
     """Rows of a part that takes so many rooms. On a GPU all: there a launch costs more than a cache saves."""
     if not logits.is_cuda:
-        numbers = min(_PART * torch.get_num_threads(), _KEPT)
-        rows = min(rows, numbers // max(1, rooms * logits.shape[-1]))
+        numbers = min(_PART[rooms] * torch.get_num_threads(), _KEPT)
+        rows = min(rows, numbers // max(1, logits.shape[-1]))
     return max(1, rows)
 
 
@@ -225,7 +225,7 @@ def write_gradient(
         up, slope = up - rows.mean * up_entropy, up_entropy.mul_(-_LN2).div_(rows.rest + 1.0)
     level = up.neg().div_(rows.rest + 1.0)
 
-    size = _part_size(level.shape[0], out, 2)
+    size = _part_size(level.shape[0], out, 1 if slope is None else 2)
     direct = rows.which is None and out.dtype == level.dtype
     w = _scratch.room(0, size, level.dtype, out)
     scratch = w if direct else _scratch.room(1, size, level.dtype, out)
