@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from minirlhf_kernels.reference.logprobs import _check_temperature, _counted_rows, _refuse_second_derivative
-from minirlhf_kernels.reference.rows import at_least_float32, read, write_gradient
+from minirlhf_kernels.reference.rows import at_least_float32, read, scratch, write_gradient
 
-# Rows of a chunk are chosen so that its logits hold about this many elements (64 MiB of float32).
-_CHUNK_ELEMENTS = 1 << 24
+# Rows of a chunk are chosen so that its logits hold about this many elements: 64 MiB of float32, or 2 MiB that stay in
+# the cache where no backward would have to make them again.
+_CHUNK_ELEMENTS, _CACHED_ELEMENTS = 1 << 24, 1 << 19
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> None:
@@ -34,7 +35,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.chunks, logits = [], None
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part].to(dtype) @ head
+            h = hidden[part].to(dtype)
+            out = head.new_empty(len(h), head.shape[-1]) if keep else scratch.room(2, len(h), dtype, head)
+            logits = torch.mm(h, head, out=out)
             rows = read(logits, tokens[part], None, temperature, want_entropy)
             logprobs[part] = rows.logprobs.squeeze(-1)
             if entropy is not None and rows.entropy is not None:
@@ -106,7 +109,8 @@ def linear_token_logprobs(
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
     as `token_logprobs` does, with the same masks and the same errors. Of several chunks the backward computes
-    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits.
+    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits, or half
+    a million on a CPU without a gradient.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
@@ -114,7 +118,6 @@ def linear_token_logprobs(
     """
     _check_temperature(temperature)
     _check_linear(hidden, weight, chunk_size)
-    chunk = chunk_size or max(64, _CHUNK_ELEMENTS // weight.shape[0])
     counted = _counted_rows(tokens, mask, hidden.shape[:-1], weight.shape[0])
     # Only the rows that count go through the head.
     if counted is None:
@@ -122,6 +125,8 @@ def linear_token_logprobs(
     else:
         rows, kept = hidden[counted], tokens[counted]
     keep = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    elements = _CHUNK_ELEMENTS if keep or weight.is_cuda else _CACHED_ELEMENTS
+    chunk = chunk_size or max(64, elements // weight.shape[0])
     both = _LinearTokenLogprobs.apply(rows, weight, kept, temperature, return_entropy, chunk, keep)
     if counted is None:
         logprobs, entropy = (x.view(tokens.shape) if x.dim() else x for x in both)

@@ -59,9 +59,9 @@ def _spread(column: Tensor, which: Tensor | None, shape: torch.Size) -> Tensor:
     return flat.view(shape)
 
 
-def _values(rows: Rows, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    logprobs = _spread(rows.logprobs, rows.which, shape)
-    return logprobs, logprobs.new_zeros(()) if rows.entropy is None else _spread(rows.entropy, rows.which, shape)
+def _values(rows: Rows, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    entropy = None if rows.entropy is None else _spread(rows.entropy, rows.which, shape)
+    return _spread(rows.logprobs, rows.which, shape), entropy
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         want_entropy: bool,
         inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         rows = read(_flat(logits), tokens.reshape(-1), which, temperature, want_entropy, keep=not inplace)
         kept, rows.kept = rows.kept, None  # one [..., V] tensor waits, where autograd frees it after the backward
         ctx.save_for_backward(logits if kept is None else None, kept)
@@ -83,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Copies: what the caller writes into them must not change what the backward reads.
         logprobs, entropy = _values(rows, tokens.shape)
-        return logprobs.clone(), entropy.clone()
+        return logprobs.clone(), None if entropy is None else entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -104,7 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _flat(logits: Tensor) -> Tensor:
-    return logits.reshape(-1, logits.shape[-1])
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
 
 
 @overload
@@ -159,6 +159,6 @@ def token_logprobs(
     if logits.requires_grad and torch.is_grad_enabled():
         logprobs, entropy = _TokenLogprobs.apply(logits, tokens, which, temperature, return_entropy, inplace_backward)
     else:
-        rows = read(_flat(logits.detach()), tokens.reshape(-1), which, temperature, return_entropy)
+        rows = read(_flat(logits), tokens.reshape(-1), which, temperature, return_entropy)
         logprobs, entropy = _values(rows, tokens.shape)
-    return (logprobs, entropy) if return_entropy else logprobs
+    return logprobs if entropy is None else (logprobs, entropy)

@@ -40,6 +40,10 @@ _LEAST, _MOST = 1e-9, 1e30
 _NEVER = -2000.0
 _LN2 = math.log(2.0)
 
+# glibc keeps for later calls what is no larger than the largest piece, of up to 32 MiB, that was ever given back to it.
+# Without one, tensors of a few MiB go back to the system after each step and come again page by page.
+torch.empty(31 << 20, dtype=torch.uint8)
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
@@ -66,8 +70,9 @@ class Rows:
 
     def parts(self, logits: Tensor, size: int) -> Iterator[Tensor]:
         """The logits of all N rows, `size` rows at a time."""
-        parts = _split(logits, size) if self.which is None else (logits[some] for some in _split(self.which, size))
-        return (part.to(at_least_float32(part.dtype)) for part in parts)
+        if self.which is None:
+            return (_wide(part) for part in _split(logits, size))
+        return (_wide(logits.index_select(0, some)) for some in _split(self.which, size))
 
     def exponent(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
         """w, from differences: so no digits are lost to an offset that all logits share."""
@@ -76,13 +81,11 @@ class Rows:
 
 
 class _Scratch(threading.local):
-    """Room to work in on the CPU, kept from call to call: fresh memory costs more to get than to compute in.
-
-    (The C library gives two large pieces back to the system as soon as they are free, and gets them back page by page.)
-    """
+    """Room to work in on the CPU, kept from call to call: fresh memory costs more to get than to compute in."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.last: dict[tuple[int, torch.dtype], Tensor] = {}  # the same in the shape asked for last
 
     def room(self, number: int, rows: int, dtype: torch.dtype, logits: Tensor) -> Tensor:
         """An uninitialised [rows, V]; two that are in use at the same time have different numbers."""
@@ -90,16 +93,23 @@ class _Scratch(threading.local):
         size = rows * columns
         # What a tracer makes up must not stay here, nor what is here go into its graph.
         traced = type(logits) is not Tensor or torch.compiler.is_compiling()
-        if logits.is_cuda or size > _KEPT or traced:
+        if not logits.is_cpu or size > _KEPT or traced:
             return torch.empty((rows, columns), dtype=dtype, device=logits.device)
-        found = self.kept.get((number, dtype))
-        if found is None or found.numel() < size:
-            with torch.inference_mode(False):  # or it could not be written outside of that mode
+        found, last = self.kept.get((number, dtype)), self.last.get((number, dtype))
+        if last is not None and last.shape == (rows, columns):
+            return last
+        with torch.inference_mode(False):  # or it could not be written outside of that mode
+            if found is None or found.numel() < size:
                 found = self.kept[number, dtype] = torch.empty(size, dtype=dtype)
-        return found[:size].view(rows, columns)
+            last = self.last[number, dtype] = found[:size].view(rows, columns)
+        return last
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
 
 
 def _split(x: Tensor, size: int) -> Sequence[Tensor]:
@@ -134,34 +144,37 @@ def read(
     if keep:
         w = torch.empty((count, logits.shape[-1]), dtype=dtype, device=logits.device)
     else:
-        w = _scratch.room(0, size, dtype, logits)
-    e = _scratch.room(1, size, dtype, logits) if want_entropy else None
-    none = torch.zeros((size, 1), dtype=dtype, device=logits.device)
-    parts = []
-    for z, at, into in zip(
-        rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
-    ):
-        n = at.shape[0]
-        if n < size:  # the last part
-            into, none, e = into[:n], none[:n], None if e is None else e[:n]
-        parts.append(_about_token(rows, z, at, none, into, e))
-    sums = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        w = scratch.room(0, size, dtype, logits)
+    e = scratch.room(1, size, dtype, logits) if want_entropy else None
+    if count == size:  # few operations for a small call
+        sums = _about_token(rows, _wide(logits if which is None else logits[which]), index, w, e)
+    else:
+        parts = []
+        for z, at, into in zip(
+            rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
+        ):
+            n = at.shape[0]
+            if n < size:  # the last part
+                into, e = into[:n], None if e is None else e[:n]
+            parts.append(_about_token(rows, z, at, into, e))
+        sums = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     rows.shift, rows.rest, rows.kept = sums[0], sums[1], w if keep else None
     below = rows.rest.log1p()
-    rows.logprobs = -below
-    if want_entropy:
+    if not want_entropy:
+        rows.logprobs = below.neg_()
+        if count == 0 or _within_bounds(*rows.rest.aminmax()):
+            return rows
+        suits = (rows.rest >= _LEAST) & (rows.rest <= _MOST)
+    else:
+        rows.logprobs = -below
         rows.mean = sums[2].mul_(_LN2).div_(rows.rest + 1.0)
         rows.entropy = below - rows.mean
         # Else too many digits cancel; false where anything is NaN.
-        suits = (rows.entropy * 4.0 >= below).logical_and_(rows.rest >= _LEAST)
+        suits = (rows.entropy >= below.mul_(0.25)).logical_and_(rows.rest >= _LEAST)
         if bool(suits.all()):
             return rows
         if not barred and bool(rows.mean.isnan().any()):
             return read(logits, tokens, which, temperature, want_entropy, barred=True)
-    elif count == 0 or _within_bounds(*rows.rest.aminmax()):
-        return rows
-    else:
-        suits = (rows.rest >= _LEAST) & (rows.rest <= _MOST)
     for some in _split(suits.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
         _about_leader(rows, logits, some)
     return rows
@@ -171,20 +184,20 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
     return least.item() >= _LEAST and most.item() <= _MOST
 
 
-def _about_token(rows: Rows, z: Tensor, index: Tensor, none: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
+def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
     """z_token, the sum of 2^w_j over the others and, with room e for the powers, that of 2^w_j w_j."""
     z_token = z.gather(-1, index)
     rows.exponent(z, z_token, w)
-    powers = torch.exp2(w, out=w if e is None else e).scatter_(-1, index, none)
+    powers = torch.exp2(w, out=w if e is None else e).scatter_(-1, index, torch.zeros_like(z_token))
     rest = powers.sum(-1, keepdim=True)
     return (z_token, rest) if e is None else (z_token, rest, e.mul_(w).sum(-1, keepdim=True))
 
 
 def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
     """Rows that cannot be summed without their token, summed without their leader, in float64."""
-    z = logits[some if rows.which is None else rows.which[some]].double()
+    z = logits.index_select(0, some if rows.which is None else rows.which[some]).double()
     top, leader = z.max(-1, keepdim=True)
-    v_token = (z.gather(-1, rows.index[some]) - top).div_(rows.temperature)
+    v_token = (z.gather(-1, rows.index.index_select(0, some)) - top).div_(rows.temperature)
     w = rows.exponent(z, top, z)
     e = torch.exp2(w).scatter_(-1, leader, 0.0)
     rest = e.sum(-1, keepdim=True)
@@ -196,7 +209,7 @@ def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
         mean = e.mul_(w).sum(-1, keepdim=True).mul_(_LN2).div_(rest + 1.0)
         values += [(rows.mean, mean), (rows.entropy, below - mean)]
     for column, value in values:
-        column[some] = value.to(column.dtype)
+        column.index_copy_(0, some, value.to(column.dtype))
 
 
 def write_gradient(
@@ -213,40 +226,42 @@ def write_gradient(
     out may be the logits themselves. Upstream gradients are [R].
     """
     up, up_entropy = (
-        None if g is None else (g if rows.which is None else g[rows.which]).unsqueeze(-1) / rows.temperature
+        None if g is None else (g if rows.which is None else g[rows.which]).unsqueeze(-1).mul(-1.0 / rows.temperature)
         for g in (grad_logprobs, grad_entropy)
     )
     up = torch.zeros_like(rows.rest) if up is None else up
-    at_token = torch.expm1(rows.logprobs).mul_(up).neg_()
+    at_token, level = torch.expm1(rows.logprobs).mul_(up), up
     slope = None  # of what p_j is multiplied by, along w_j
+    total = rows.rest + 1.0
     if up_entropy is not None and rows.entropy is not None and rows.mean is not None:
         log_p = rows.logprobs.clamp(min=_NEVER)
-        at_token -= log_p.exp().mul_(log_p + rows.entropy).mul_(up_entropy)
-        up, slope = up - rows.mean * up_entropy, up_entropy.mul_(-_LN2).div_(rows.rest + 1.0)
-    level = up.neg().div_(rows.rest + 1.0)
+        at_token += (log_p + rows.entropy).mul_(log_p.exp_()).mul_(up_entropy)
+        level, slope = torch.addcmul(up, rows.mean, up_entropy, value=-1.0), up_entropy.mul_(_LN2).div_(total)
+    level = level / total
 
     size = _part_size(level.shape[0], out, 1 if slope is None else 2)
     direct = rows.which is None and out.dtype == level.dtype
-    w = _scratch.room(0, size, level.dtype, out)
-    scratch = w if direct else _scratch.room(1, size, level.dtype, out)
+    w = None if slope is None else scratch.room(0, size, level.dtype, out)
+    room = None if direct else scratch.room(1, size, level.dtype, out)
     targets = _split(out, size) if rows.which is None else repeat(out)
-    zs = repeat(w) if logits is None else rows.parts(logits, size)  # what is kept stands for them
+    zs = repeat(level) if logits is None else rows.parts(logits, size)  # the first only stands for what was kept
     columns = (
         repeat(None) if c is None else _split(c, size)
         for c in (rows.which, rows.index, at_token, level, slope, rows.shift, kept)
     )
     for target, z, which, index, at, base, rise, shift, e in zip(targets, zs, *columns, strict=False):
-        if index.shape[0] < size:  # the last part
-            scratch, w = scratch[: index.shape[0]], w[: index.shape[0]]
-        grad = target if direct else scratch
+        if (n := index.shape[0]) < size:  # the last part
+            w, room = (None if x is None else x[:n] for x in (w, room))
+        grad = target if room is None else room
         if e is not None:
             torch.mul(e, base, out=grad)
-        elif rise is None:
+        elif w is None:
             rows.exponent(z, shift, grad).exp2_().mul_(base)
         else:
-            torch.exp2(rows.exponent(z, shift, w), out=grad).mul_(torch.addcmul(base, w, rise, out=w))
+            torch.exp2(rows.exponent(z, shift, w), out=grad)
+            grad.mul_(w.mul_(rise).add_(base))
         grad.scatter_(-1, index, at)
         if which is not None:
             target[which] = grad.to(target.dtype)
-        elif not direct:
+        elif room is not None:
             target.copy_(grad)
