@@ -89,9 +89,10 @@ def gae(
         next_values = torch.where(ends, truncated_values.to(dtype), next_values)
     deltas = next_values.mul_(gamma).add_(rewards).sub_(values)
 
-    # The recursion runs over [T, N] in contiguous memory, in place.
-    steps = deltas.movedim(time_dim, 0).contiguous()
-    decays = hears_next.movedim(time_dim, 0).to(dtype, memory_format=torch.contiguous_format).mul_(gamma * lam)
+    # The recursion runs in place, over [T, N]. Only long rows are worth bringing into that order in memory.
+    steps, decays = deltas.movedim(time_dim, 0), hears_next.to(dtype).mul_(gamma * lam).movedim(time_dim, 0)
+    if len(steps) > 128:
+        steps, decays = steps.contiguous(), decays.contiguous()
     if steps.shape[1] <= 64 <= len(steps):
         _double(steps, decays)
     else:

@@ -10,9 +10,9 @@ from torch import Tensor
 from minirlhf_kernels.reference.logprobs import _check_temperature, _counted_rows, _refuse_second_derivative
 from minirlhf_kernels.reference.rows import at_least_float32, read, scratch, write_gradient
 
-# Rows of a chunk are chosen so that its logits hold about this many elements: 64 MiB of float32, or 2 MiB that stay in
+# Rows of a chunk are chosen so that its logits hold about this many elements: 64 MiB of float32, or 4 MiB that stay in
 # the cache where no backward would have to make them again.
-_CHUNK_ELEMENTS, _CACHED_ELEMENTS = 1 << 24, 1 << 19
+_CHUNK_ELEMENTS, _CACHED_ELEMENTS = 1 << 24, 1 << 20
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> None:
@@ -109,8 +109,8 @@ def linear_token_logprobs(
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
     as `token_logprobs` does, with the same masks and the same errors. Of several chunks the backward computes
-    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits, or half
-    a million on a CPU without a gradient.
+    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits, or one
+    million on a CPU without a gradient.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
