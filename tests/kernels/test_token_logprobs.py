@@ -334,6 +334,9 @@ def test_writing_into_the_outputs_does_not_reach_the_backward():
 @pytest.mark.parametrize("want_entropy", [False, True])
 def test_one_tensor_of_the_logits_size_waits_for_the_backward_and_none_after_it(want_entropy):
     leaf, tokens, sizes = torch.randn(37, 53, requires_grad=True), torch.randint(53, (37,)), []
+    rooms = rows_module.scratch.kept, rows_module.scratch.last
+    for kept in rooms:
+        kept.clear()
 
     def alive():
         gc.collect()
@@ -350,6 +353,7 @@ def test_one_tensor_of_the_logits_size_waits_for_the_backward_and_none_after_it(
     del out
     leaf.grad = None
     room = alive()  # what the reference works in, kept for all calls
+    assert room == sum(len(kept) for kept in rooms) == (4 if want_entropy else 0)
     out = token_logprobs(leaf, tokens, return_entropy=want_entropy)
     out = sum(y.sum() for y in out) if want_entropy else out.sum()
     assert alive() <= room + 1
@@ -412,3 +416,31 @@ def test_gradcheck(linear):
         assert torch.autograd.gradcheck(
             lambda *a, m=m: call(*a, tokens, temperature=0.8, mask=m, return_entropy=True, **extra), inputs
         )
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_autocast_leaves_the_linear_op_in_float32(chunk):
+    g = torch.Generator().manual_seed(8)
+    hidden, weight = (torch.randn(n, 16, generator=g, requires_grad=True) for n in (5, 40))
+    tokens = torch.randint(40, (5,), generator=g)
+
+    def everything():
+        out = linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk, return_entropy=True)
+        with torch.no_grad():
+            alone = linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk)
+        return *out, alone, *torch.autograd.grad(sum(y.sum() for y in out), (hidden, weight))
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything()
+    for y, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(y, exact, rtol=0, atol=0)
+
+
+def test_a_default_device_does_not_reach_the_room_that_is_kept():
+    logits, tokens = torch.randn(41, 23), torch.randint(23, (41,))
+    for rooms in (rows_module.scratch.kept, rows_module.scratch.last):
+        rooms.clear()
+    with torch.device("meta"):
+        inside = token_logprobs(logits, tokens, return_entropy=True)
+    torch.testing.assert_close(inside, token_logprobs(logits, tokens, return_entropy=True), rtol=0, atol=0)

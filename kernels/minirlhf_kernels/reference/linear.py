@@ -22,6 +22,11 @@ def _check_linear(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> Non
         raise ValueError(f"chunk_size must be at least 1 row, not {chunk_size}")
 
 
+def _product(h: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
+    """h @ head; with an `out`, which autocast leaves alone: forward and backward see the same logits."""
+    return torch.mm(h, head, out=h.new_empty(len(h), head.shape[-1]) if out is None else out)
+
+
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -36,8 +41,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for start in range(0, len(tokens), chunk):
             part = slice(start, start + chunk)
             h = hidden[part].to(dtype)
-            out = head.new_empty(len(h), head.shape[-1]) if keep else scratch.room(2, len(h), dtype, head)
-            logits = torch.mm(h, head, out=out)
+            logits = _product(h, head, None if keep else scratch.room(2, len(h), dtype, head))
             rows = read(logits, tokens[part], None, temperature, want_entropy)
             logprobs[part] = rows.logprobs.squeeze(-1)
             if entropy is not None and rows.entropy is not None:
@@ -61,12 +65,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for number, rows in enumerate(ctx.chunks):
             part = slice(number * ctx.chunk, (number + 1) * ctx.chunk)
             h = hidden[part].to(head.dtype)
-            logits = h @ head.t() if kept is None else kept
+            logits = _product(h, head.t()) if kept is None else kept
             grad = logits if kept is None else torch.empty_like(logits)
             up, up_entropy = (None if g is None else g[part] for g in (grad_logprobs, grad_entropy))
             write_gradient(grad, rows, logits, up, up_entropy)
             if grad_hidden is not None:
-                grad_hidden[part] = (grad @ head).to(hidden.dtype)
+                grad_hidden[part] = _product(grad, head).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.t(), h)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -109,8 +113,8 @@ def linear_token_logprobs(
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
     as `token_logprobs` does, with the same masks and the same errors. Of several chunks the backward computes
-    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits, or one
-    million on a CPU without a gradient.
+    the logits again. `chunk_size` counts rows; by default as many as make about sixteen million logits (one
+    million on a CPU without a gradient), but at least 64.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
@@ -125,7 +129,7 @@ def linear_token_logprobs(
     else:
         rows, kept = hidden[counted], tokens[counted]
     keep = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    elements = _CHUNK_ELEMENTS if keep or weight.is_cuda else _CACHED_ELEMENTS
+    elements = _CACHED_ELEMENTS if weight.is_cpu and not keep else _CHUNK_ELEMENTS
     chunk = chunk_size or max(64, elements // weight.shape[0])
     both = _LinearTokenLogprobs.apply(rows, weight, kept, temperature, return_entropy, chunk, keep)
     if counted is None:

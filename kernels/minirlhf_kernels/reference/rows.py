@@ -42,7 +42,7 @@ _LN2 = math.log(2.0)
 
 # glibc keeps for later calls what is no larger than the largest piece, of up to 32 MiB, that was ever given back to it.
 # Without one, tensors of a few MiB go back to the system after each step and come again page by page.
-torch.empty(31 << 20, dtype=torch.uint8)
+torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +92,7 @@ class _Scratch(threading.local):
         columns = logits.shape[-1]
         size = rows * columns
         # What a tracer makes up must not stay here, nor what is here go into its graph.
-        traced = type(logits) is not Tensor or torch.compiler.is_compiling()
+        traced = type(logits) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
         if not logits.is_cpu or size > _KEPT or traced:
             return torch.empty((rows, columns), dtype=dtype, device=logits.device)
         found, last = self.kept.get((number, dtype)), self.last.get((number, dtype))
@@ -100,7 +100,7 @@ class _Scratch(threading.local):
             return last
         with torch.inference_mode(False):  # or it could not be written outside of that mode
             if found is None or found.numel() < size:
-                found = self.kept[number, dtype] = torch.empty(size, dtype=dtype)
+                found = self.kept[number, dtype] = torch.empty(size, dtype=dtype, device="cpu")
             last = self.last[number, dtype] = found[:size].view(rows, columns)
         return last
 
@@ -117,7 +117,7 @@ def _split(x: Tensor, size: int) -> Sequence[Tensor]:
 
 
 def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
-    """Rows of a part that takes so many rooms: equal parts, of up to one and a half times the usual numbers.
+    """Rows of a part that takes so many rooms: the number of parts is rounded, so that none is a small rest.
 
     On a GPU all rows: there a launch costs more than a cache saves.
     """
