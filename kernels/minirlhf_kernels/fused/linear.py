@@ -104,7 +104,8 @@ def product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
-    return a @ b if into is None else into.addmm_(a, b)
+    # With an `out`, or in place, autocast leaves it alone.
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])) if into is None else into.addmm_(a, b)
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
