@@ -2,6 +2,7 @@
 
 import pytest
 from test_gae import *  # noqa: F403
+from test_linear_token_logprobs import *  # noqa: F403
 from test_ppo_loss import *  # noqa: F403
 from test_token_logprobs import *  # noqa: F403
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -33,12 +33,14 @@ from torch import Tensor
 
 # Numbers in each room of a part that takes one or two, for each thread.
 _PART = {1: 1 << 20, 2: 1 << 18}
-_KEPT = 1 << 22  # the largest room that waits for the next call
+KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (20.7 nats of margin) float32 no longer holds w to 2e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-9, 1e30
 # 2 to this power is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
 _NEVER = -2000.0
 _LN2 = math.log(2.0)
+COLD = 1e-9
+BASE_2 = 1.0 / _LN2  # the temperature at which w is a plain difference of logits
 
 # glibc keeps for later calls what is no larger than the largest piece, of up to 32 MiB, that was ever given back to it.
 # Without one, tensors of a few MiB go back to the system after each step and come again page by page.
@@ -74,9 +76,14 @@ class Rows:
             return (_wide(part) for part in _split(logits, size))
         return (_wide(logits.index_select(0, some)) for some in _split(self.which, size))
 
+    def of(self, logits: Tensor, some: Tensor) -> Tensor:
+        """The logits of some of the N rows."""
+        return logits.index_select(0, some if self.which is None else self.which[some])
+
     def exponent(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
         """w, from differences: so no digits are lost to an offset that all logits share."""
-        w = torch.sub(logits, shift, out=out).mul_(1.0 / (_LN2 * self.temperature))
+        w = torch.sub(logits, shift, out=out)
+        w = w if self.temperature == BASE_2 else w.mul_(1.0 / (_LN2 * self.temperature))
         return w.clamp_(min=_NEVER) if self.barred else w
 
 
@@ -93,7 +100,7 @@ class _Scratch(threading.local):
         size = rows * columns
         # What a tracer makes up must not stay here, nor what is here go into its graph.
         traced = type(logits) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-        if not logits.is_cpu or size > _KEPT or traced:
+        if not logits.is_cpu or size > KEPT or traced:
             return torch.empty((rows, columns), dtype=dtype, device=logits.device)
         found, last = self.kept.get((number, dtype)), self.last.get((number, dtype))
         if last is not None and last.shape == (rows, columns):
@@ -122,7 +129,7 @@ def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
     On a GPU all rows: there a launch costs more than a cache saves.
     """
     if not logits.is_cuda:
-        numbers = min(_PART[rooms] * torch.get_num_threads(), _KEPT // 3 * 2)
+        numbers = min(_PART[rooms] * torch.get_num_threads(), KEPT // 3 * 2)
         parts = round(rows * logits.shape[-1] / numbers)
         rows = -(-rows // parts) if parts > 1 else rows
     return max(1, rows)
@@ -136,16 +143,21 @@ def read(
     want_entropy: bool,
     keep: bool = False,
     barred: bool = False,
+    again: Callable[[Tensor | slice], Tensor] | None = None,
 ) -> Rows:
     """log p of the tokens [R] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
 
     With `keep`, log p alone leaves its powers in `kept`, for which `write_gradient` does not need the logits.
+    With `again`, which makes the logits of some rows again, the logits are lost: w is written over them.
     """
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
-    rows = Rows(index, which, temperature, barred=barred)
+    # Near a temperature of 0 w may overflow, as a logit of -inf does.
+    rows = Rows(index, which, temperature, barred=barred or temperature < COLD)
     size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
-    if keep:
+    if again:
+        w = logits
+    elif keep:
         w = torch.empty((count, logits.shape[-1]), dtype=dtype, device=logits.device)
     else:
         w = scratch.room(0, size, dtype, logits)
@@ -155,7 +167,7 @@ def read(
     else:
         parts = []
         for z, at, into in zip(
-            rows.parts(logits, size), _split(index, size), _split(w, size) if keep else repeat(w), strict=False
+            rows.parts(logits, size), _split(index, size), _split(w, size) if keep or again else repeat(w), strict=False
         ):
             n = at.shape[0]
             if n < size:  # the last part
@@ -178,9 +190,10 @@ def read(
         if bool(suits.all()):
             return rows
         if not barred and bool(rows.mean.isnan().any()):
+            logits = again(slice(None)) if again else logits
             return read(logits, tokens, which, temperature, want_entropy, barred=True)
     for some in _split(suits.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
-        _about_leader(rows, logits, some)
+        _about_leader(rows, again(some) if again else rows.of(logits, some), some)
     return rows
 
 
@@ -199,7 +212,7 @@ def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | No
 
 def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
     """Rows that cannot be summed without their token, summed without their leader, in float64."""
-    z = logits.index_select(0, some if rows.which is None else rows.which[some]).double()
+    z = logits.double()
     top, leader = z.max(-1, keepdim=True)
     v_token = (z.gather(-1, rows.index.index_select(0, some)) - top).div_(rows.temperature)
     w = rows.exponent(z, top, z)

@@ -1,0 +1,127 @@
+"""What linear_token_logprobs does besides what test_token_logprobs.py holds both ops to."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minirlhf_kernels import linear_token_logprobs, token_logprobs
+from test_token_logprobs import INF, oracle
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scales=st.lists(st.sampled_from([0.1, 3.0, 12.0, 60.0]), min_size=1, max_size=9),
+    vocabulary=st.integers(2, 40),
+    barred=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.6]),
+    want_entropy=st.booleans(),
+    chunk=st.sampled_from([1, 3, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_heads_rows_of_every_kind_side_by_side(scales, vocabulary, barred, temperature, want_entropy, chunk, seed):
+    """Flat and peaked rows, likely and hopeless tokens, logits of -inf; in one chunk and in several, with a gradient
+    and without: each has its own way through the reference, and all end within float32's reach of float64."""
+    g = torch.Generator().manual_seed(seed)
+    rows = len(scales)
+    logits = torch.tensor(scales)[:, None] * torch.randn(rows, vocabulary, generator=g)
+    # A head of ones on its diagonal makes hidden the logits, and one more column bars tokens.
+    bars = torch.where((torch.rand(vocabulary, generator=g) < 0.3) & torch.tensor(barred), -INF, 0.0)
+    weight = torch.cat((torch.eye(vocabulary), bars[:, None]), 1).requires_grad_()
+    barred_logits = logits + bars
+    tokens = torch.where(
+        torch.rand(rows, generator=g) < 0.5, barred_logits.argmax(-1), torch.randint(vocabulary, (rows,), generator=g)
+    )
+    counted = barred_logits.gather(-1, tokens[:, None]).squeeze(-1) > -INF
+    up = torch.rand(2, rows, generator=g) + 0.5
+    hidden = torch.cat((logits, torch.ones(rows, 1)), 1).requires_grad_()
+    options = {"temperature": temperature, "mask": counted, "chunk_size": chunk, "return_entropy": want_entropy}
+    with torch.no_grad():
+        alone = linear_token_logprobs(hidden, weight, tokens, **options)
+    got = linear_token_logprobs(hidden, weight, tokens, **options)
+    alone, got = (y if want_entropy else (y,) for y in (alone, got))
+    grad_hidden, grad_weight = torch.autograd.grad(
+        sum((u * y).sum() for u, y in zip(up, got, strict=False)), (hidden, weight)
+    )
+    truth = oracle(barred_logits, tokens, temperature)
+    zero = torch.zeros((), dtype=torch.float64)
+    # float32 rounds a logit, and so the exponent: the relative error of what is small because another is large.
+    allowed = 3e-6 + 2.0**-21 * logits.abs().amax(-1).double() / temperature
+    for outs in (alone, got):
+        for y, exact in zip(outs, truth, strict=False):
+            exact = torch.where(counted, exact, zero)
+            assert ((y.detach().double() - exact).abs() <= allowed * exact.abs() + 1e-36).all(), (y, exact)
+    exact = up[0, :, None] * truth[2] + (up[1, :, None] * truth[3] if want_entropy else 0.0)
+    exact = torch.where(counted[:, None], exact, zero)
+    reach = (4 * allowed[:, None] * (exact.abs() + 1.0)).expand_as(exact)
+    assert ((grad_hidden[:, :-1].double() - exact).abs() <= reach).all()
+    wide = hidden.detach().double()
+    assert ((grad_weight.double() - exact.t() @ wide).abs() <= reach.t() @ wide.abs()).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-12, 1e-30])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_coldest_policy_is_the_greedy_one(linear, temperature):
+    hidden = torch.tensor([[3.0, -2.0], [1.0, 4.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.5], [-1.0, 2.0], [0.25, 1.0]])
+    best = (hidden @ weight.t()).argmax(-1)
+    options = {"temperature": temperature, "return_entropy": True}
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            outs = (
+                linear_token_logprobs(hidden, weight, best, **options)
+                if linear
+                else token_logprobs(hidden @ weight.t(), best, **options)
+            )
+        assert [y.tolist() for y in outs] == [[0.0, 0.0], [0.0, 0.0]]
+    (grad,) = torch.autograd.grad(sum(y.sum() for y in outs), hidden)
+    assert (grad == 0).all()
+
+
+def test_no_rows():
+    hidden, weight = torch.zeros(0, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    logprobs, entropy = linear_token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), return_entropy=True)
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert (weight.grad == 0).all()
+
+
+def test_the_linear_op_never_holds_all_logits():
+    """Count the largest tensor that any operation inside makes: a chunk, not rows x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if torch.is_tensor(x):
+                    largest = max(largest, x.numel())
+            return out
+
+    x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    with Watch():
+        linear_token_logprobs(x, weight, torch.randint(100, (64,)), chunk_size=8, return_entropy=True)[
+            0
+        ].sum().backward()
+    assert largest == 8 * 100
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_autocast_leaves_the_linear_op_in_float32(chunk):
+    g = torch.Generator().manual_seed(8)
+    hidden, weight = (torch.randn(n, 16, generator=g, requires_grad=True) for n in (5, 40))
+    tokens = torch.randint(40, (5,), generator=g)
+
+    def everything():
+        out = linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk, return_entropy=True)
+        with torch.no_grad():
+            alone = linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk)
+        return *out, alone, *torch.autograd.grad(sum(y.sum() for y in out), (hidden, weight))
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything()
+    for y, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(y, exact, rtol=0, atol=0)
