@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import triton
 from minirlhf_kernels import fused
+from minirlhf_kernels.fused import linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -105,6 +106,9 @@ def main() -> None:
         numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True, chunk_size=1 << 16
     )
     sum(o.sum() for o in outs).backward()
+    linear.plan = lambda rows, vocabulary, chunk_size: (rows, 4096)  # a first slab, one between and a last one
+    for entropy in (False, True):
+        fused.linear_token_logprobs(numbers(3, 5, 8), numbers(9000, 8), tokens, return_entropy=entropy)
     x = [numbers(3, 5) for _ in range(8)]
     options = {"value_clip_range": 0.2, "entropy_coef": 0.1, "kl_coef": 0.1}
     named = {"values": x[3], "old_values": x[4], "returns": x[5], "entropy": x[6], "ref_logprobs": x[7]}

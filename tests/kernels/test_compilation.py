@@ -35,3 +35,11 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path):
         assert not any("threads that wait" in line for line in lines)
         assert max(int(x[1]) for x in found) <= 40
         assert max(int(x[2]) for x in found) <= limit
+    # Slabs of the linear op's logits, in float32: the same loop, whatever comes before the slab or after it.
+    lines = [
+        line for line in hopper if line.startswith("fold_kernel sm_90 ok, fp32/i64, ") and "FIRST LAST" not in line
+    ]
+    found = [re.search(r"(\d+) registers.*loops: (\d+)$", line) for line in lines]
+    assert len(found) == 6 and all(found), lines
+    assert max(int(x[1]) for x in found) <= 48
+    assert max(int(x[2]) for x in found) <= 16 * 12

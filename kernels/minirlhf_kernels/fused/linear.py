@@ -2,7 +2,7 @@
 
 [rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
 vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
-the row kernel folds them into each row's running sums (`fold_apart` of rows.py), which wait for the next slab.
+the row kernel reads them as the one of logprobs.py does, and merges a row's sums with those of the slabs before.
 After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient
 where it lies, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab.
 
@@ -21,8 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import compute_dtype, on_device_of
-from minirlhf_kernels.fused.logprobs import configuration, launch_backward, read_token, store_row
-from minirlhf_kernels.fused.rows import finish, fold_apart
+from minirlhf_kernels.fused.logprobs import (
+    configuration,
+    launch_backward,
+    read_apart,
+    read_others,
+    read_token,
+    store_row,
+)
+from minirlhf_kernels.fused.rows import CLOSE, LOG2E, finish, merge
 from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
@@ -39,47 +46,44 @@ ROWS = 4096  # of a slab, unless the caller says
 @triton.jit(do_not_specialize=["rows", "columns", "row_stride", "first_row", "first_column", "vocabulary"])
 def fold_kernel(
     logits, tokens, mask, state, logprobs, entropies, stats,
-    rows, columns, row_stride, first_row, first_column, vocabulary, temperature: tl.float64,
-    IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    rows, columns, row_stride, first_row, first_column, vocabulary,
+    per_temperature: tl.float64, IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a slab [.., columns]. state [5, rows]: peak, leaders, rest, slope, the token's logit."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    row = tl.program_id(0)
+    start_of_row = row.to(tl.int64) * row_stride
     row += first_row
     token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
-    scale = tl.full((), 1.0 / temperature, ACC)
-    lanes = tl.arange(0, BLOCK)
-    peak = tl.full((), float("-inf"), ACC)
-    z_token = tl.full((), float("nan"), ACC)
-    leaders, rest, slope = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    if not FIRST:  # what earlier slabs left lies in the first lane
-        peak, z_token = tl.load(state + row), tl.load(state + 4 * rows + row)
-        leaders = tl.where(lanes == 0, tl.load(state + rows + row), 0.0)
-        rest = tl.where(lanes == 0, tl.load(state + 2 * rows + row), 0.0)
-        slope = tl.where(lanes == 0, tl.load(state + 3 * rows + row), 0.0)
+    scale, bits = tl.full((), per_temperature, ACC), tl.full((), per_temperature * LOG2E, ACC)
+    skew = (start_of_row % GROUP).to(tl.int32)
+    logits += tl.multiple_of(start_of_row - skew, GROUP)
     own = token - first_column
     here = counts & (own >= 0) & (own < columns)
-    z_token = tl.where(here, tl.load(logits + own, mask=here, other=0.0).to(ACC), z_token)
-    end = tl.where(counts, columns, 0)
-    for start in range(0, end, BLOCK):
-        at = start + lanes
-        z = tl.load(logits + at, mask=at < end, other=float("-inf")).to(ACC)
-        z = tl.where(at == own, float("-inf"), z)
-        peak, leaders, rest, slope = fold_apart(z, scale, peak, leaders, rest, slope)
-    total_leaders, total_rest, total_slope = tl.sum(leaders, 0), tl.sum(rest, 0), tl.sum(slope, 0)
+    own = tl.where(here, skew + own, -1).to(tl.int32)
+    end = tl.where(counts, skew + columns, 0)
+    z_token = tl.load(logits + own, mask=here, other=float("nan")).to(ACC)
+    peak, total, slope = read_others(logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
+    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
+        if rest < CLOSE:
+            peak, leaders, rest, slope = read_apart(logits, skew, end, own, scale, ACC, BLOCK // 4)
+    if not FIRST:
+        z_token = tl.where(here, z_token, tl.load(state + 4 * rows + row))
+        peak, leaders, rest, slope = merge(
+            scale, peak, leaders, rest, slope, tl.load(state + row), tl.load(state + rows + row),
+            tl.load(state + 2 * rows + row), tl.load(state + 3 * rows + row),
+        )  # fmt: skip
     if LAST:
-        logprob, entropy, top, log_sum, complement = finish(
-            z_token, scale, peak, total_leaders, total_rest, total_slope
-        )
+        logprob, entropy, top, log_sum, complement = finish(z_token, scale, peak, leaders, rest, slope)
         store_row(
             logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY
         )  # fmt: skip
     else:
         tl.store(state + row, peak)
-        tl.store(state + rows + row, total_leaders)
-        tl.store(state + 2 * rows + row, total_rest)
-        tl.store(state + 3 * rows + row, total_slope)
+        tl.store(state + rows + row, leaders)
+        tl.store(state + 2 * rows + row, rest)
+        tl.store(state + 3 * rows + row, slope)
         tl.store(state + 4 * rows + row, z_token)
 
 
@@ -150,10 +154,11 @@ def launch_forward(
             with on_device_of(x):
                 fold_kernel[(len(logits),)](
                     logits, tokens, stats if mask is None else mask, state, logprobs, entropy, stats,
-                    rows, logits.shape[1], logits.stride(0), part.start, words.start, vocabulary, temperature,
+                    rows, logits.shape[1], logits.stride(0), part.start, words.start, vocabulary, 1.0 / temperature,
                     IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None, WANT_ENTROPY=want_entropy,
                     FIRST=words.start == 0, LAST=words.stop == vocabulary,
-                    ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=block, num_warps=warps,
+                    ACC=tl.float64 if dtype == torch.float64 else tl.float32, GROUP=16 // logits.dtype.itemsize,
+                    BLOCK=block, num_warps=warps,
                 )  # fmt: skip
     return logprobs, entropy, stats
 

@@ -81,6 +81,47 @@ def others(logits, start, skew, end, own, ACC: tl.constexpr, BLOCK: tl.constexpr
     return tl.where(at == own, float("-inf"), z)
 
 
+@triton.jit
+def read_others(
+    logits, skew, end, own, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums (`join` of rows.py) of a row that fills skew ... end, without its token. Never a barrier in its loop."""
+    lanes = tl.arange(0, BLOCK)
+    first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
+    aside = own // BLOCK * BLOCK
+    steps_over = (aside >= first) & (aside < whole)
+    lowest = LOWEST64 if ACC == tl.float64 else LOWEST  # noqa: SIM300 (ACC is the variable)
+    peaks = tl.full((BLOCK // GROUP,), lowest, ACC)
+    totals, slopes = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
+    for i in range(first, tl.where(steps_over, whole - BLOCK, whole), BLOCK):
+        start = tl.where(steps_over & (i >= aside), i + BLOCK, i)
+        z = tl.load(logits + start + lanes).to(ACC)  # half precision ends here
+        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    if steps_over:
+        z = tl.load(logits + aside + lanes).to(ACC)
+        z = tl.where(lanes == own - aside, float("-inf"), z)
+        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    # The head of a row that begins between two multiples, and the tail: they alone pay for a mask.
+    for start in range(tl.where(skew > 0, 0, whole), end, tl.maximum(whole, BLOCK)):
+        z = tl.reshape(others(logits, start, skew, end, own, ACC, BLOCK), (BLOCK // GROUP, GROUP))
+        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
+    return join(bits, peaks, totals, slopes)
+
+
+@triton.jit
+def read_apart(logits, skew, end, own, scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """The same with the leaders apart. For few rows, so no registers are spent on its speed."""
+    peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK,), ACC)
+    below, products = each, each
+    for start in range(0, end, BLOCK):
+        z = others(logits, start, skew, end, own, ACC, BLOCK)
+        peak, each, below, products = fold_apart(z, scale, peak, each, below, products)
+    return peak, tl.sum(each, 0), tl.sum(below, 0), tl.sum(products, 0)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     logits, tokens, mask, logprobs, entropies, stats,
@@ -100,40 +141,14 @@ def forward_kernel(
     # A row that does not count is a row of no columns: nothing of it is read.
     end = tl.where(counts, skew + columns, 0)
     own = tl.where(inside, skew + token, -1).to(tl.int32)
-    lanes = tl.arange(0, BLOCK)
-    first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
-    aside = own // BLOCK * BLOCK
-    steps_over = (aside >= first) & (aside < whole)
-    lowest = LOWEST64 if ACC == tl.float64 else LOWEST  # noqa: SIM300 (ACC is the variable)
-    peaks = tl.full((BLOCK // GROUP,), lowest, ACC)
-    totals, slopes = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
-    for i in range(first, tl.where(steps_over, whole - BLOCK, whole), BLOCK):
-        start = tl.where(steps_over & (i >= aside), i + BLOCK, i)
-        z = tl.load(row_logits + start + lanes).to(ACC)  # half precision ends here
-        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    if steps_over:
-        z = tl.load(row_logits + aside + lanes).to(ACC)
-        z = tl.where(lanes == own - aside, float("-inf"), z)
-        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    # The head of a row that begins between two multiples, and the tail: they alone pay for a mask.
-    for start in range(tl.where(skew > 0, 0, whole), end, tl.maximum(whole, BLOCK)):
-        z = tl.reshape(others(row_logits, start, skew, end, own, ACC, BLOCK), (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    peak, total, slope = join(bits, peaks, totals, slopes)
+    peak, total, slope = read_others(row_logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
 
     # A token outside the vocabulary reads NaN in place of a logit: its row comes out NaN, and nothing is read.
     z_token = tl.load(row_logits + own, mask=counts & inside, other=float("nan")).to(ACC)
     leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
         if (z_token <= peak) & (rest < CLOSE):
-            peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK // 4,), ACC)
-            below, products = each, each
-            for start in range(0, end, BLOCK // 4):  # rare, so no registers are spent on its speed
-                z = others(row_logits, start, skew, end, own, ACC, BLOCK // 4)
-                peak, each, below, products = fold_apart(z, scale, peak, each, below, products)
-            leaders, rest, slope = tl.sum(each, 0), tl.sum(below, 0), tl.sum(products, 0)
+            peak, leaders, rest, slope = read_apart(row_logits, skew, end, own, scale, ACC, BLOCK // 4)
 
     logprob, entropy, top, log_sum, complement = finish(z_token, scale, peak, leaders, rest, slope)
     store_row(

@@ -78,22 +78,39 @@ def join(bits, peaks, totals, slopes):
 
 
 @triton.jit
+def seen_from(higher, scale, peak, leaders, rest, slope):
+    """Sums of a part that has its leaders apart, measured from a peak that is as high or higher."""
+    step = tl.where(peak == float("-inf"), 0.0, (peak - higher) * scale)
+    fade = exp(step)
+    old = leaders + rest
+    rest = tl.where(higher > peak, fade * old, rest)
+    leaders = tl.where(higher > peak, 0.0, leaders)
+    return leaders, rest, fade * (slope + step * old)
+
+
+@triton.jit
 def fold_apart(z, scale, peak, leaders, rest, slope):
     """A block z of logits into lanes of sums, of which the leaders are counted apart; in nats, to the last digit."""
     higher = tl.maximum(peak, tl.max(z, 0))
+    leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
     shift = tl.where(higher == float("-inf"), 0.0, higher)
-    step = tl.where(peak == float("-inf"), 0.0, (peak - shift) * scale)
-    fade = exp(step)
-    old = leaders + rest
-    slope = fade * (slope + step * old)
-    rest = tl.where(higher > peak, fade * old, rest)
-    leaders = tl.where(higher > peak, 0.0, leaders)
     u = (z - shift) * scale
     e = exp(u)
     leads = tl.where(z == shift, 1.0, 0.0)
     rest += e - leads  # exactly 0 for a leader
     slope += tl.where(e > 0.0, e * u, 0.0)  # 0 * -inf is NaN
     return higher, leaders + leads, rest, slope
+
+
+@triton.jit
+def merge(scale, peak, leaders, rest, slope, other_peak, other_leaders, other_rest, other_slope):
+    """Two parts of a row as one: the leaders of the lower one are among the rest of the two."""
+    higher = tl.maximum(peak, other_peak)
+    leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
+    other_leaders, other_rest, other_slope = seen_from(
+        higher, scale, other_peak, other_leaders, other_rest, other_slope
+    )
+    return higher, leaders + other_leaders, rest + other_rest, slope + other_slope
 
 
 @triton.jit
