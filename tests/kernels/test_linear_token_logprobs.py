@@ -1,10 +1,14 @@
 """What linear_token_logprobs does besides what test_token_logprobs.py holds both ops to."""
 
+import gc
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirlhf_kernels import linear_token_logprobs, token_logprobs
+from minirlhf_kernels.reference import rows as rows_module
 from test_token_logprobs import INF, oracle
 
 
@@ -58,23 +62,122 @@ def test_heads_rows_of_every_kind_side_by_side(scales, vocabulary, barred, tempe
     assert ((grad_weight.double() - exact.t() @ wide).abs() <= reach.t() @ wide.abs()).all()
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-12, 1e-30])
-@pytest.mark.parametrize("linear", [False, True])
-def test_the_coldest_policy_is_the_greedy_one(linear, temperature):
-    hidden = torch.tensor([[3.0, -2.0], [1.0, 4.0]], requires_grad=True)
+def both(hidden, weight, tokens, **options):
+    """The linear op and the plain one on the same rows."""
+    yield linear_token_logprobs(hidden, weight, tokens, **options)
+    yield token_logprobs(hidden @ weight.t(), tokens, **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-12, 1e-30, 1e-37])
+def test_the_coldest_policy_is_the_greedy_one(temperature):
+    hidden = torch.tensor([[300.0, -200.0], [100.0, 400.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.5], [-1.0, 2.0], [0.25, 1.0]])
     best = (hidden @ weight.t()).argmax(-1)
-    options = {"temperature": temperature, "return_entropy": True}
-    for context in (torch.no_grad, torch.enable_grad):
-        with context():
-            outs = (
-                linear_token_logprobs(hidden, weight, best, **options)
-                if linear
-                else token_logprobs(hidden @ weight.t(), best, **options)
-            )
+    for outs in both(hidden, weight, best, temperature=temperature, return_entropy=True):
         assert [y.tolist() for y in outs] == [[0.0, 0.0], [0.0, 0.0]]
-    (grad,) = torch.autograd.grad(sum(y.sum() for y in outs), hidden)
-    assert (grad == 0).all()
+        if temperature > 1e-31:  # below, the entropy's gradient is an infinite number times 0
+            (grad,) = torch.autograd.grad(sum(y.sum() for y in outs), hidden)
+            assert (grad == 0).all()
+
+
+def test_words_barred_by_the_lowest_number_beside_a_lone_leader():
+    """0 * (finfo.min / temperature) of many words together must not become 0 * -inf."""
+    logits = torch.full((1, 1100), torch.finfo(torch.float32).min)
+    logits[0, 1030:1040] = torch.linspace(-1, 1, 10)
+    logits[0, 1035] = 12.0
+    tokens = torch.tensor([1036])
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = logits.t().clone()
+    logprobs, entropy, *_ = oracle(logits, tokens)
+    for outs in both(hidden, weight, tokens, return_entropy=True):
+        for y, exact in zip(outs, (logprobs, entropy), strict=True):
+            torch.testing.assert_close(y.double(), exact, rtol=3e-6, atol=0)
+
+
+def test_leaders_far_apart_in_the_vocabulary_tie():
+    logits = torch.zeros(2, 600)
+    logits[:, [3, 300, 599]] = 30.0
+    tokens = torch.tensor([10, 300])
+    expected = oracle(logits, tokens)
+    assert expected[0].tolist() == pytest.approx([-30 - math.log(3), -math.log(3)])
+    for outs in both(torch.eye(2), logits.t().clone(), tokens, return_entropy=True):
+        for y, exact in zip(outs, expected, strict=False):
+            torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("want_entropy", [False, True])
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_the_gradient_of_hopeless_tokens(chunk, want_entropy):
+    """Forward and backward must see the same logits, to the last digit, where 2^w of another word is enormous: a
+    library's product of a few rows differs there from its product of many."""
+    g = torch.Generator().manual_seed(10)
+    hidden, weight = torch.randn(128, 64, generator=g), torch.randn(2000, 64, generator=g)
+    tokens = torch.randint(2000, (128,), generator=g)
+    hidden[::64] = 6 * weight[7]  # a leader some hundreds of nats above all others
+    hidden, weight = (x.requires_grad_() for x in (hidden, weight))
+    logprobs = linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk, return_entropy=want_entropy)
+    logprobs = logprobs[0] if want_entropy else logprobs
+    assert (logprobs[::64] < -200).all()
+    grads = torch.autograd.grad(logprobs[::64].sum(), (hidden, weight))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = (wide[0] @ wide[1].t()).log_softmax(-1).gather(-1, tokens[:, None])[::64].sum()
+    for got, exact in zip(grads, torch.autograd.grad(loss, wide), strict=True):
+        assert (got.double() - exact).norm() <= 3e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_tokens_written_over_before_the_backward_are_an_error(linear, want_entropy):
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3)
+    tokens = torch.tensor([0, 1, 2, 3, 4])
+    out = list(both(hidden, weight, tokens, return_entropy=want_entropy))[not linear]
+    tokens.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (sum(y.sum() for y in out) if want_entropy else out.sum()).backward()
+
+
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_writing_into_the_outputs_does_not_reach_the_linear_backward(want_entropy):
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    tokens = torch.tensor([0, 1, 2, 3, 4])
+
+    def gradients(write):
+        outs = linear_token_logprobs(hidden, weight, tokens, return_entropy=want_entropy)
+        outs = outs if want_entropy else (outs,)
+        loss = sum(y.sum() for y in outs)
+        if write:
+            with torch.no_grad():
+                for y in outs:
+                    y.zero_()
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    expected = gradients(write=False)
+    try:
+        torch.testing.assert_close(gradients(write=True), expected, rtol=0, atol=0)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+
+
+@pytest.mark.parametrize("want_entropy", [False, True])
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_one_chunk_of_logits_waits_for_the_backward_several_do_not(chunk, want_entropy):
+    hidden, weight = torch.randn(37, 3, requires_grad=True), torch.randn(53, 3, requires_grad=True)
+    tokens, sizes, options = torch.randint(53, (37,)), [], {"chunk_size": chunk, "return_entropy": want_entropy}
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        linear_token_logprobs(hidden, weight, tokens, **options)
+    assert sizes.count(37 * 53) == (chunk == 64)
+    assert max(sizes) == (37 * 53 if chunk == 64 else 53 * 3)
+    out = linear_token_logprobs(hidden, weight, tokens, **options)
+    (sum(y.sum() for y in out) if want_entropy else out.sum()).backward()
+    gc.collect()
+    # `out` and its graph live on, and hold nothing of that size.
+    kept = [x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == (37, 53)]
+    assert len(kept) <= len(rows_module.scratch.kept)
 
 
 def test_no_rows():

@@ -113,7 +113,7 @@ def read_others(
 
 @triton.jit
 def read_apart(logits, skew, end, own, scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """The same with the leaders apart. For few rows, so no registers are spent on its speed."""
+    """The same with the leaders apart. For what is rarely read: no registers are spent on its speed."""
     peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK,), ACC)
     below, products = each, each
     for start in range(0, end, BLOCK):

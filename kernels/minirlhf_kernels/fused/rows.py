@@ -79,8 +79,9 @@ def join(bits, peaks, totals, slopes):
 
 @triton.jit
 def seen_from(higher, scale, peak, leaders, rest, slope):
-    """Sums of a part that has its leaders apart, measured from a peak that is as high or higher."""
+    """Sums of a part, `leaders` of it apart, measured from a peak that is as high or higher."""
     step = tl.where(peak == float("-inf"), 0.0, (peak - higher) * scale)
+    step = tl.maximum(step, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # it fades to 0, and 0 * -inf is NaN
     fade = exp(step)
     old = leaders + rest
     rest = tl.where(higher > peak, fade * old, rest)

@@ -43,13 +43,17 @@ def _product(h: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(h, head, out=h.new_empty(len(h), head.shape[-1]) if out is None else out)
 
 
-def _scale(temperature: float) -> tuple[float, float]:
+def _scale(dtype: torch.dtype, temperature: float) -> tuple[float, float]:
     """What hidden is multiplied by, so that no pass over the logits has to, and the temperature that is left for them.
 
-    What is below COLD stays with the logits: their differences may overflow, they themselves may not.
+    Not half precision, whose products float32 holds exactly; nor what of a temperature is below COLD, lest logits of
+    an ordinary size overflow.
     """
-    folded = max(temperature, COLD)
-    return BASE_2 / folded, BASE_2 * (temperature / folded)
+    if dtype.itemsize == 2:
+        return 1.0, temperature
+    if temperature >= COLD:
+        return BASE_2 / temperature, BASE_2
+    return BASE_2 / COLD, BASE_2 * (temperature / COLD)
 
 
 def _read(
@@ -57,13 +61,14 @@ def _read(
 ) -> tuple[list[Rows], Tensor | None]:
     """What was read of each chunk, and the logits of an only one if its backward will need them."""
     dtype = at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
-    head, scale, unit = weight.to(dtype).t(), *_scale(temperature)
+    head, scale, unit = weight.to(dtype).t(), *_scale(hidden.dtype, temperature)
     chunks, logits = [], None
     keep = learns and len(tokens) <= chunk
     for some, at in zip(_split(hidden, chunk), _split(tokens, chunk), strict=True):
         h = some.to(dtype) * scale
-        logits = _product(h, head, None if keep else scratch.room(2, len(h), dtype, head))
-        again = None if keep and want_entropy else lambda few, h=h: _product(h[few], head)
+        logits = _product(h, head, None if keep and want_entropy else scratch.room(2, len(h), dtype, head))
+        # A backward would make all of a chunk's logits again, and they may differ in their last digit from a few rows'.
+        again = None if learns or want_entropy else lambda few, h=h: _product(h.index_select(0, few), head)
         chunks.append(read(logits, at, None, unit, want_entropy, keep=keep, again=again))
     return chunks, logits if keep and want_entropy else None
 
@@ -85,8 +90,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         # Where all rows are one chunk, what is kept of its logits spares the backward a product.
         ctx.chunks, logits = _read(hidden, weight, tokens, temperature, want_entropy, chunk, learns=True)
         kept, ctx.chunks[0].kept = ctx.chunks[0].kept, None
-        ctx.save_for_backward(hidden, weight, logits, kept)
-        ctx.chunk, ctx.scale = chunk, _scale(temperature)[0]
+        ctx.save_for_backward(hidden, weight, logits, kept, tokens)  # tokens: an error if they are written over
+        ctx.chunk, ctx.scale = chunk, _scale(hidden.dtype, temperature)[0]
         ctx.set_materialize_grads(False)
         # Copies: what the caller writes into them must not change what the backward reads.
         logprobs, entropy = _columns(ctx.chunks)
@@ -95,7 +100,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        hidden, weight, logits, kept = ctx.saved_tensors
+        hidden, weight, logits, kept, _ = ctx.saved_tensors
         head = weight.to(at_least_float32(torch.promote_types(hidden.dtype, weight.dtype)))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Accumulated in float32 (or float64): bfloat16 would lose small terms chunk after chunk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -40,8 +41,8 @@ def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabu
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, not {temperature}")
 
 
 def _refuse_second_derivative() -> None:
@@ -77,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows = read(_flat(logits), tokens.reshape(-1), which, temperature, want_entropy, keep=not inplace)
         kept, rows.kept = rows.kept, None  # one [..., V] tensor waits, where autograd frees it after the backward
-        ctx.save_for_backward(logits if kept is None else None, kept)
+        ctx.save_for_backward(logits if kept is None else None, kept, tokens)  # tokens: an error if written over
         ctx.rows, ctx.inplace = rows, inplace
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
@@ -88,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        logits, kept = ctx.saved_tensors
+        logits, kept, _ = ctx.saved_tensors
         logits, which = None if logits is None else logits.detach(), ctx.rows.which
         over = logits if ctx.inplace and logits is not None and logits.is_contiguous() else None
         grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.rows.rest.device) if over is None else over

@@ -68,17 +68,13 @@ class Rows:
     kept: Tensor | None = None
     """2^w_j [N, V], anything at the token, on request."""
     barred: bool = False
-    """Whether there may be logits of -inf (with the entropy: without, they do no harm)."""
+    """Whether a w may be -inf and has to be held above it (for the entropy: without it -inf does no harm)."""
 
     def parts(self, logits: Tensor, size: int) -> Iterator[Tensor]:
         """The logits of all N rows, `size` rows at a time."""
         if self.which is None:
             return (_wide(part) for part in _split(logits, size))
         return (_wide(logits.index_select(0, some)) for some in _split(self.which, size))
-
-    def of(self, logits: Tensor, some: Tensor) -> Tensor:
-        """The logits of some of the N rows."""
-        return logits.index_select(0, some if self.which is None else self.which[some])
 
     def exponent(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
         """w, from differences: so no digits are lost to an offset that all logits share."""
@@ -143,12 +139,12 @@ def read(
     want_entropy: bool,
     keep: bool = False,
     barred: bool = False,
-    again: Callable[[Tensor | slice], Tensor] | None = None,
+    again: Callable[[Tensor], Tensor] | None = None,
 ) -> Rows:
     """log p of the tokens [R] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
 
     With `keep`, log p alone leaves its powers in `kept`, for which `write_gradient` does not need the logits.
-    With `again`, which makes the logits of some rows again, the logits are lost: w is written over them.
+    With `again`, which makes the logits of some rows once more, log p alone writes w over the logits: they are lost.
     """
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
@@ -190,10 +186,10 @@ def read(
         if bool(suits.all()):
             return rows
         if not barred and bool(rows.mean.isnan().any()):
-            logits = again(slice(None)) if again else logits
             return read(logits, tokens, which, temperature, want_entropy, barred=True)
     for some in _split(suits.logical_not_().squeeze(-1).nonzero().squeeze(-1), size):
-        _about_leader(rows, again(some) if again else rows.of(logits, some), some)
+        place = some if which is None else which[some]
+        _about_leader(rows, again(some) if again else logits.index_select(0, place), some)
     return rows
 
 
