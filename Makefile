@@ -72,7 +72,8 @@ figures: setup  ## rerun the long experiments that the lessons show (data/result
 
 bench: setup  ## measure the kernels
 	@test -f kernels/benchmarks/run.py || { echo "make bench: kernels/benchmarks/run.py is not here yet"; exit 1; }
-	@$(BIN)/python kernels/benchmarks/run.py $(ARGS)
+	@# Threads that stay on their own core, as in `make run`: all providers' times scatter less.
+	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/python kernels/benchmarks/run.py $(ARGS)
 
 clean:  ## remove caches and build outputs; runs/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
