@@ -71,7 +71,6 @@ figures: setup  ## rerun the long experiments that the lessons show (data/result
 	@for script in benchmarks/ppo_ablation.py benchmarks/figure_*.py benchmarks/readme_picture.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 bench: setup  ## measure the kernels
-	@test -f kernels/benchmarks/run.py || { echo "make bench: kernels/benchmarks/run.py is not here yet"; exit 1; }
 	@# Threads that stay on their own core, as in `make run`: all providers' times scatter less.
 	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/python kernels/benchmarks/run.py $(ARGS)
 

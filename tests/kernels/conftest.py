@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 if not GPU and "triton" not in sys.modules:
@@ -39,3 +40,21 @@ def small_blocks(triton_path):
     triton_path.setattr(logprobs, "LONG", (1024, 4))
     triton_path.setattr(ppo, "BLOCK", 16)
     triton_path.setattr(linear, "plan", lambda rows, vocabulary, chunk: (max(1, min(rows, chunk or 4)), 21))
+
+
+class LargestMade(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation inside makes (not the interpreter's, of bytes)."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(x) and x.dtype != torch.uint8:
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.fixture
+def largest_made():
+    return LargestMade()

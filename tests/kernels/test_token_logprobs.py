@@ -310,23 +310,28 @@ def test_the_room_that_is_kept_is_nobody_else_s():
         torch.testing.assert_close(result, expected)
 
 
-def test_writing_into_the_outputs_does_not_reach_the_backward():
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_writing_into_the_outputs_does_not_reach_the_backward(linear, want_entropy):
     """The gradient stays what it was, or torch says that something it needs has been written over."""
     torch.manual_seed(9)
-    logits, tokens = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    x, tokens = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    inputs = (x, torch.randn(7, 7, requires_grad=True)) if linear else (x,)
+    call = linear_token_logprobs if linear else token_logprobs
 
-    def gradient(write):
-        logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)
-        loss = logprobs.sum() + 2 * entropy.sum()
+    def gradients(write):
+        outs = call(*inputs, tokens, return_entropy=want_entropy)
+        outs = outs if want_entropy else (outs,)
+        loss = sum(scale * y.sum() for scale, y in enumerate(outs, 1))
         if write:
             with torch.no_grad():
-                logprobs.zero_()
-                entropy.zero_()
-        return torch.autograd.grad(loss, logits)[0]
+                for y in outs:
+                    y.zero_()
+        return torch.autograd.grad(loss, inputs)
 
-    expected = gradient(write=False)
+    expected = gradients(write=False)
     try:
-        torch.testing.assert_close(gradient(write=True), expected, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(write=True), expected, rtol=0, atol=0)
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
 

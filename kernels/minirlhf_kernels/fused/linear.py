@@ -21,15 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import compute_dtype, on_device_of
-from minirlhf_kernels.fused.logprobs import (
-    configuration,
-    launch_backward,
-    read_apart,
-    read_others,
-    read_token,
-    store_row,
-)
-from minirlhf_kernels.fused.rows import CLOSE, LOG2E, finish, merge
+from minirlhf_kernels.fused.logprobs import configuration, launch_backward, read_row, read_token, store_row
+from minirlhf_kernels.fused.rows import LOG2E, finish, merge
 from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
@@ -63,11 +56,7 @@ def fold_kernel(
     own = tl.where(here, skew + own, -1).to(tl.int32)
     end = tl.where(counts, skew + columns, 0)
     z_token = tl.load(logits + own, mask=here, other=float("nan")).to(ACC)
-    peak, total, slope = read_others(logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
-    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
-        if rest < CLOSE:
-            peak, leaders, rest, slope = read_apart(logits, skew, end, own, scale, ACC, BLOCK // 4)
+    peak, leaders, rest, slope = read_row(logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
     if not FIRST:
         z_token = tl.where(here, z_token, tl.load(state + 4 * rows + row))
         peak, leaders, rest, slope = merge(

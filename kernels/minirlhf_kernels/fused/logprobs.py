@@ -122,6 +122,20 @@ def read_apart(logits, skew, end, own, scale, ACC: tl.constexpr, BLOCK: tl.const
     return peak, tl.sum(each, 0), tl.sum(below, 0), tl.sum(products, 0)
 
 
+@triton.jit
+def read_row(
+    logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """peak, leaders, rest and slope of a row without its token, read a second time where the entropy needs it."""
+    peak, total, slope = read_others(logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
+    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
+        if ((z_token > peak) == 0) & (rest < CLOSE):  # a token that leads has the others summed from itself
+            peak, leaders, rest, slope = read_apart(logits, skew, end, own, scale, ACC, BLOCK // 4)
+    return peak, leaders, rest, slope
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     logits, tokens, mask, logprobs, entropies, stats,
@@ -141,15 +155,11 @@ def forward_kernel(
     # A row that does not count is a row of no columns: nothing of it is read.
     end = tl.where(counts, skew + columns, 0)
     own = tl.where(inside, skew + token, -1).to(tl.int32)
-    peak, total, slope = read_others(row_logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
-
     # A token outside the vocabulary reads NaN in place of a logit: its row comes out NaN, and nothing is read.
     z_token = tl.load(row_logits + own, mask=counts & inside, other=float("nan")).to(ACC)
-    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
-        if (z_token <= peak) & (rest < CLOSE):
-            peak, leaders, rest, slope = read_apart(row_logits, skew, end, own, scale, ACC, BLOCK // 4)
-
+    peak, leaders, rest, slope = read_row(
+        row_logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY, ACC, GROUP, BLOCK
+    )
     logprob, entropy, top, log_sum, complement = finish(z_token, scale, peak, leaders, rest, slope)
     store_row(
         logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY

@@ -39,7 +39,7 @@ _LEAST, _MOST = 1e-9, 1e30
 # 2 to this power is 0 in float64 too; -inf in its place would make 0 * -inf, NaN.
 _NEVER = -2000.0
 _LN2 = math.log(2.0)
-COLD = 1e-9
+COLD = 1e-9  # a temperature below which an ordinary w may overflow
 BASE_2 = 1.0 / _LN2  # the temperature at which w is a plain difference of logits
 
 # glibc keeps for later calls what is no larger than the largest piece, of up to 32 MiB, that was ever given back to it.
@@ -148,7 +148,6 @@ def read(
     """
     index = (tokens if which is None else tokens[which]).unsqueeze(-1)
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
-    # Near a temperature of 0 w may overflow, as a logit of -inf does.
     rows = Rows(index, which, temperature, barred=barred or temperature < COLD)
     size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
     if again:
