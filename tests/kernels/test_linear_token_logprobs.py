@@ -80,6 +80,22 @@ def test_the_coldest_policy_is_the_greedy_one(temperature):
             assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_half_precision_without_a_gradient(dtype, chunk):
+    """Flat and peaked rows, likely and hopeless tokens; float32 holds the products of their numbers exactly."""
+    g = torch.Generator().manual_seed(11)
+    scales = torch.tensor([0.1, 1.0, 8.0, 30.0]).repeat(4)
+    hidden = (scales[:, None] * torch.randn(16, 6, generator=g)).to(dtype)
+    weight, tokens = torch.randn(45, 6, generator=g).to(dtype), torch.randint(45, (16,), generator=g)
+    logits = hidden.double() @ weight.double().t()
+    tokens[:8] = logits[:8].argmax(-1)
+    got = linear_token_logprobs(hidden, weight, tokens, temperature=0.7, chunk_size=chunk)
+    exact = oracle(logits, tokens, 0.7)[0]
+    allowed = 2e-6 + 2.0**-22 * logits.abs().amax(-1) / 0.7
+    assert ((got.double() - exact).abs() <= allowed * exact.abs() + 1e-36).all()
+
+
 def test_words_barred_by_the_lowest_number_beside_a_lone_leader():
     """0 * (finfo.min / temperature) of many words together must not become 0 * -inf."""
     logits = torch.full((1, 1100), torch.finfo(torch.float32).min)

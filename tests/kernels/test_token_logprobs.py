@@ -102,6 +102,25 @@ def test_adding_a_constant_to_a_row_changes_nothing(offset):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3, 1e-10, 1e-38])
+def test_log_p_alone_is_right_at_every_offset(temperature, at_once, monkeypatch):
+    """In vectors, in what is left of a row, in views; on CPUs that add and multiply at once and on others."""
+    if not at_once:
+        monkeypatch.setattr(rows_module, "_ADDS_AT_ONCE", False)
+    torch.manual_seed(10)
+    offsets = torch.tensor([0.0, 1e4, -3e6, 1e9, -3e12, 3e38]).repeat_interleave(4).unsqueeze(-1)
+    for vocabulary in (1, 5, 37, 130):
+        logits, tokens = 4 * torch.randn(24, vocabulary) + offsets, torch.randint(vocabulary, (24,))
+        tokens[::3] = logits[::3].argmax(-1)
+        exact = oracle(logits, tokens, temperature)[0]
+        # What float32 makes of a logarithm so far below 1, or of an exponent so far below 0.
+        allowed = 2e-6 + 2.0**-23 * exact.abs().clamp(min=1e-36).log().abs()
+        for x in (logits, logits.t().contiguous().t()):
+            got = token_logprobs(x, tokens, temperature=temperature).double()
+            assert ((got - exact).abs() <= allowed * exact.abs() + 1e-36).logical_or(got == exact.float()).all()
+
+
 @pytest.mark.parametrize("case", ["first block", "one", "all but the token", "all but one"])
 def test_minus_infinity_is_a_token_that_cannot_be_drawn(case):
     torch.manual_seed(1)
@@ -171,7 +190,7 @@ def test_what_is_refused():
         token_logprobs(logits, tokens.int())
     with pytest.raises(ValueError, match="mask must be bool"):
         token_logprobs(logits, tokens, mask=torch.ones(2))
-    for temperature in (0.0, -1.0, NAN):
+    for temperature in (0.0, -1.0, 1e-39, INF, NAN):
         with pytest.raises(ValueError, match="temperature"):
             token_logprobs(logits, tokens, temperature=temperature)
     with pytest.raises(ValueError, match="weight must be"):

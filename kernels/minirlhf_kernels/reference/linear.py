@@ -170,9 +170,9 @@ def linear_token_logprobs(
     counted = _counted_rows(tokens, mask, hidden.shape[:-1], weight.shape[0])
     # Only the rows that count go through the head.
     if counted is None:
-        hidden, kept = _flat(hidden), tokens.reshape(-1)
+        hidden, kept = _flat(hidden), tokens.reshape(-1, 1)
     else:
-        hidden, kept = hidden[counted], tokens[counted]
+        hidden, kept = hidden[counted], tokens[counted].unsqueeze(-1)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     cached = min(_CACHED_ELEMENTS * torch.get_num_threads(), KEPT)
     elements = cached if weight.is_cpu and not learns else _CHUNK_ELEMENTS
@@ -185,6 +185,6 @@ def linear_token_logprobs(
         chunks, _ = _read(hidden, weight, kept, temperature, return_entropy, chunk, learns=False)
         logprobs, entropy = _columns(chunks)
     which = None if counted is None else counted.reshape(-1).nonzero().squeeze(-1)
-    logprobs = _spread(logprobs, which, tokens.shape)
-    entropy = None if entropy is None else _spread(entropy, which, tokens.shape)
+    logprobs = _spread(logprobs, which, tokens)
+    entropy = None if entropy is None else _spread(entropy, which, tokens)
     return logprobs if entropy is None else (logprobs, entropy)

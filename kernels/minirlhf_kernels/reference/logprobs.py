@@ -12,6 +12,7 @@ from minirlhf_kernels.reference.rows import Rows, read, write_gradient
 
 IGNORED_TOKEN = -100
 """A token that never counts (torch's own convention for `cross_entropy`)."""
+LEAST_TEMPERATURE = 1e-38  # below it float32 has no 1 / T
 
 
 def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
@@ -41,8 +42,8 @@ def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabu
 
 
 def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, not {temperature}")
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, not {temperature}")
 
 
 def _refuse_second_derivative() -> None:
@@ -51,18 +52,18 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("token_logprobs is differentiable once: for a second derivative use logits.log_softmax(-1)")
 
 
-def _spread(column: Tensor, which: Tensor | None, shape: torch.Size) -> Tensor:
-    """A column [N, 1] of the rows that count as one number a row; the others have 0."""
+def _spread(column: Tensor, which: Tensor | None, tokens: Tensor) -> Tensor:
+    """A column [N, 1] of the rows that count in the shape of all tokens; the others have 0."""
     if which is None:
-        return column.reshape(shape)
-    flat = column.new_zeros(shape.numel())
+        return column.view_as(tokens)
+    flat = column.new_zeros(tokens.numel())
     flat[which] = column.squeeze(-1)
-    return flat.view(shape)
+    return flat.view_as(tokens)
 
 
-def _values(rows: Rows, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-    entropy = None if rows.entropy is None else _spread(rows.entropy, rows.which, shape)
-    return _spread(rows.logprobs, rows.which, shape), entropy
+def _values(rows: Rows, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    entropy = None if rows.entropy is None else _spread(rows.entropy, rows.which, tokens)
+    return _spread(rows.logprobs, rows.which, tokens), entropy
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -76,14 +77,14 @@ class _TokenLogprobs(torch.autograd.Function):
         want_entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = read(_flat(logits), tokens.reshape(-1), which, temperature, want_entropy, keep=not inplace)
+        rows = read(_flat(logits), tokens.reshape(-1, 1), which, temperature, want_entropy, keep=not inplace)
         kept, rows.kept = rows.kept, None  # one [..., V] tensor waits, where autograd frees it after the backward
         ctx.save_for_backward(logits if kept is None else None, kept, tokens)  # tokens: an error if written over
         ctx.rows, ctx.inplace = rows, inplace
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
         # Copies: what the caller writes into them must not change what the backward reads.
-        logprobs, entropy = _values(rows, tokens.shape)
+        logprobs, entropy = _values(rows, tokens)
         return logprobs.clone(), None if entropy is None else entropy.clone()
 
     @staticmethod
@@ -145,8 +146,9 @@ def token_logprobs(
 
     Rows where mask is False or the token is -100 give 0 and no gradient, whatever their logits hold. Logits of -inf are
     tokens that cannot be drawn. `return_entropy=True` returns (logprobs, entropy), both [...]. Raises ValueError for a
-    token outside [0, V). Differentiable once; asking for a second derivative raises. `inplace_backward=True` lets the
-    backward write the gradient over the logits (no second [..., V] tensor): they are lost, and it can run once.
+    token outside [0, V) and for a temperature below 1e-38. Differentiable once; asking for a second derivative raises.
+    `inplace_backward=True` lets the backward write the gradient over the logits (no second [..., V] tensor): they are
+    lost, and it can run once.
 
     >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     >>> token_logprobs(logits, torch.tensor([1, 0]))
@@ -160,6 +162,6 @@ def token_logprobs(
     if logits.requires_grad and torch.is_grad_enabled():
         logprobs, entropy = _TokenLogprobs.apply(logits, tokens, which, temperature, return_entropy, inplace_backward)
     else:
-        rows = read(_flat(logits), tokens.reshape(-1), which, temperature, return_entropy)
-        logprobs, entropy = _values(rows, tokens.shape)
+        rows = read(_flat(logits), tokens.reshape(-1, 1), which, temperature, return_entropy, once=True)
+        logprobs, entropy = _values(rows, tokens)
     return logprobs if entropy is None else (logprobs, entropy)

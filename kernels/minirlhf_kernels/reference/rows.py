@@ -51,7 +51,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass
+@dataclass(slots=True)
 class Rows:
     """N rows that were read: columns [N, 1], from which p_j = 2^w_j / (1 + rest), w_j = (z_j - shift) log2(e) / T."""
 
@@ -82,6 +82,17 @@ class Rows:
         w = w if self.temperature == BASE_2 else w.mul_(1.0 / (_LN2 * self.temperature))
         return w.clamp_(min=_NEVER) if self.barred else w
 
+    def exponent_at_once(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """Into out, w in one pass, off by the same amount all along a row; returns the column of 2^that amount.
+
+        A fused multiply-add rounds z log2(e) / T - s only once, so an offset costs no digits here either. s is the
+        shift's own product, rounded before: what it lost then, the same operation gives exactly at the pivot.
+        """
+        scale = 1.0 / (_LN2 * self.temperature)
+        s = shift.mul(-scale)
+        torch.add(s, logits, alpha=scale, out=out)
+        return s.add_(shift, alpha=scale).exp2_()
+
 
 class _Scratch(threading.local):
     """Room to work in on the CPU, kept from call to call: fresh memory costs more to get than to compute in."""
@@ -109,6 +120,16 @@ class _Scratch(threading.local):
 
 
 scratch = _Scratch()
+
+
+def _adds_at_once() -> bool:
+    """Whether a + alpha b rounds once on this CPU: where a row fills vectors (32 numbers at a time) and in its rest."""
+    b = torch.full((2, 2 * 32 + 13), 1.0 / 3.0, dtype=torch.float32, device="cpu")
+    a = b[:, :1] * -BASE_2
+    return bool(torch.add(a, b, alpha=BASE_2).all())  # not 0, but what the product a lost when it was rounded
+
+
+_ADDS_AT_ONCE = _adds_at_once()
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -140,16 +161,19 @@ def read(
     keep: bool = False,
     barred: bool = False,
     again: Callable[[Tensor], Tensor] | None = None,
+    once: bool = False,
 ) -> Rows:
-    """log p of the tokens [R] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
+    """log p of the tokens [R, 1] under softmax(logits [R, V] / temperature), and the entropy; of the rows `which` [N].
 
     With `keep`, log p alone leaves its powers in `kept`, for which `write_gradient` does not need the logits.
     With `again`, which makes the logits of some rows once more, log p alone writes w over the logits: they are lost.
+    With `again` or `once` no gradient can be asked of the rows, and log p alone is read in a pass less where it can be.
     """
-    index = (tokens if which is None else tokens[which]).unsqueeze(-1)
+    index = tokens if which is None else tokens[which]
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred or temperature < COLD)
     size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
+    once = (once or again is not None) and not want_entropy and _at_once(logits, temperature)
     if again:
         w = logits
     elif keep:
@@ -158,7 +182,7 @@ def read(
         w = scratch.room(0, size, dtype, logits)
     e = scratch.room(1, size, dtype, logits) if want_entropy else None
     if count == size:  # few operations for a small call
-        sums = _about_token(rows, _wide(logits if which is None else logits[which]), index, w, e)
+        sums = _about_token(rows, _wide(logits if which is None else logits[which]), index, w, e, once)
     else:
         parts = []
         for z, at, into in zip(
@@ -167,7 +191,7 @@ def read(
             n = at.shape[0]
             if n < size:  # the last part
                 into, e = into[:n], None if e is None else e[:n]
-            parts.append(_about_token(rows, z, at, into, e))
+            parts.append(_about_token(rows, z, at, into, e, once))
         sums = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     rows.shift, rows.rest, rows.kept = sums[0], sums[1], w if keep else None
     below = rows.rest.log1p()
@@ -196,12 +220,22 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
     return least.item() >= _LEAST and most.item() <= _MOST
 
 
-def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
+def _at_once(logits: Tensor, temperature: float) -> bool:
+    """Whether `exponent_at_once` is the shorter way, and as exact."""
+    suits = logits.is_cpu and temperature != BASE_2 and temperature >= COLD
+    return suits and _ADDS_AT_ONCE and not torch.compiler.is_compiling()
+
+
+def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None, once: bool) -> tuple[Tensor, ...]:
     """z_token, the sum of 2^w_j over the others and, with room e for the powers, that of 2^w_j w_j."""
     z_token = z.gather(-1, index)
-    rows.exponent(z, z_token, w)
+    off = rows.exponent_at_once(z, z_token, w) if once else None
+    if off is None:
+        rows.exponent(z, z_token, w)
     powers = torch.exp2(w, out=w if e is None else e).scatter_(-1, index, torch.zeros_like(z_token))
     rest = powers.sum(-1, keepdim=True)
+    if off is not None:
+        rest.div_(off)
     return (z_token, rest) if e is None else (z_token, rest, e.mul_(w).sum(-1, keepdim=True))
 
 
