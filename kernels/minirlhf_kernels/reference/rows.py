@@ -62,7 +62,8 @@ class Rows:
     temperature: float
     logprobs: Tensor = field(init=False)
     rest: Tensor = field(init=False)
-    shift: Tensor = field(init=False)
+    shift: Tensor | None = None
+    """None: no gradient can be asked of them."""
     entropy: Tensor | None = None
     mean: Tensor | None = None
     kept: Tensor | None = None
@@ -81,17 +82,6 @@ class Rows:
         w = torch.sub(logits, shift, out=out)
         w = w if self.temperature == BASE_2 else w.mul_(1.0 / (_LN2 * self.temperature))
         return w.clamp_(min=_NEVER) if self.barred else w
-
-    def exponent_at_once(self, logits: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-        """Into out, w in one pass, off by the same amount all along a row; returns the column of 2^that amount.
-
-        A fused multiply-add rounds z log2(e) / T - s only once, so an offset costs no digits here either. s is the
-        shift's own product, rounded before: what it lost then, the same operation gives exactly at the pivot.
-        """
-        scale = 1.0 / (_LN2 * self.temperature)
-        s = shift.mul(-scale)
-        torch.add(s, logits, alpha=scale, out=out)
-        return s.add_(shift, alpha=scale).exp2_()
 
 
 class _Scratch(threading.local):
@@ -182,7 +172,8 @@ def read(
         w = scratch.room(0, size, dtype, logits)
     e = scratch.room(1, size, dtype, logits) if want_entropy else None
     if count == size:  # few operations for a small call
-        sums = _about_token(rows, _wide(logits if which is None else logits[which]), index, w, e, once)
+        z = _wide(logits if which is None else logits[which])
+        sums = _about_token_at_once(rows, z, index, w) if once else _about_token(rows, z, index, w, e)
     else:
         parts = []
         for z, at, into in zip(
@@ -191,9 +182,9 @@ def read(
             n = at.shape[0]
             if n < size:  # the last part
                 into, e = into[:n], None if e is None else e[:n]
-            parts.append(_about_token(rows, z, at, into, e, once))
+            parts.append(_about_token_at_once(rows, z, at, into) if once else _about_token(rows, z, at, into, e))
         sums = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    rows.shift, rows.rest, rows.kept = sums[0], sums[1], w if keep else None
+    rows.rest, rows.shift, rows.kept = sums[0], None if once else sums[1], w if keep else None
     below = rows.rest.log1p()
     if not want_entropy:
         rows.logprobs = below.neg_()
@@ -221,22 +212,34 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
 
 
 def _at_once(logits: Tensor, temperature: float) -> bool:
-    """Whether `exponent_at_once` is the shorter way, and as exact."""
+    """Whether `_about_token_at_once` is the shorter way, and as exact."""
     suits = logits.is_cpu and temperature != BASE_2 and temperature >= COLD
     return suits and _ADDS_AT_ONCE and not torch.compiler.is_compiling()
 
 
-def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None, once: bool) -> tuple[Tensor, ...]:
-    """z_token, the sum of 2^w_j over the others and, with room e for the powers, that of 2^w_j w_j."""
+def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
+    """The sum of 2^w_j over the others, z_token and, with room e for the powers, the sum of 2^w_j w_j."""
     z_token = z.gather(-1, index)
-    off = rows.exponent_at_once(z, z_token, w) if once else None
-    if off is None:
-        rows.exponent(z, z_token, w)
+    rows.exponent(z, z_token, w)
     powers = torch.exp2(w, out=w if e is None else e).scatter_(-1, index, torch.zeros_like(z_token))
     rest = powers.sum(-1, keepdim=True)
-    if off is not None:
-        rest.div_(off)
-    return (z_token, rest) if e is None else (z_token, rest, e.mul_(w).sum(-1, keepdim=True))
+    return (rest, z_token) if e is None else (rest, z_token, e.mul_(w).sum(-1, keepdim=True))
+
+
+def _about_token_at_once(rows: Rows, z: Tensor, index: Tensor, w: Tensor) -> tuple[Tensor]:
+    """The sum alone, with w from one pass.
+
+    A fused multiply-add rounds z log2(e) / T - s only once, so an offset that all logits share costs no digits here
+    either. s is the token's own product, rounded before: by what it lost then, which the same operation gives exactly,
+    all w of the row are off.
+    """
+    scale = 1.0 / (_LN2 * rows.temperature)
+    z_token = z.gather(-1, index)
+    s = z_token * -scale
+    torch.add(s, z, alpha=scale, out=w)
+    off = s.add_(z_token, alpha=scale)
+    w.exp2_().scatter_(-1, index, z_token.zero_())  # whose logit has done its work
+    return (w.sum(-1, keepdim=True).div_(off.exp2_()),)
 
 
 def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
@@ -248,7 +251,9 @@ def _about_leader(rows: Rows, logits: Tensor, some: Tensor) -> None:
     e = torch.exp2(w).scatter_(-1, leader, 0.0)
     rest = e.sum(-1, keepdim=True)
     below = rest.log1p()
-    values = [(rows.shift, top), (rows.rest, rest), (rows.logprobs, v_token - below)]
+    values = [(rows.rest, rest), (rows.logprobs, v_token - below)]
+    if rows.shift is not None:
+        values.append((rows.shift, top))
     if rows.kept is not None:
         values.append((rows.kept, e.scatter(-1, leader, 1.0)))
     if rows.mean is not None and rows.entropy is not None:
