@@ -84,6 +84,11 @@ class Rows:
         return w.clamp_(min=_NEVER) if self.barred else w
 
 
+def _traced(logits: Tensor) -> bool:
+    """Under a tracer: what it makes up must not stay here, nor what is here go into its graph."""
+    return type(logits) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
+
+
 class _Scratch(threading.local):
     """Room to work in on the CPU, kept from call to call: fresh memory costs more to get than to compute in."""
 
@@ -93,19 +98,18 @@ class _Scratch(threading.local):
 
     def room(self, number: int, rows: int, dtype: torch.dtype, logits: Tensor) -> Tensor:
         """An uninitialised [rows, V]; two that are in use at the same time have different numbers."""
-        columns = logits.shape[-1]
-        size = rows * columns
-        # What a tracer makes up must not stay here, nor what is here go into its graph.
-        traced = type(logits) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-        if not logits.is_cpu or size > KEPT or traced:
-            return torch.empty((rows, columns), dtype=dtype, device=logits.device)
-        found, last = self.kept.get((number, dtype)), self.last.get((number, dtype))
-        if last is not None and last.shape == (rows, columns):
+        shape = (rows, logits.shape[-1])
+        size = shape[0] * shape[1]
+        if size > KEPT or not logits.is_cpu or _traced(logits):
+            return torch.empty(shape, dtype=dtype, device=logits.device)
+        last = self.last.get((number, dtype))
+        if last is not None and last.shape == shape:
             return last
+        found = self.kept.get((number, dtype))
         with torch.inference_mode(False):  # or it could not be written outside of that mode
             if found is None or found.numel() < size:
                 found = self.kept[number, dtype] = torch.empty(size, dtype=dtype, device="cpu")
-            last = self.last[number, dtype] = found[:size].view(rows, columns)
+            last = self.last[number, dtype] = found[:size].view(shape)
         return last
 
 
@@ -135,9 +139,9 @@ def _part_size(rows: int, logits: Tensor, rooms: int) -> int:
 
     On a GPU all rows: there a launch costs more than a cache saves.
     """
-    if not logits.is_cuda:
-        numbers = min(_PART[rooms] * torch.get_num_threads(), KEPT // 3 * 2)
-        parts = round(rows * logits.shape[-1] / numbers)
+    numbers = rows * logits.shape[-1]
+    if numbers > _PART[rooms] and not logits.is_cuda:
+        parts = round(numbers / min(_PART[rooms] * torch.get_num_threads(), KEPT // 3 * 2))
         rows = -(-rows // parts) if parts > 1 else rows
     return max(1, rows)
 
@@ -214,7 +218,7 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
 def _at_once(logits: Tensor, temperature: float) -> bool:
     """Whether `_about_token_at_once` is the shorter way, and as exact."""
     suits = logits.is_cpu and temperature != BASE_2 and temperature >= COLD
-    return suits and _ADDS_AT_ONCE and not torch.compiler.is_compiling()
+    return suits and _ADDS_AT_ONCE and not _traced(logits)  # a compiler's a + alpha b rounds twice
 
 
 def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
