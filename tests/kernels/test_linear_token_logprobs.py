@@ -82,9 +82,10 @@ def test_the_coldest_policy_is_the_greedy_one(temperature):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_half_precision_without_a_gradient(dtype, chunk):
+def test_half_precision_without_a_gradient(dtype, chunk, monkeypatch):
     """Flat and peaked rows, likely and hopeless tokens; float32 holds the products of their numbers exactly."""
     g = torch.Generator().manual_seed(11)
+    monkeypatch.setattr(rows_module, "_WORTH_IT", 0)  # one pass less even in a small call
     scales = torch.tensor([0.1, 1.0, 8.0, 30.0]).repeat(4)
     hidden = (scales[:, None] * torch.randn(16, 6, generator=g)).to(dtype)
     weight, tokens = torch.randn(45, 6, generator=g).to(dtype), torch.randint(45, (16,), generator=g)

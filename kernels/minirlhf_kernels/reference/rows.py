@@ -33,6 +33,7 @@ from torch import Tensor
 
 # Numbers in each room of a part that takes one or two, for each thread.
 _PART = {1: 1 << 20, 2: 1 << 18}
+_WORTH_IT = 1 << 18  # numbers above which a pass takes longer than four operations on columns
 KEPT = 1 << 22  # the largest room that waits for the next call
 # At a smaller rest (20.7 nats of margin) float32 no longer holds w to 2e-6; above the larger one sums near overflow.
 _LEAST, _MOST = 1e-9, 1e30
@@ -167,7 +168,7 @@ def read(
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred or temperature < COLD)
     size, keep = _part_size(count, logits, 1 + want_entropy), keep and not want_entropy
-    once = (once or again is not None) and not want_entropy and _at_once(logits, temperature)
+    once = (once or again is not None) and not want_entropy and _at_once(logits, count, temperature)
     if again:
         w = logits
     elif keep:
@@ -215,10 +216,11 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
     return least.item() >= _LEAST and most.item() <= _MOST
 
 
-def _at_once(logits: Tensor, temperature: float) -> bool:
+def _at_once(logits: Tensor, count: int, temperature: float) -> bool:
     """Whether `_about_token_at_once` is the shorter way, and as exact."""
-    suits = logits.is_cpu and temperature != BASE_2 and temperature >= COLD
-    return suits and _ADDS_AT_ONCE and not _traced(logits)  # a compiler's a + alpha b rounds twice
+    if count * logits.shape[-1] < _WORTH_IT or temperature == BASE_2 or temperature < COLD or not logits.is_cpu:
+        return False
+    return _ADDS_AT_ONCE and not _traced(logits)  # a compiler's a + alpha b rounds twice
 
 
 def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
