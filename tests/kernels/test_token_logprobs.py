@@ -108,7 +108,7 @@ def test_log_p_alone_is_right_at_every_offset(temperature, at_once, monkeypatch)
     """In vectors, in what is left of a row, in views; on CPUs that add and multiply at once and on others."""
     monkeypatch.setattr(rows_module, "_WORTH_IT", 0)  # small calls too
     if not at_once:
-        monkeypatch.setattr(rows_module, "_ADDS_AT_ONCE", False)
+        monkeypatch.setattr(rows_module, "_adds_at_once", lambda: False)
     torch.manual_seed(10)
     offsets = torch.tensor([0.0, 1e4, -3e6, 1e9, -3e12, 3e38]).repeat_interleave(4).unsqueeze(-1)
     for vocabulary in (1, 5, 37, 130):
@@ -120,6 +120,47 @@ def test_log_p_alone_is_right_at_every_offset(temperature, at_once, monkeypatch)
         for x in (logits, logits.t().contiguous().t()):
             got = token_logprobs(x, tokens, temperature=temperature).double()
             assert ((got - exact).abs() <= allowed * exact.abs() + 1e-36).logical_or(got == exact.float()).all()
+
+
+def test_what_is_read_in_a_pass_less(monkeypatch):
+    """Log p alone, without a gradient, in a large call; not in a compiler's hands, whose a + c b rounds twice."""
+    calls, at_once = [], rows_module._about_token_at_once
+    monkeypatch.setattr(rows_module, "_about_token_at_once", lambda *args: calls.append(args) or at_once(*args))
+    monkeypatch.setattr(rows_module, "_adds_at_once", lambda: True)
+    logits, tokens = torch.randn(600, 600), torch.randint(600, (600,))
+
+    def times(call, *args, **options):
+        calls.clear()
+        call(*args, **options)
+        return len(calls)
+
+    assert times(token_logprobs, logits, tokens) == 1
+    with torch.inference_mode():
+        assert times(token_logprobs, logits, tokens) == 1
+    assert times(linear_token_logprobs, logits.bfloat16(), torch.eye(600).bfloat16(), tokens) == 1
+    assert times(token_logprobs, logits[:99], tokens[:99]) == 0
+    assert times(token_logprobs, logits, tokens, return_entropy=True) == 0
+    assert times(token_logprobs, logits.clone().requires_grad_(), tokens) == 0
+    assert times(torch.compile(token_logprobs, backend="aot_eager"), logits, tokens) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("call", [token_logprobs, linear_token_logprobs])
+def test_a_temperature_may_be_a_tensor_and_learns_nothing(call):
+    temperature = torch.nn.Parameter(torch.tensor([0.7]))
+    inputs = torch.randn(600, 7), *([torch.randn(600, 7)] if call is linear_token_logprobs else [])
+    tokens = torch.randint(7, (600,))
+    for _ in range(2):
+        got = call(*inputs, tokens, temperature=temperature)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, call(*inputs, tokens, temperature=0.7))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_one_batch_is_refused():
+    logits, tokens = torch.randn(6, 37), torch.randint(37, (6,))
+    with pytest.raises(RuntimeError, match=r"use torch\.compile"):
+        torch.jit.trace(token_logprobs, (logits, tokens))
 
 
 @pytest.mark.parametrize("case", ["first block", "one", "all but the token", "all but one"])

@@ -26,8 +26,8 @@ from minirlhf_kernels.fused.rows import LOG2E, finish, merge
 from minirlhf_kernels.reference.linear import _check_linear
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
-    _check_temperature,
     _check_tokens,
+    _checked_temperature,
     _counted_rows,
     _refuse_second_derivative,
 )
@@ -261,11 +261,11 @@ def linear_token_logprobs(
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear_token_logprobs` by slabs. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     _check_linear(hidden, weight, chunk_size)
     _check_tokens(tokens, mask, hidden.shape[:-1])
     call = forward_op if torch.compiler.is_compiling() else LinearTokenLogprobs.apply
     flat = hidden.reshape(-1, hidden.shape[-1]), weight, tokens.reshape(-1), None if mask is None else mask.reshape(-1)
-    logprobs, entropy, _ = call(*flat, float(temperature), return_entropy, chunk_size or 0)
+    logprobs, entropy, _ = call(*flat, temperature, return_entropy, chunk_size or 0)
     logprobs = logprobs.view(tokens.shape)
     return (logprobs, entropy.view(tokens.shape)) if return_entropy else logprobs

@@ -16,7 +16,7 @@ from minirlhf_kernels.fused import logprobs as rows_of
 from minirlhf_kernels.fused import ppo
 from minirlhf_kernels.fused.linear import _operands, product, slices
 from minirlhf_kernels.reference.linear import _check_linear
-from minirlhf_kernels.reference.logprobs import _check_temperature, _check_tokens, _counted_rows
+from minirlhf_kernels.reference.logprobs import _check_tokens, _checked_temperature, _counted_rows
 from minirlhf_kernels.reference.ppo import _check
 
 SLAB = 1 << 26  # logits in memory at once: 256 MiB of float32, and half of that again for their gradient
@@ -156,7 +156,7 @@ def linear_ppo_loss(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.linear_ppo_loss` with the logits made once."""
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     _check_linear(hidden, weight, chunk_size)
     _check_tokens(tokens, response_mask, hidden.shape[:-1])
     given = {"old_logprobs": old_logprobs, "advantages": advantages, "values": values, "old_values": old_values}
@@ -169,7 +169,7 @@ def linear_ppo_loss(
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     loss, metrics, *_ = call(
         hidden.reshape(-1, hidden.shape[-1]), weight, *(None if x is None else x.reshape(-1) for x in tensors),
-        float(temperature), float(clip_range), value_clip_range, float(value_coef), float(entropy_coef),
+        temperature, float(clip_range), value_clip_range, float(value_coef), float(entropy_coef),
         float(kl_coef), denominator, chunk_size or 0, *wanted,
     )  # fmt: skip
     return loss, ppo.named(metrics, values, value_clip_range, old_logprobs, ref_logprobs)

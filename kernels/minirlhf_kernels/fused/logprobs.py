@@ -21,8 +21,8 @@ from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes,
 from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, LOWEST64, exp, finish, fold, fold_apart, gradient, join
 from minirlhf_kernels.reference.logprobs import (
     IGNORED_TOKEN,
-    _check_temperature,
     _check_tokens,
+    _checked_temperature,
     _counted_rows,
     _refuse_second_derivative,
 )
@@ -388,8 +388,8 @@ def token_logprobs(
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.token_logprobs` in two kernels. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     _check_tokens(tokens, mask, logits.shape[:-1])
     call = forward_op if torch.compiler.is_compiling() else TokenLogprobs.apply
-    logprobs, entropy, _ = call(logits, tokens, mask, float(temperature), return_entropy, inplace_backward)
+    logprobs, entropy, _ = call(logits, tokens, mask, temperature, return_entropy, inplace_backward)
     return (logprobs, entropy) if return_entropy else logprobs

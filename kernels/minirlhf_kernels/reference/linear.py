@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minirlhf_kernels.reference.logprobs import (
-    _check_temperature,
+    _checked_temperature,
     _counted_rows,
     _flat,
     _refuse_second_derivative,
@@ -165,7 +165,7 @@ def linear_token_logprobs(
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
     tensor([-0.1269])
     """
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     _check_linear(hidden, weight, chunk_size)
     counted = _counted_rows(tokens, mask, hidden.shape[:-1], weight.shape[0])
     # Only the rows that count go through the head.

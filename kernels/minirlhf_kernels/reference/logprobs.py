@@ -12,7 +12,7 @@ from minirlhf_kernels.reference.rows import Rows, read, write_gradient
 
 IGNORED_TOKEN = -100
 """A token that never counts (torch's own convention for `cross_entropy`)."""
-LEAST_TEMPERATURE = 1e-38  # below it float32 has no 1 / T
+LEAST_TEMPERATURE = 1e-38  # float32 still holds log2(e) / T
 
 
 def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
@@ -41,9 +41,10 @@ def _counted_rows(tokens: Tensor, mask: Tensor | None, shape: torch.Size, vocabu
     return None if bool(counted.all()) else counted
 
 
-def _check_temperature(temperature: float) -> None:
+def _checked_temperature(temperature: float) -> float:
     if not LEAST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, not {temperature}")
+    return float(temperature)  # of a tensor: a number, through which no gradient goes
 
 
 def _refuse_second_derivative() -> None:
@@ -156,7 +157,7 @@ def token_logprobs(
     >>> token_logprobs(logits, torch.tensor([1, 0]), mask=torch.tensor([True, False]))
     tensor([-0.6931,  0.0000])
     """
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     counted = _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])
     which = None if counted is None else counted.reshape(-1).nonzero().squeeze(-1)
     if logits.requires_grad and torch.is_grad_enabled():

@@ -22,6 +22,7 @@ own cache when the next one reads it.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -117,14 +118,16 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
+@functools.cache
 def _adds_at_once() -> bool:
-    """Whether a + alpha b rounds once on this CPU: where a row fills vectors (32 numbers at a time) and in its rest."""
-    b = torch.full((2, 2 * 32 + 13), 1.0 / 3.0, dtype=torch.float32, device="cpu")
-    a = b[:, :1] * -BASE_2
-    return bool(torch.add(a, b, alpha=BASE_2).all())  # not 0, but what the product a lost when it was rounded
-
-
-_ADDS_AT_ONCE = _adds_at_once()
+    """Whether a + c b rounds once on this CPU: where a row fills vectors (32 numbers at a time) and in its rest."""
+    for dtype in (torch.float32, torch.float64):
+        b = torch.full((2, 2 * 32 + 13), 1.0 / 3.0, dtype=dtype, device="cpu")
+        a = b[:, :1] * -BASE_2
+        lost = torch.add(a, b, alpha=BASE_2)  # 0, or what a lost when it was rounded
+        if not lost.all():
+            return False
+    return True
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -164,6 +167,8 @@ def read(
     With `again`, which makes the logits of some rows once more, log p alone writes w over the logits: they are lost.
     With `again` or `once` no gradient can be asked of the rows, and log p alone is read in a pass less where it can be.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace would keep the way of one batch's rows for all: use torch.compile")
     index = tokens if which is None else tokens[which]
     count, dtype = index.shape[0], at_least_float32(logits.dtype)
     rows = Rows(index, which, temperature, barred=barred or temperature < COLD)
@@ -218,9 +223,9 @@ def _within_bounds(least: Tensor, most: Tensor) -> bool:
 
 def _at_once(logits: Tensor, count: int, temperature: float) -> bool:
     """Whether `_about_token_at_once` is the shorter way, and as exact."""
-    if count * logits.shape[-1] < _WORTH_IT or temperature == BASE_2 or temperature < COLD or not logits.is_cpu:
+    if count * logits.shape[-1] < _WORTH_IT or temperature == BASE_2 or not logits.is_cpu:
         return False
-    return _ADDS_AT_ONCE and not _traced(logits)  # a compiler's a + alpha b rounds twice
+    return not _traced(logits) and _adds_at_once()  # a compiler's a + c b rounds twice
 
 
 def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | None) -> tuple[Tensor, ...]:
@@ -233,18 +238,18 @@ def _about_token(rows: Rows, z: Tensor, index: Tensor, w: Tensor, e: Tensor | No
 
 
 def _about_token_at_once(rows: Rows, z: Tensor, index: Tensor, w: Tensor) -> tuple[Tensor]:
-    """The sum alone, with w from one pass.
+    """The sum alone, from w + off, which takes one pass where w takes two.
 
-    A fused multiply-add rounds z log2(e) / T - s only once, so an offset that all logits share costs no digits here
-    either. s is the token's own product, rounded before: by what it lost then, which the same operation gives exactly,
-    all w of the row are off.
+    A fused multiply-add rounds c z - c z_token only once, so an offset that all logits share costs no digits here
+    either. Only c z_token is rounded before. What it lost then is off, one number a row, which the same operation gives
+    exactly at the token; the sum is divided by 2^off.
     """
-    scale = 1.0 / (_LN2 * rows.temperature)
+    c = 1.0 / (_LN2 * rows.temperature)
     z_token = z.gather(-1, index)
-    s = z_token * -scale
-    torch.add(s, z, alpha=scale, out=w)
-    off = s.add_(z_token, alpha=scale)
-    w.exp2_().scatter_(-1, index, z_token.zero_())  # whose logit has done its work
+    minus = z_token * -c
+    torch.add(minus, z, alpha=c, out=w)
+    off = minus.add_(z_token, alpha=c)
+    w.exp2_().scatter_(-1, index, z_token.zero_())  # zeros: z_token is not needed any more
     return (w.sum(-1, keepdim=True).div_(off.exp2_()),)
 
 
