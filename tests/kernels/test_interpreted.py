@@ -18,6 +18,11 @@ def narrow_slabs(monkeypatch):
     monkeypatch.setattr("minirlhf_kernels.fused.linear.SLAB", 1)
 
 
+@pytest.fixture
+def at_once():
+    """The reference's own: one way is enough here."""
+
+
 # It counts the elements of any tensor, and sees the interpreter's own views of memory, in bytes: test_triton_ops.py has
 # its twin.
 del test_the_linear_op_never_holds_all_logits  # noqa: F821
