@@ -112,7 +112,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 grad = z = _product(h, head.t())
             else:
                 grad, z = h.new_empty(len(h), len(head)), logits
-            up, up_entropy = (None if g is None else g[part].squeeze(-1) for g in (grad_logprobs, grad_entropy))
+            up, up_entropy = (None if g is None else g[part] for g in (grad_logprobs, grad_entropy))
             write_gradient(grad, rows, z, up, up_entropy, kept)
             if grad_hidden is not None:
                 grad_hidden[part] = _product(grad, head).mul_(ctx.scale).to(hidden.dtype)

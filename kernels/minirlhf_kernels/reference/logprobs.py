@@ -99,7 +99,7 @@ class _TokenLogprobs(torch.autograd.Function):
             counts = torch.zeros(grad.shape[:-1].numel(), dtype=torch.bool, device=grad.device)
             counts[which] = True
             _flat(grad)[~counts] = 0
-        up, up_entropy = (None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy))
+        up, up_entropy = (None if g is None else g.reshape(-1, 1) for g in (grad_logprobs, grad_entropy))
         write_gradient(_flat(grad), ctx.rows, None if logits is None else _flat(logits), up, up_entropy, kept)
         if ctx.inplace and over is None and logits is not None:
             grad = logits.copy_(grad)

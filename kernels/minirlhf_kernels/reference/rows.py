@@ -285,10 +285,10 @@ def write_gradient(
     """The gradient into those rows of out [R, V], in out's type, from the logits or what `read` kept of them.
 
     -p_j (g + (log p_j + H) g_H) / T, log p_j + H = ln 2 w_j - mean; with (1 - p_token) g for -p_token g.
-    out may be the logits themselves. Upstream gradients are [R].
+    out may be the logits themselves. Upstream gradients are [R, 1].
     """
     up, up_entropy = (
-        None if g is None else (g if rows.which is None else g[rows.which]).unsqueeze(-1).mul(-1.0 / rows.temperature)
+        None if g is None else (g if rows.which is None else g[rows.which]).mul(-1.0 / rows.temperature)
         for g in (grad_logprobs, grad_entropy)
     )
     up = torch.zeros_like(rows.rest) if up is None else up
