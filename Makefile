@@ -7,7 +7,7 @@ LESSONS := $(sort $(wildcard notebooks/*.ipynb))
 NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
 # One process a core, four at most; the cells of a lesson, and the tests of a file, stay together.
 BESIDE := -n logical --maxprocesses 4 --dist loadscope
-MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels
+MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels notebooks/minirlhf_course
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run lab notebooks test fast lint world checkpoints figures bench clean

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world.writer import Writer
 from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.data import DataFolder, Demonstration, read_folder
@@ -38,8 +40,6 @@ from minirlhf.language.sft import SFTConfig, train_sft
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.pipeline.folder import hide_loading_bars, load_policy, load_reward_model
 from minirlhf.training import Recorder, micro_batches
-from minirlhf.world import GoldLabeler, World
-from minirlhf.world.writer import Writer
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 

@@ -13,7 +13,7 @@ it (the first row is the SFT model, where all of them begin):
     length, ended     tokens of an answer; share of them that ended by themselves
     corpus_loss       nats a token of the held-out corpus
 
-data/results/text_failure_lab.csv: every run of `minirlhf.checks.text_failure_lab`, two seeds, and five healthy ones:
+data/results/text_failure_lab.csv: every run of `minirlhf_course.text_failure_lab`, two seeds, and five healthy ones:
 the sweep's at beta BETA without PPO-ptx, and two more; one row a step, with the metrics that lesson 09 draws.
 
 Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
@@ -27,9 +27,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from minirlhf_course import text_failure_lab
+from minirlhf_course.world import GoldLabeler, World
 from tables import RESULTS, ROOT, Row, write_table
 
-from minirlhf.checks import text_failure_lab
 from minirlhf.data import read_folder
 from minirlhf.language.evaluation import EvaluationConfig, answer, mean_and_error
 from minirlhf.language.models import clone
@@ -39,7 +40,6 @@ from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.tokenization import encode_texts
 from minirlhf.pipeline.folder import hide_loading_bars, load_policy, load_reward_model
 from minirlhf.training import Recorder
-from minirlhf.world import GoldLabeler, World
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 

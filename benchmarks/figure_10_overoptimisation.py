@@ -42,6 +42,8 @@ from typing import Any
 
 import torch
 from figure_11_pipeline import SIZES
+from minirlhf_course.overoptimisation import EnsembleReward, best_of_n, best_of_n_kl
+from minirlhf_course.world import GoldLabeler, World
 from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
@@ -56,7 +58,6 @@ from minirlhf.language.evaluation import (
     win_rate,
 )
 from minirlhf.language.models import clone, load_causal_model, load_scalar_model, tiny_llama
-from minirlhf.language.overoptimisation import EnsembleReward, best_of_n, best_of_n_kl
 from minirlhf.language.pretraining import blocks_of, train_base
 from minirlhf.language.reward_model import RewardFunction, RewardModelConfig, RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
@@ -64,7 +65,6 @@ from minirlhf.language.sft import train_sft
 from minirlhf.language.tokenization import encode_texts, load_tokenizer
 from minirlhf.pipeline.folder import hide_loading_bars
 from minirlhf.training import Recorder
-from minirlhf.world import GoldLabeler, World
 
 CACHE = ROOT / "build" / "figure_10"
 SFT = ROOT / "data" / "checkpoints" / "sft"

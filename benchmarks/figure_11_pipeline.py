@@ -43,6 +43,9 @@ from random import Random
 from typing import Any
 
 import torch
+from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world.corpus import CorpusWriter
+from minirlhf_course.world.vocabulary import heldout_words
 from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checkpoints import verify_model, write_json
@@ -60,9 +63,6 @@ from minirlhf.pipeline.export import export_policy
 from minirlhf.pipeline.folder import STEPS, hide_loading_bars, load_policy
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.run import train_step
-from minirlhf.world import GoldLabeler, World
-from minirlhf.world.corpus import CorpusWriter
-from minirlhf.world.vocabulary import heldout_words
 
 RUNS = ROOT / "build" / "figure_11"
 Table = dict[str, list[float]]

@@ -12,7 +12,7 @@ on CartPole-v1 and 3 on Pendulum-v1. One row a run:
     solved_at     environment steps at the first evaluation of at least 475 (CartPole-v1; empty if never)
     policy_kl, clip_fraction   means over all updates
 
-bugs -> data/results/failure_lab.csv: every run of `minirlhf.checks.failure_lab`, and PPO as shipped ("healthy"), on
+bugs -> data/results/failure_lab.csv: every run of `minirlhf_course.failure_lab`, and PPO as shipped ("healthy"), on
 CartPole-v1; one row an update, with the metrics that lesson 05 draws.
 
 A command that was stopped goes on where it was (build/ppo_ablation holds the runs that are done, as long as neither
@@ -100,8 +100,8 @@ STARTS: dict[str, Callable[[Any, int], None]] = {
 
 def _trained(env: str, seed: int, detail: str = "as shipped", letter: str | None = None) -> tuple[Any, Any]:
     import torch
+    from minirlhf_course import failure_lab
 
-    from minirlhf.checks import failure_lab
     from minirlhf.control.evaluation import Evaluator
     from minirlhf.control.policies import make_networks
     from minirlhf.control.ppo import PENDULUM, PPOConfig, train_ppo
@@ -165,7 +165,7 @@ def _mean(history: list[dict[str, float]], metric: str) -> str:
 
 
 def bug_jobs() -> list[tuple[str, int]]:
-    from minirlhf.checks.failure_lab import RUNS
+    from minirlhf_course.failure_lab import RUNS
 
     healthy = [("healthy", seed) for seed in SEEDS["CartPole-v1"]]
     # The lab has a healthy run among its letters: other seeds, or it would lie on the band's own lines.

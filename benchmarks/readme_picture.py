@@ -9,9 +9,8 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from minirlhf_course.plotting import COLOURS, NAMES, curve, label_axes, level, panels, style, to_png
 from tables import RESULTS, ROOT, Row
-
-from minirlhf.plotting import COLOURS, NAMES, curve, label_axes, level, panels, style, to_png
 
 PICTURE = ROOT / "docs" / "results.png"
 SIZES = ("tiny", "small", "large")

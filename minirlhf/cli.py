@@ -167,7 +167,7 @@ def _preset_name(arguments: Sequence[str]) -> PresetName:
 
 def _world(arguments: list[str]) -> None:
     config = _parse(WorldConfig, "world", arguments)
-    from minirlhf.world import write_world
+    from minirlhf_course.world import write_world
 
     try:
         write_world(config.out, seed=config.seed)

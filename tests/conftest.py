@@ -19,7 +19,7 @@ ARCHITECTURES = ("llama", "gpt2")
 
 def pytest_collection_modifyitems(items) -> None:
     """Puzzles that ask for a Triton kernel can only be marked where triton is."""
-    from minirlhf.checks.kernels import KernelExercise, why_not
+    from minirlhf_course.checks.kernels import KernelExercise, why_not
 
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

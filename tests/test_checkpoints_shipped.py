@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import torch
+from minirlhf_course.world import GoldLabeler, World
 
 from minirlhf.checkpoints import CHECKSUMS, verify_model
 from minirlhf.errors import CheckpointError
@@ -13,7 +14,6 @@ from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.tokenization import load_tokenizer
 from minirlhf.pipeline.export import export_checkpoints, export_policy
 from minirlhf.pipeline.folder import POLICIES, STEPS, load_policy, load_reward_model
-from minirlhf.world import GoldLabeler, World
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints"
 CPU = torch.device("cpu")

@@ -50,7 +50,7 @@ def find_data(config: RunConfig) -> Path:
     if DEFAULT_DATA.is_dir():
         return DEFAULT_DATA
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
-    from minirlhf.world import write_world
+    from minirlhf_course.world import write_world
 
     made = config.out / MADE_WORLD
     if not made.is_dir():

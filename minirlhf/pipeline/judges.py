@@ -47,7 +47,7 @@ class GoldJudge:
     is_gold = True
 
     def __init__(self, folder: DataFolder) -> None:
-        from minirlhf.world import GoldLabeler, World
+        from minirlhf_course.world import GoldLabeler, World
 
         assert folder.world_file is not None
         self.gold = GoldLabeler(World(seed=_world_seed(folder.world_file)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from minirlhf.plotting import NAMES
+from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Row, Run
 from minirlhf.report.text import number, readable
 

@@ -6,9 +6,9 @@ import re
 from html import escape
 from pathlib import Path
 
-from minirlhf.plotting import NAMES
 from minirlhf.report.answers import answers_html
 from minirlhf.report.parts import facts, ladder, next_steps, results
+from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import Run, load_run
 from minirlhf.report.style import CSS
 from minirlhf.report.text import findings, headline, number, percent

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minirlhf.plotting import NAMES
+from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Row, Run
 from minirlhf.report.text import duration, interval, number, percent
 

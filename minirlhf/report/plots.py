@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from minirlhf.plotting import (
+from minirlhf.report.metrics import PPO_METRICS, Metric
+from minirlhf.report.plotting import (
     COLOURS,
     GRID,
     HEALTHY_COLOUR,
@@ -23,7 +24,6 @@ from minirlhf.plotting import (
     style,
     to_svg,
 )
-from minirlhf.report.metrics import PPO_METRICS, Metric
 from minirlhf.report.read import Row, Run
 from minirlhf.report.text import interval, number, percent
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minirlhf.plotting import NAMES
+from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Row, Run, load_run
 from minirlhf.report.text import duration, interval, number, percent, plus_minus
 

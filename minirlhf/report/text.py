@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from minirlhf.plotting import NAMES
+from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import Row, Run
 
 NOTHING = "–"

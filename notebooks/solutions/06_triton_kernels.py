@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from minirlhf.checks.lesson06 import after, tl
+from minirlhf_course.checks.lesson06 import after, tl
 
 
 def my_fold(peak, total, block):

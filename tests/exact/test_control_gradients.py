@@ -5,8 +5,8 @@ The mean of an estimator is a sum over the listed episodes, its variance too: no
 
 import pytest
 import torch
+from minirlhf_course.tiny import bandit, chain, gradient_estimates, gridworld, text_mdp
 
-from minirlhf.control.tiny import bandit, chain, gradient_estimates, gridworld, text_mdp
 from minirlhf.returns import discounted_returns, gae, n_step_advantages, td_errors
 
 F64 = torch.float64

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from minirlhf_course.tiny import TinyMDP, bandit, chain, gradient_estimates, gridworld, text_mdp
 
-from minirlhf.control.tiny import TinyMDP, bandit, chain, gradient_estimates, gridworld, text_mdp
 from minirlhf.errors import UserError
 from minirlhf.returns import discounted_returns
 

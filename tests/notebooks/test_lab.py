@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from minirlhf.checks import Exercise
+from minirlhf_course.checks import Exercise
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -40,7 +39,7 @@ def chromium() -> str:
 
 
 def first_exercise() -> Exercise:
-    module = importlib.import_module(f"minirlhf.checks.lesson{LESSON[:2]}")
+    module = importlib.import_module(f"minirlhf_course.checks.lesson{LESSON[:2]}")
     return next(item for item in vars(module).values() if isinstance(item, Exercise))
 
 

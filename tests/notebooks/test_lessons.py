@@ -12,8 +12,7 @@ from typing import Any
 
 import nbformat
 import pytest
-
-from minirlhf.checks import Exercise
+from minirlhf_course.checks import Exercise
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -49,7 +48,7 @@ def outputs(lesson: Any) -> list[Any]:
 
 
 def exercises(path: Path) -> list[Exercise]:
-    module = importlib.import_module(f"minirlhf.checks.lesson{path.name[:2]}")
+    module = importlib.import_module(f"minirlhf_course.checks.lesson{path.name[:2]}")
     return [item for item in vars(module).values() if isinstance(item, Exercise)]
 
 
@@ -110,7 +109,7 @@ def test_has_exercises_as_the_checks_declare_them(path, lesson):
         at = next(index for index, cell in enumerate(lesson.cells) if cell.source == item.header)
         four = lesson.cells[at : at + 4]
         assert [cell.cell_type for cell in four] == ["markdown", "code", "code", "markdown"], item.name
-        assert four[1].source == item.stub, f"{item.name}: the stub is not minirlhf.checks'"
+        assert four[1].source == item.stub, f"{item.name}: the stub is not minirlhf_course.checks'"
         assert four[2].source == item.check_line
         assert four[3].source == item.hints_markdown
         (verdict,) = four[2].outputs

@@ -1,0 +1,382 @@
+"""Lesson 04, advantage functions: A = Q - V, n steps, GAE, its targets, and the scan that makes it fast."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf import returns
+from minirlhf.returns import gae as _gae
+from minirlhf.returns import whiten as _whiten
+from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.exercise import Case, exercise
+
+# 4.1 -----------------------------------------------------------------------------------------------------------------
+
+
+def _q_cases() -> list[Case]:
+    cases = [
+        Case("two equally likely actions", (tensor([1, 3]), tensor([0.5, 0.5])), tensor([-1.0, 1.0])),
+        Case("probabilities 1/4 and 3/4", (tensor([1, 5]), tensor([0.25, 0.75])), tensor([-3.0, 1.0])),
+    ]
+    for (states, actions), generator in zip(((3, 2), (2, 4), (5, 3)), generators(3), strict=True):
+        probabilities = normal(generator, states, actions).softmax(-1)
+        cases.append(Case(f"random, {states} states", (normal(generator, states, actions), probabilities)))
+    return cases
+
+
+@exercise(
+    "4.1",
+    "A = Q - V",
+    difficulty=1,
+    minutes=5,
+    task="By definition $A(s, a) = Q(s, a) - V(s)$: how much better an action is than what the policy does on average. "
+    "What is $V$, given $Q$ and the policy?",
+    cases=_q_cases,
+    suspects={
+        "V is not the plain mean of Q: weigh each action by its probability.": lambda q, p: (
+            q - q.mean(-1, keepdim=True)
+        ),
+        "V is not the best Q (that would be the optimal policy's): weigh each action by its probability.": (
+            lambda q, p: q - q.amax(-1, keepdim=True)
+        ),
+        "V is one number a state: sum p * Q over the actions before subtracting.": lambda q, p: q - p * q,
+        "The sign is turned: A = Q - V, positive for a better action.": lambda q, p: (p * q).sum(-1, keepdim=True) - q,
+        "This weighs the advantages by the probabilities: A = Q - V, without another p.": (
+            lambda q, p: p * (q - (p * q).sum(-1, keepdim=True))
+        ),
+        "It averages over the states too: V(s) is one number for each state.": lambda q, p: q - (p * q).sum(-1).mean(),
+    },
+    hints=(
+        "$V(s) = \\sum_a \\pi(a|s) Q(s, a)$.",
+        "`.sum(-1, keepdim=True)` keeps a column of width 1, which subtracts from every action.",
+    ),
+)
+def advantages_from_q(q_values: Tensor, probabilities: Tensor) -> Tensor:
+    """A(s, a) of a known problem: q_values and probabilities, both [S, A] (a row a state), give [S, A]."""
+    return q_values - (probabilities * q_values).sum(-1, keepdim=True)
+
+
+# Trajectories --------------------------------------------------------------------------------------------------------
+
+
+def _trajectories(*rest: float) -> list[Case]:
+    cases = []
+    for size, generator in zip(SIZES, generators(), strict=True):
+        rewards, values, ends = normal(generator, *size), normal(generator, *size), flags(generator, *size)
+        cases.append(Case(f"random, of shape {size}", (rewards, values, ends, normal(generator, size[0]), *rest)))
+    return cases
+
+
+def _next_values(values: Tensor, last_values: Tensor) -> Tensor:
+    return torch.cat((values[:, 1:], last_values[:, None]), 1)
+
+
+# 4.2 -----------------------------------------------------------------------------------------------------------------
+
+
+def _n_step_cases() -> list[Case]:
+    last = tensor(8)
+    three = tensor([1, 1, 1]), tensor([2, 2, 2])
+    cases = [
+        Case("one step, n = 1", (tensor([1]), tensor([2]), bools([0]), last, 0.5, 1), tensor([3.0])),
+        Case("one step that ends, n = 1", (tensor([1]), tensor([2]), bools([1]), last, 0.5, 1), tensor([-1.0])),
+        Case("three steps, n = 2", (*three, bools([0, 0, 0]), last, 0.5, 2), tensor([0.0, 1.5, 3.0])),
+        Case(
+            "three steps, the second ends, n = 2", (*three, bools([0, 1, 0]), last, 0.5, 2), tensor([-0.5, -1.0, 3.0])
+        ),
+    ]
+    return cases + _trajectories(0.9, 2) + _trajectories(0.9, 4)
+
+
+def _n_step_with(
+    bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
+) -> Tensor:
+    """Exercise 4.2 with one mistake planted."""
+    n = {"too few": max(n - 1, 1), "too many": n + 1}.get(bug, n)
+    columns = rewards.shape[1]
+    result = torch.zeros_like(rewards)
+    extended = torch.cat((values, last_values[:, None]), 1)
+    for row in range(len(rewards)):
+        for t in range(columns):
+            total, k = torch.zeros_like(rewards[0, 0]), t
+            while k < min(t + n, columns):
+                total = total + (1.0 if bug == "rewards" else gamma ** (k - t)) * rewards[row, k]
+                k += 1
+                if ends[row, k - 1] and bug != "crosses":
+                    break
+            ended = bool(ends[row, k - 1])
+            if (not ended or bug in ("crosses", "end")) and not (bug == "no value" or (bug == "last" and k == columns)):
+                power = 1.0 if bug == "no discount" else gamma if bug == "one gamma" else gamma ** (k - t)
+                total = total + power * extended[row, k]
+            result[row, t] = total if bug == "target" else total - values[row, t]
+    return result
+
+
+@exercise(
+    "4.2",
+    "n steps",
+    difficulty=3,
+    minutes=20,
+    task="Between one reward (lesson 03) and all of them (lesson 02): add $n$ real rewards, then trust the critic, "
+    "$R_{t+1} + \\dots + \\gamma^{n-1} R_{t+n} + \\gamma^n V(S_{t+n}) - V(S_t)$. If the episode ends first, there "
+    "are fewer "
+    "rewards and no value; if the row ends first, `last_values` is the value of the state after its last column.",
+    cases=_n_step_cases,
+    suspects={
+        "The sum crosses the end of the episode into the next one: stop at ends.": partial(_n_step_with, "crosses"),
+        "It bootstraps from V after the episode ended: v(terminal) = 0, so multiply by (1 - ends).": (
+            partial(_n_step_with, "end")
+        ),
+        "Off by one: it adds up n + 1 rewards.": partial(_n_step_with, "too many"),
+        "Off by one: it adds up n - 1 rewards.": partial(_n_step_with, "too few"),
+        "It never bootstraps: after n rewards comes gamma^n V(S_{t+n}).": partial(_n_step_with, "no value"),
+        "The last state's value is missing: where the row ends in mid-episode, use last_values.": (
+            partial(_n_step_with, "last")
+        ),
+        "The value is not discounted: it is k steps away, gamma^k V.": partial(_n_step_with, "no discount"),
+        "The value is discounted once: it is k steps away, gamma^k V.": partial(_n_step_with, "one gamma"),
+        "The rewards are not discounted: gamma^k for the reward k steps away.": partial(_n_step_with, "rewards"),
+        "V(S_t) is missing: this is the target, the advantage is the target minus V(S_t).": (
+            partial(_n_step_with, "target")
+        ),
+    },
+    hints=(
+        "For one t, count k from 0: add $\\gamma^k R$, stop after n of them, at an end, or at the last column. "
+        "Which value, if any, comes then?",
+        "Or from errors: $\\sum_{k<n} \\gamma^k \\delta_{t+k}$, cut at the end of the episode. Start with `deltas`, "
+        "and n - 1 "
+        "times: `adv[:, :-1] = deltas[:, :-1] + gamma * ~ends[:, :-1] * adv[:, 1:]`, on a fresh copy each time.",
+    ),
+)
+def n_step_advantages(
+    rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
+) -> Tensor:
+    """The n-step advantage of every step: rewards, values, ends (bool) are [N, T], last_values [N]; gives [N, T].
+
+    ends[:, t] says that the episode terminated with step t; last_values are V of the states after the last column.
+    """
+    return returns.n_step_advantages(rewards, values, ends, gamma, n, last_values=last_values)
+
+
+# 4.3 -----------------------------------------------------------------------------------------------------------------
+
+
+def _gae_cases() -> list[Case]:
+    last, zero = tensor(8), tensor(0)
+    two = tensor([1, 1]), tensor([2, 4])
+    cases = [
+        Case("one step that ends", (tensor([1]), tensor([2]), bools([1]), last, 0.5, 0.5), tensor([-1.0])),
+        Case("one step in mid-episode", (tensor([1]), tensor([2]), bools([0]), last, 0.5, 0.5), tensor([3.0])),
+        Case("two steps, the second ends", (*two, bools([0, 1]), zero, 0.5, 0.25), tensor([0.625, -3.0])),
+        Case("two steps, the first ends", (*two, bools([1, 0]), last, 0.5, 0.25), tensor([-1.0, 1.0])),
+    ]
+    return cases + _trajectories(0.97, 0.9) + _trajectories(0.9, 0.0) + _trajectories(0.9, 1.0)
+
+
+def _gae_with(
+    bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Exercise 4.3 with one mistake planted."""
+    next_values = _next_values(values, torch.zeros_like(last_values) if bug == "last" else last_values)
+    blank = torch.zeros_like(ends[:, :1])
+    if bug == "flags early":
+        ends = torch.cat((blank, ends[:, :-1]), 1)
+    if bug == "flags late":
+        ends = torch.cat((ends[:, 1:], blank), 1)
+    if bug == "never ends":
+        ends = torch.zeros_like(ends)
+    inside = torch.ones_like(ends) if bug == "bootstrap" else ~ends
+    deltas = (
+        rewards + (lam if bug == "swapped" else 1.0 if bug == "no gamma" else gamma) * next_values * inside - values
+    )
+    if bug == "no V":
+        deltas = deltas + values
+    if bug == "reward lost":
+        deltas = (rewards + gamma * next_values) * ~ends - values
+    decay = {"lam alone": lam, "gamma alone": gamma, "swapped": gamma * lam}.get(bug, gamma * lam)
+    carry = torch.zeros_like(rewards[:, 0])
+    result = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        kept = carry if bug == "carry" else torch.where(ends[:, t], 0, carry)
+        carry = deltas[:, t] + decay * kept
+        result[:, t] = carry
+    return result + values if bug == "targets" else result.flip(1) if bug == "flipped" else result
+
+
+@exercise(
+    "4.3",
+    "GAE",
+    difficulty=3,
+    minutes=25,
+    task="$A_t = \\delta_t + \\gamma\\lambda A_{t+1}$ with $\\delta_t = R_{t+1} + \\gamma V(S_{t+1}) - V(S_t)$. The "
+    "end of an "
+    "episode cuts in **two** places. Which?",
+    cases=_gae_cases,
+    suspects={
+        "The last step bootstraps from V after the episode ended: multiply by (1 - ends).": partial(
+            _gae_with, "bootstrap"
+        ),
+        "The sum crosses the end of the episode: the next one's advantage flows back over it. "
+        "Multiply A_{t+1} by (1 - ends) too.": partial(_gae_with, "carry"),
+        "The ends are never used: both V(S_{t+1}) and A_{t+1} must be multiplied by (1 - ends).": (
+            partial(_gae_with, "never ends")
+        ),
+        "done and next_done are swapped: ends[:, t] says that step t is its episode's last, and so it cuts "
+        "V(S_{t+1}) and "
+        "A_{t+1} off from step t itself.": partial(_gae_with, "flags early"),
+        "done and next_done are swapped: it uses ends[:, t + 1] for step t.": partial(_gae_with, "flags late"),
+        "lam and gamma are swapped: delta is discounted with gamma, and lam appears only in gamma * lam * A_{t+1}.": (
+            partial(_gae_with, "swapped")
+        ),
+        "gamma is missing in the recursion: A_{t+1} is multiplied by gamma * lam.": partial(_gae_with, "lam alone"),
+        "lam is missing: A_{t+1} is multiplied by gamma * lam.": partial(_gae_with, "gamma alone"),
+        "gamma is missing in delta: R + gamma V(S') - V(S).": partial(_gae_with, "no gamma"),
+        "V(S) is missing in delta: R + gamma V(S') - V(S).": partial(_gae_with, "no V"),
+        "last_values are never used: they are V(S_{t+1}) of the last column.": partial(_gae_with, "last"),
+        "The reward of an episode's last step is lost: (1 - ends) belongs to V(S') and A_{t+1}.": (
+            partial(_gae_with, "reward lost")
+        ),
+        "These are the value targets, A + V: return A.": partial(_gae_with, "targets"),
+        "The result runs backwards in time: turn it round.": partial(_gae_with, "flipped"),
+    },
+    hints=(
+        "All deltas first, with the values shifted by one column (`last_values` at the end). Then from the last "
+        "column back, "
+        "like the return in lesson 01.",
+        "`carry = delta[:, t] + gamma * lam * torch.where(ends[:, t], 0, carry)`, and the same `ends` in "
+        "`delta = rewards + gamma * next_values * ~ends - values`.",
+    ),
+)
+def gae(rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, lam: float) -> Tensor:
+    """GAE's advantages: rewards, values, ends (bool) are [N, T], last_values [N]; gives [N, T].
+
+    ends[:, t] says that the episode terminated with step t; last_values are V of the states after the last column.
+    """
+    return _gae(rewards, values, ends, gamma=gamma, lam=lam, last_values=last_values)[0]
+
+
+# 4.4 -----------------------------------------------------------------------------------------------------------------
+
+
+def _target_cases() -> list[Case]:
+    two = tensor([1, -3]), tensor([2, 4])
+    cases = [
+        Case("two advantages", two, (tensor([1.0, -1.0]), tensor([3.0, 1.0]))),
+        Case("two rows", (tensor([0, 4], [2, 2]), tensor([1, 1], [1, 1])),
+             (tensor([-(2**0.5), 2**0.5], [0.0, 0.0]), tensor([1.0, 5.0], [3.0, 3.0]))),
+    ]  # fmt: skip
+    for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
+        x = 1 + 4 * normal(generator, *size)
+        cases.append(Case(f"random, of shape {size}", (x, normal(generator, *size)), rtol=1e-6))
+    return cases
+
+
+@exercise(
+    "4.4",
+    "two uses of one advantage",
+    difficulty=2,
+    minutes=8,
+    task="The policy wants whitened advantages (`whiten` of lesson 02, over the whole batch); the critic wants its "
+    "targets, "
+    "$A + V$. Make both from GAE's result. The order matters, and more than one published code had it wrong.",
+    cases=_target_cases,
+    suspects={
+        "The value targets are made from whitened advantages: add the values to the raw ones, whiten afterwards.": (
+            lambda a, v: (_whiten(a), _whiten(a) + v)
+        ),
+        "The advantages are not whitened: subtract their mean, divide by their standard deviation.": (
+            lambda a, v: (a, a + v)
+        ),
+        "The value targets are the advantages: add the values.": lambda a, v: (_whiten(a), a),
+        "The value targets are A - V: it is A + V, since A = target - V.": lambda a, v: (_whiten(a), a - v),
+        "The targets are whitened as well: the critic must learn returns in their own units.": (
+            lambda a, v: (_whiten(a), _whiten(a + v))
+        ),
+        "The mean is still there: subtract it.": lambda a, v: (_whiten(a, shift_mean=False), a + v),
+        "The variance divides by n - 1: here it is the biased one, var(correction=0).": (
+            lambda a, v: ((a - a.mean()) / (a.std() + 1e-8), a + v)
+        ),
+        "The two results are in the wrong order: advantages first.": lambda a, v: (a + v, _whiten(a)),
+    },
+    hints=(
+        "Which of the two needs the advantages in their own units?",
+        "`targets = advantages + values` first; then `(advantages - mean) / (var(correction=0) + 1e-8).sqrt()`.",
+    ),
+)
+def advantages_and_targets(advantages: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(whitened advantages, value targets) from GAE's raw advantages and the values: all [N, T]."""
+    return _whiten(advantages), advantages + values
+
+
+# 4.5 -----------------------------------------------------------------------------------------------------------------
+
+
+def _scan_cases() -> list[Case]:
+    cases = [
+        Case("one column", (tensor([3]), tensor([0.5])), tensor([3.0])),
+        Case("two columns", (tensor([1, 4]), tensor([0.5, 9])), tensor([3.0, 4.0])),
+        Case("three columns", (tensor([1, 2, 4]), tensor([0.5, 0.25, 9])), tensor([2.5, 3.0, 4.0])),
+    ]
+    for size, generator in zip(((2, 5), (3, 8), (1, 13), (2, 256)), generators(4), strict=True):
+        decays = torch.rand(size, generator=generator, dtype=F64) * ~flags(generator, *size, share=0.1)
+        cases.append(Case(f"random, of shape {size}", (normal(generator, *size), decays)))
+    return cases
+
+
+def _scan_with(bug: str, x: Tensor, decays: Tensor) -> Tensor:
+    """Exercise 4.5 with one mistake planted."""
+    if bug == "forwards":
+        return _scan_with("", x.flip(1), decays.flip(1)).flip(1)
+    x, decays = x.clone(), decays.clone()
+    reach = 1
+    while reach < x.shape[1]:
+        x = torch.cat((x[:, :-reach] + decays[:, :-reach] * x[:, reach:], x[:, -reach:]), 1)
+        if bug != "decays":
+            following = decays[:, :-reach] * decays[:, reach:]
+            decays = torch.cat((following, decays[:, -reach:]), 1)
+        reach = reach + 1 if bug == "linear" else 2 * reach
+        if bug == "one round":
+            break
+    return x
+
+
+def _scan_budget(x: Tensor, decays: Tensor) -> int:
+    """16 operations a round and 40 more: a loop over 256 steps, of two operations or more each, does not fit."""
+    return 16 * (max(x.shape[1] - 1, 1).bit_length() + 2) + 40
+
+
+@exercise(
+    "4.5",
+    "the scan",
+    difficulty=4,
+    minutes=30,
+    task="GAE and the return are one recursion, $y_t = x_t + d_t\\,y_{t+1}$, which seems to need $T$ steps in a "
+    "row. It needs "
+    "$\\log_2 T$: two neighbours $(x_t, d_t)$ and $(x_{t+1}, d_{t+1})$ together act like one step $(x_t + d_t "
+    "x_{t+1},\\; d_t "
+    "d_{t+1})$. Join neighbours, then neighbours of neighbours, doubling the reach. The check counts tensor "
+    "operations.",
+    cases=_scan_cases,
+    suspects={
+        "The decays are not joined: after each round the decay over the doubled reach is d_t * d_{t + reach}.": (
+            partial(_scan_with, "decays")
+        ),
+        "The reach grows by one, and so counts steps twice: double it.": partial(_scan_with, "linear"),
+        "It stops after one round: double the reach until it is at least T.": partial(_scan_with, "one round"),
+        "It runs forwards in time: y_t needs what comes after t.": partial(_scan_with, "forwards"),
+    },
+    hints=(
+        "Keep two tensors, `x` (what the next `reach` steps bring) and `d` (what is left of all that follows). At "
+        "first "
+        "`reach = 1`.",
+        "A round: `x[:, :-reach]` becomes `x[:, :-reach] + d[:, :-reach] * x[:, reach:]`, then `d[:, :-reach]` becomes "
+        "`d[:, :-reach] * d[:, reach:]`, then `reach *= 2`. Make new tensors: the right-hand sides need the old ones.",
+    ),
+    budget=_scan_budget,
+)
+def reverse_scan(x: Tensor, decays: Tensor) -> Tensor:
+    """y_t = x_t + d_t y_{t+1}, with y = x in the last column, in about log2(T) rounds: x, decays [N, T] give [N, T]."""
+    return _scan_with("", x, decays)

@@ -1,0 +1,457 @@
+"""Lesson 05, from TRPO to PPO: the ratio, conjugate gradient, Fisher-vector products, the clip, two details."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf import losses
+from minirlhf.control import trpo
+from minirlhf.kl import exact_kl, kl_k3
+from minirlhf_course.checks.cases import F64, SIZES, generators, normal, tensor
+from minirlhf_course.checks.exercise import Case, exercise
+
+# 5.1 -----------------------------------------------------------------------------------------------------------------
+
+
+def _two_logprobs() -> list[Case]:
+    cases = []
+    for size, generator in zip(SIZES, generators(), strict=True):
+        new, old = -normal(generator, *size).abs(), -normal(generator, *size).abs()
+        cases.append(Case(f"random, of shape {size}", (new, old)))
+    return cases
+
+
+def _ratio_cases() -> list[Case]:
+    cases = [
+        Case("the same policy", (tensor([-1]), tensor([-1])), tensor([1.0])),
+        Case("probabilities 1/2 now and 1/4 before", (tensor([0.5]).log(), tensor([0.25]).log()), tensor([2.0])),
+    ]
+    return cases + _two_logprobs()
+
+
+@exercise(
+    "5.1",
+    "the importance ratio",
+    difficulty=1,
+    minutes=4,
+    task="The samples are the old policy's, the objective is the new one's. The weight that mends this is "
+    "$r = \\pi_\\theta(a|s) / \\pi_{\\text{old}}(a|s)$, from log-probabilities. Which of the two is a constant?",
+    cases=_ratio_cases,
+    suspects={
+        "This is the log of the ratio: take exp.": lambda new, old: new - old.detach(),
+        "The ratio is upside down: the new policy's probability stands above, the old one's below.": (
+            lambda new, old: (old.detach() - new).exp()
+        ),
+        "The ratio is always 1: it compares the new policy with itself. Use old_logprobs, kept from when the data were "
+        "drawn.": lambda new, old: (new - new.detach()).exp(),
+        "No gradient flows into logprobs: the new policy must be able to learn, only the old one is a constant.": (
+            lambda new, old: (new - old).detach().exp()
+        ),
+        "The old policy is a constant: use old_logprobs.detach().": lambda new, old: (new - old).exp(),
+        "It divides log-probabilities: the ratio of probabilities is exp of their difference.": (
+            lambda new, old: new / old.detach()
+        ),
+    },
+    hints=("$a / b = e^{\\log a - \\log b}$.", "`(logprobs - old_logprobs.detach()).exp()`"),
+    leaves=("logprobs", "old_logprobs"),
+)
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """pi_new / pi_old of the actions taken: logprobs (with gradient) and old_logprobs (a constant) [...] give [...]."""
+    return (logprobs - old_logprobs.detach()).exp()
+
+
+# 5.2 -----------------------------------------------------------------------------------------------------------------
+
+
+def _product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    def matvec(vector: Tensor) -> Tensor:
+        return matrix @ vector
+
+    return matvec
+
+
+def _solver_cases() -> list[Case]:
+    eye, bent = _product(torch.eye(2)), _product(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    cases = [
+        Case("matvec(v) = 2 v", (_product(2 * torch.eye(1)), tensor(6), 1), tensor(3.0)),
+        Case("matvec(v) = (2 v_1, v_2), one iteration", (bent, tensor(1, 1), 1), tensor(2 / 3, 2 / 3)),
+        Case("matvec(v) = (2 v_1, v_2), two iterations", (bent, tensor(1, 1), 2), tensor(0.5, 1.0), rtol=1e-3),
+        Case("matvec(v) = v, solved after one of three iterations", (eye, tensor(1, 2), 3), tensor(1.0, 2.0)),
+    ]
+    for (size, iterations), generator in zip(((3, 2), (5, 3), (8, 5), (8, 8)), generators(4), strict=True):
+        root = normal(generator, size, size)
+        matrix = root @ root.T / size + torch.eye(size, dtype=F64)
+        b = normal(generator, size)
+        cases.append(Case(f"random, {size} unknowns", (_product(matrix), b, iterations), rtol=1e-6))
+    return cases
+
+
+def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """Exercise 5.2 with one mistake planted."""
+    x, residual = torch.zeros_like(b), b.clone()
+    if bug == "starts at b":
+        x, residual = b.clone(), b - matvec(b)
+    direction = residual.clone()
+    squared = residual @ residual
+    for _ in range(iterations):
+        if bug != "never stops" and squared < 1e-20:
+            break
+        product = matvec(direction)
+        alpha = squared / (direction @ (direction if bug == "no curvature" else product))
+        x = x + (alpha if bug != "no step" else 1.0) * direction
+        residual = residual + (alpha if bug == "residual grows" else -alpha) * product
+        new_squared = residual @ residual
+        beta = {"steepest": 0.0 * squared, "beta": squared / new_squared, "beta 1": squared / squared}.get(
+            bug, new_squared / squared
+        )
+        direction = (direction if bug == "old residual" else residual) + beta * direction
+        squared = new_squared
+    return x
+
+
+@exercise(
+    "5.2",
+    "conjugate gradient",
+    difficulty=4,
+    minutes=30,
+    task="TRPO's step is $x = F^{-1} g$ with a matrix $F$ far too large to write down. All there is, is its product "
+    "with a "
+    "vector, `matvec(v)`. Conjugate gradient needs no more: start from $x = 0$, and stop after `iterations` or when "
+    "the "
+    "residual is zero ($r \\cdot r < 10^{-20}$).",
+    cases=_solver_cases,
+    suspects={
+        "After it has converged, r is 0 and it divides 0 by 0: stop when r . r is tiny.": (
+            partial(_solve_with, "never stops")
+        ),
+        "This is steepest descent: the new direction is r + beta * p, with beta = (new r . r) / (old r . r).": (
+            partial(_solve_with, "steepest")
+        ),
+        "beta is upside down: it is (new r . r) / (old r . r).": partial(_solve_with, "beta"),
+        "beta is always 1: it is (new r . r) / (old r . r). Was r . r overwritten too early?": (
+            partial(_solve_with, "beta 1")
+        ),
+        "The step length misses the curvature: alpha = (r . r) / (p . matvec(p)).": partial(
+            _solve_with, "no curvature"
+        ),
+        "x moves by the whole direction: x + alpha * p.": partial(_solve_with, "no step"),
+        "The residual has its sign turned: r - alpha * matvec(p).": partial(_solve_with, "residual grows"),
+        "It starts at x = b: start at 0, where the residual is b.": partial(_solve_with, "starts at b"),
+        "The new direction is built on the old one alone: it is the new residual plus beta times the old direction.": (
+            partial(_solve_with, "old residual")
+        ),
+    },
+    hints=(
+        "Five lines a round, with direction `p` (first `r`, which is first `b`): `alpha`, `x`, `r`, `beta`, `p`.",
+        "`alpha = (r @ r) / (p @ matvec(p))`; `x = x + alpha * p`; `new_r = r - alpha * matvec(p)`; "
+        "`beta = (new_r @ new_r) / (r @ r)`; `p = new_r + beta * p`.",
+    ),
+)
+def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """Solve F x = b, F symmetric and positive, from x = 0: matvec(v) [P] is F v [P], b is [P]; gives x [P]."""
+    return trpo.conjugate_gradient(matvec, b, iterations, tolerance=1e-20)
+
+
+# 5.3 -----------------------------------------------------------------------------------------------------------------
+
+
+def _linear(features: Tensor, actions: int) -> Callable[[Tensor], Tensor]:
+    def policy(theta: Tensor) -> Tensor:
+        return (features @ theta.reshape(features.shape[1], actions)).tanh() * 2
+
+    return policy
+
+
+def _table(theta: Tensor) -> Tensor:
+    return theta[None]
+
+
+def _twice(theta: Tensor) -> Tensor:
+    return theta.expand(2, -1)
+
+
+def _fisher_cases() -> list[Case]:
+    cases = [
+        Case("one state, two equal logits theta", (_table, tensor(0, 0), tensor(1, 0)), tensor(0.25, -0.25)),
+        Case("the same in two states alike", (_twice, tensor(0, 0), tensor(1, 0)), tensor(0.25, -0.25)),
+    ]
+    for (states, inputs, actions), generator in zip(((3, 2, 2), (5, 3, 4)), generators(2), strict=True):
+        policy = _linear(normal(generator, states, inputs), actions)
+        theta, vector = normal(generator, inputs * actions), normal(generator, inputs * actions)
+        cases.append(Case(f"random, {states} states and {actions} actions", (policy, theta, vector)))
+    return cases
+
+
+def _fisher_with(bug: str, policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
+    """Exercise 5.3 with one mistake planted."""
+    theta = theta.detach().clone().requires_grad_()
+    logits = policy(theta)
+    kl = exact_kl(logits.detach(), logits)
+    kl = kl.sum() if bug == "sum" else kl.mean()
+    if bug == "entropy":
+        kl = -losses.entropy_from_logits(logits).mean()
+    (gradient,) = torch.autograd.grad(kl, theta, create_graph=True)
+    if bug == "zero":
+        return torch.zeros_like(vector)
+    (product,) = torch.autograd.grad(gradient @ vector, theta)
+    return product + 0.1 * vector if bug == "damped" else product
+
+
+def _outer(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
+    """F v without the -p p^T of the softmax: J^T diag(p) J v."""
+    jacobian = torch.autograd.functional.jacobian(policy, theta)
+    probabilities = policy(theta).softmax(-1)
+    return torch.einsum("sap,sa,saq,q->p", jacobian, probabilities, jacobian, vector) / len(probabilities)
+
+
+@exercise(
+    "5.3",
+    "the Fisher-vector product",
+    difficulty=4,
+    minutes=30,
+    task="$F$ is the Hessian, at $\\theta$, of the mean KL from the policy as it is now to a policy that may move. "
+    "Its product "
+    "with $v$ needs no Hessian: differentiate once, multiply the gradient by $v$, differentiate again.",
+    cases=_fisher_cases,
+    suspects={
+        "Everything came out 0. Either the policy that stays is not detached (KL(theta || theta) is 0 wherever "
+        "theta goes), "
+        "or it is differentiated once only: use create_graph=True and differentiate gradient @ vector.": (
+            partial(_fisher_with, "zero")
+        ),
+        "It sums over the states: F is the Hessian of the mean KL.": partial(_fisher_with, "sum"),
+        "Damping is added here: leave it out, the caller adds damping * vector.": partial(_fisher_with, "damped"),
+        "This is the Hessian of the entropy: take the KL from the fixed policy to the moving one.": (
+            partial(_fisher_with, "entropy")
+        ),
+        "The softmax's own curvature is diag(p) - p p^T: the second part is missing.": _outer,
+    },
+    hints=(
+        "`logits = policy(theta)`, and the policy that stays is `logits.detach()`. "
+        "`minirlhf.kl.exact_kl(logits.detach(), logits).mean()` is the KL.",
+        "`(g,) = torch.autograd.grad(kl, theta, create_graph=True)`, then `torch.autograd.grad(g @ vector, "
+        "theta)[0]`, on "
+        "`theta = theta.detach().clone().requires_grad_()`.",
+    ),
+)
+def fisher_vector_product(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
+    """F v, F the Hessian of the mean KL over states: policy(theta [P]) gives logits [N, A]; vector, result are [P]."""
+    theta = theta.detach().clone().requires_grad_()
+    logits = policy(theta)
+    return trpo.fisher_product(lambda: exact_kl(logits.detach(), logits).mean(), [theta], damping=0.0)(vector)
+
+
+# 5.4 -----------------------------------------------------------------------------------------------------------------
+
+
+def _clip_cases() -> list[Case]:
+    def corner(ratio: float, advantage: float, loss: float) -> Case:
+        new = tensor([ratio]).log() - 1
+        return Case(f"ratio {ratio}, A = {advantage:g}", (new, tensor([-1]), tensor([advantage]), 0.2), tensor(loss)[0])
+
+    cases = [
+        corner(1.5, 2.0, -2.4),
+        corner(0.5, 2.0, -1.0),
+        corner(1.5, -2.0, 3.0),
+        corner(0.5, -2.0, 1.6),
+        corner(1.1, 2.0, -2.2),
+        corner(0.9, -2.0, 1.8),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        old = -normal(generator, *size).abs()
+        new, advantages = old + 0.4 * normal(generator, *size), normal(generator, *size)
+        cases.append(Case(f"random, of shape {size}", (new, old, advantages, 0.2)))
+    return cases
+
+
+def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Exercise 5.4 with one mistake planted."""
+    old = new.detach() if bug == "ratio 1" else old.detach()
+    advantages = advantages if bug == "leak" else advantages.detach()
+    ratio = (old - new).exp() if bug == "inverse" else (new - old).exp()
+    near = ratio.clamp(1 - clip_range, 1 + clip_range)
+    if bug == "log":
+        near = (new - old).clamp(-clip_range, clip_range).exp()
+    if bug == "above":
+        near = ratio.clamp(max=1 + clip_range)
+    gain = torch.minimum(ratio * advantages, near * advantages)
+    if bug == "max":
+        gain = torch.maximum(ratio * advantages, near * advantages)
+    if bug == "before A":
+        gain = torch.minimum(ratio, near) * advantages
+    if bug == "clip alone":
+        gain = near * advantages
+    if bug == "no clip":
+        gain = ratio * advantages
+    if bug == "detached":
+        gain = gain.detach()
+    total = gain.sum() if bug == "sum" else gain.mean()
+    return total if bug == "sign" else -total
+
+
+@exercise(
+    "5.4",
+    "the clipped loss",
+    difficulty=3,
+    minutes=15,
+    task="PPO's one line: $-\\mathbb{E}\\big[\\min(r A,\\; \\mathrm{clip}(r, 1 - \\varepsilon, 1 + "
+    "\\varepsilon)\\,A)\\big]$. Before you "
+    "write it, draw it: for $A > 0$ and for $A < 0$, where is the slope in $r$ zero?",
+    cases=_clip_cases,
+    suspects={
+        "It takes the max where PPO takes the min: the min is the pessimist's choice.": partial(_clipped_with, "max"),
+        "The min is taken before multiplying by A: for A < 0 that chooses the wrong one. Multiply both by A first.": (
+            partial(_clipped_with, "before A")
+        ),
+        "The minus sign is missing: the optimizer minimises.": partial(_clipped_with, "sign"),
+        "The ratio is always 1, so the clip never acts: it compares the new policy with itself. Use old_logprobs.": (
+            partial(_clipped_with, "ratio 1")
+        ),
+        "Only the clipped term is there: without the min with r * A, a bad step beyond the clip gets no gradient "
+        "back.": (partial(_clipped_with, "clip alone")),
+        "Nothing is clipped: take the min of r * A and clip(r) * A.": partial(_clipped_with, "no clip"),
+        "The log of the ratio is clipped: clip the ratio itself to [1 - eps, 1 + eps].": partial(_clipped_with, "log"),
+        "The clip has no lower bound: [1 - eps, 1 + eps].": partial(_clipped_with, "above"),
+        "The ratio is upside down: exp(logprobs - old_logprobs).": partial(_clipped_with, "inverse"),
+        "A gradient flows into the advantages: they are constants, use advantages.detach().": (
+            partial(_clipped_with, "leak")
+        ),
+        "No gradient flows into logprobs: the policy can't learn.": partial(_clipped_with, "detached"),
+        "This is the sum: take the mean.": partial(_clipped_with, "sum"),
+    },
+    hints=(
+        "Two candidates, `ratio * A` and `ratio.clamp(1 - clip_range, 1 + clip_range) * A`.",
+        "`-torch.minimum(first, second).mean()`, with `ratio = (logprobs - old_logprobs.detach()).exp()` and a "
+        "detached A.",
+    ),
+    leaves=("logprobs", "old_logprobs", "advantages"),
+)
+def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped policy loss, the mean over all steps: three tensors [N, T] give a 0-d tensor to minimise."""
+    return losses.clipped_surrogate(logprobs, old_logprobs, advantages, clip_range=clip_range)
+
+
+# 5.5 -----------------------------------------------------------------------------------------------------------------
+
+
+def _kl_cases() -> list[Case]:
+    near = torch.tensor([[-1.0, -1.002, -1.005, -1.01]])
+    cases = [
+        Case("the same policy", (tensor([-1]), tensor([-1])), tensor([0.0])),
+        Case("log-ratio log 2", (tensor([0.5]).log(), tensor([0.25]).log()), tensor([0.30685282])),
+        Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
+    ]
+    return cases + _two_logprobs()
+
+
+@exercise(
+    "5.5",
+    "how far has the policy moved?",
+    difficulty=2,
+    minutes=12,
+    task="The actions were drawn from the **old** policy. With $\\rho = \\log \\pi_\\theta - \\log "
+    "\\pi_{\\text{old}}$, Schulman's "
+    "estimate of $\\mathrm{KL}(\\pi_{\\text{old}} \\| \\pi_\\theta)$ is $e^{\\rho} - 1 - \\rho$: unbiased, never "
+    "negative. Near "
+    "$\\rho = 0$ the two large terms cancel; `torch.expm1` knows a way.",
+    cases=_kl_cases,
+    suspects={
+        "The digits cancel: exp(rho) - 1 loses in float32 what is left after subtracting rho. Use torch.expm1(rho) "
+        "- rho.": (lambda new, old: (new - old.detach()).exp() - 1 - (new - old.detach())),
+        "It is reversed: the samples are the old policy's, so rho = logprobs - old_logprobs, not the other way "
+        "round.": (lambda new, old: torch.expm1(old.detach() - new) - (old.detach() - new)),
+        "This is k1 = -rho: unbiased, but noisy and often negative.": lambda new, old: old.detach() - new,
+        "This is +rho, whose mean is minus the KL.": lambda new, old: new - old.detach(),
+        "This is k2 = rho^2 / 2: never negative, but biased.": lambda new, old: (new - old.detach()).square() / 2,
+        "The KL is detached from the graph: as a penalty it would have no gradient, and PPO would not feel it.": (
+            lambda new, old: (torch.expm1(new - old) - (new - old)).detach()
+        ),
+        "The old policy is a constant: use old_logprobs.detach().": lambda new, old: (
+            torch.expm1(new - old) - (new - old)
+        ),
+        "This is the mean: one estimate a step, the caller averages (and may have a mask).": (
+            lambda new, old: (torch.expm1(new - old.detach()) - (new - old.detach())).mean()
+        ),
+    },
+    hints=(
+        "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
+        "`rho = logprobs - old_logprobs.detach()`, `torch.expm1(rho) - rho`.",
+    ),
+    leaves=("logprobs", "old_logprobs"),
+)
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of KL(old || new) from actions of the old policy, one a step, with gradient: [...] to [...]."""
+    return kl_k3(old_logprobs.detach(), logprobs)
+
+
+# 5.6 -----------------------------------------------------------------------------------------------------------------
+
+
+def _value_cases() -> list[Case]:
+    def one(name: str, value: float, old: float, target: float, loss: float) -> Case:
+        return Case(name, (tensor([value]), tensor([old]), tensor([target]), 0.2), tensor(loss)[0])
+
+    cases = [
+        one("the value has hardly moved", 1.1, 1.0, 2.0, 0.405),
+        one("the value has moved far, towards the return", 1.5, 1.0, 2.0, 0.32),
+        one("the value has moved far, away from the return", 0.5, 1.0, 2.0, 1.125),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        old, target = normal(generator, *size), normal(generator, *size)
+        cases.append(Case(f"random, of shape {size}", (old + 0.5 * normal(generator, *size), old, target, 0.2)))
+    return cases
+
+
+def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Exercise 5.6 with one mistake planted."""
+    old, target = old_values.detach(), returns.detach()
+    if bug == "around 0":
+        near = values.clamp(-clip_range, clip_range)
+    elif bug == "factor":
+        near = old * (values / old).clamp(1 - clip_range, 1 + clip_range)
+    else:
+        near = old + (values - old).clamp(-clip_range, clip_range)
+    plain, clipped = (values - target).square(), (near - target).square()
+    error = torch.minimum(plain, clipped) if bug == "min" else torch.maximum(plain, clipped)
+    error = {"clip alone": clipped, "no clip": plain}.get(bug, error)
+    return (1.0 if bug == "half" else 0.5) * error.mean()
+
+
+@exercise(
+    "5.6",
+    "the clipped value loss",
+    difficulty=2,
+    minutes=10,
+    task="One of PPO's details that the paper never mentions: the new value may not run away from the old one either. "
+    "$\\tfrac12 \\max\\big[(V - R)^2, (V_{\\text{clip}} - R)^2\\big]$, where $V_{\\text{clip}}$ is $V$ kept within "
+    "`clip_range` of "
+    "$V_{\\text{old}}$. (Whether it helps is another question: see the ablation.)",
+    cases=_value_cases,
+    suspects={
+        "It takes the min: take the larger of the two errors, as the pessimist would.": partial(_value_with, "min"),
+        "Only the clipped error is there: take the larger of it and the plain one.": partial(_value_with, "clip alone"),
+        "Nothing is clipped, or around the return, where it never acts: its centre is the old value.": partial(
+            _value_with, "no clip"
+        ),
+        "The half is missing: 1/2 of the larger error.": partial(_value_with, "half"),
+        "The value itself is clipped: clip how far it moved, V_old + clip(V - V_old).": partial(
+            _value_with, "around 0"
+        ),
+        "It clips the quotient V / V_old: the value clip is a distance, V_old + clip(V - V_old).": (
+            partial(_value_with, "factor")
+        ),
+    },
+    hints=(
+        "First `near`, the value kept close to the old one. Then two squared errors, and the larger of them.",
+        "`near = old + (values - old).clamp(-clip_range, clip_range)`; "
+        "`0.5 * torch.maximum((values - R) ** 2, (near - R) ** 2).mean()`, with `old` and R detached.",
+    ),
+    leaves=("values", "old_values", "returns"),
+)
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped value loss, the mean over all steps: three tensors [N, T] give a 0-d tensor."""
+    return losses.value_loss(values, returns, old_values=old_values, clip_range=clip_range)

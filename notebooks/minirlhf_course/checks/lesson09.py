@@ -1,0 +1,479 @@
+"""Lesson 09, PPO with a KL penalty: the answer's mask, token rewards, experience, KL estimators, PPO-ptx."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf import kl
+from minirlhf.kl import kl_rewards
+from minirlhf.losses import sft_loss
+from minirlhf.returns import gae, whiten
+from minirlhf_course.checks.cases import SIZES, bools, generators, normal, tensor
+from minirlhf_course.checks.exercise import Case, exercise
+
+
+def _last(mask: Tensor) -> Tensor:
+    """[B, 1] column of the last True."""
+    return torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1, keepdim=True)
+
+
+def _lengths(generator: torch.Generator, rows: int, width: int) -> Tensor:
+    """A response mask [B, T]: each row counts its first 1 to T tokens."""
+    lengths = torch.randint(1, width + 1, (rows, 1), generator=generator)
+    return torch.arange(width) < lengths
+
+
+# 9.1 -----------------------------------------------------------------------------------------------------------------
+
+
+def _mask_cases() -> list[Case]:
+    cases = [
+        Case("it ends at once", (tensor([1, 0], dtype=torch.long), 1), bools([1, 0])),
+        Case("it never ends", (tensor([7, 8], dtype=torch.long), 1), bools([1, 1])),
+        Case("two words, EOS, padding", (tensor([7, 8, 1, 0], dtype=torch.long), 1), bools([1, 1, 1, 0])),
+        Case("a second EOS after the first", (tensor([7, 1, 8, 1], dtype=torch.long), 1), bools([1, 1, 0, 0])),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        cases.append(Case(f"random, of shape {size}", (torch.randint(0, 6, size, generator=generator), 1)))
+    return cases
+
+
+def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
+    """Exercise 9.1 with one mistake planted."""
+    is_eos = tokens == eos_id
+    if bug == "ones":
+        return torch.ones_like(is_eos)
+    if bug == "not eos":
+        return ~is_eos
+    if bug == "no eos":
+        return is_eos.long().cumsum(1) == 0
+    if bug == "padding":
+        return tokens != 0
+    if bug == "last":
+        columns = torch.arange(tokens.shape[1])
+        last = torch.where(is_eos, columns, -1).amax(1, keepdim=True)
+        return (columns <= last) | (last < 0)
+    if bug == "argmax":
+        return torch.arange(tokens.shape[1]) <= is_eos.int().argmax(1, keepdim=True)
+    if bug == "unended":
+        return (is_eos.long().cumsum(1) - is_eos.long() == 0) & is_eos.any(1, keepdim=True)
+    return is_eos.long().cumsum(1) <= 1  # "late": all up to the second
+
+
+@exercise(
+    "9.1",
+    "what belongs to the answer",
+    difficulty=2,
+    minutes=8,
+    task="Everything up to **and including** the first EOS, and nothing after it. An answer that was cut at the limit "
+    "has no EOS, and counts whole. (Why must EOS count? It is an action too: the policy chose to stop.)",
+    cases=_mask_cases,
+    suspects={
+        "EOS is left out: choosing to stop is an action, and the one that the score is paid at.": (
+            partial(_mask_with, "no eos")
+        ),
+        "A mask of all ones: what stands after EOS would be trained on.": partial(_mask_with, "ones"),
+        "It leaves out EOS and counts what comes after it.": partial(_mask_with, "not eos"),
+        "An answer without EOS was cut at the limit: it counts whole.": partial(_mask_with, "unended"),
+        "Without EOS argmax gives 0: such an answer counts whole.": partial(_mask_with, "argmax"),
+        "It looks for padding: what follows EOS need not be padding. Look for the first EOS.": (
+            partial(_mask_with, "padding")
+        ),
+        "It goes up to the last EOS: the answer is over with the first.": partial(_mask_with, "last"),
+        "It goes on after EOS, until the second: count the EOS *before* each token.": partial(_mask_with, "late"),
+    },
+    hints=(
+        "A token counts if no EOS stands *before* it.",
+        "`is_eos = (tokens == eos_id).long()`; the EOS before each token: `is_eos.cumsum(1) - is_eos`.",
+    ),
+)
+def answer_mask(tokens: Tensor, eos_id: int) -> Tensor:
+    """Which tokens [B, T] (int64) of each row belong to its answer: bool [B, T]."""
+    is_eos = (tokens == eos_id).long()
+    return is_eos.cumsum(1) - is_eos == 0
+
+
+# 9.2 -----------------------------------------------------------------------------------------------------------------
+
+
+def _reward_cases() -> list[Case]:
+    one, two = bools([1]), bools([1, 1])
+    padded = bools([1, 1, 0])
+    cases = [
+        Case("one token", (tensor(3), tensor([-1]), tensor([-1.5]), one, 0.5), tensor([2.75])),
+        Case("two tokens", (tensor(3), tensor([-1, -1]), tensor([-2, -1.5]), two, 0.5), tensor([-0.5, 2.75])),
+        Case(
+            "two tokens and one of padding, where 9 and 5 lie",
+            (tensor(3), tensor([-1, -1, 9]), tensor([-2, -1.5, 5]), padded, 0.5),
+            tensor([-0.5, 2.75, 0]),
+        ),
+        Case(
+            "NaN in the padding",
+            (tensor(3), tensor([-1, -1, torch.nan]), tensor([-2, -1.5, torch.nan]), padded, 0.5),
+            tensor([-0.5, 2.75, 0]),
+        ),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        mask = _lengths(generator, *size)
+        logprobs, ref = -normal(generator, *size).abs(), -normal(generator, *size).abs()
+        cases.append(Case(f"random, of shape {size}", (normal(generator, size[0]), logprobs, ref, mask, 0.3)))
+    return cases
+
+
+def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Exercise 9.2 with one mistake planted."""
+    logprobs, ref, last = logprobs if bug == "graph" else logprobs.detach(), ref.detach(), _last(mask)
+    d = torch.where(mask, logprobs - ref, 0.0)
+    if bug == "padding":
+        d = logprobs - ref
+    if bug == "product":
+        d = (logprobs - ref) * mask
+    if bug == "k3":
+        d = torch.where(mask, kl.kl_k3(logprobs, ref), 0.0)
+    if bug == "mean":
+        d = d / mask.sum(1, keepdim=True)
+    sign = 1.0 if bug == "sign" else -1.0
+    rewards = sign * (1.0 if bug == "beta" else beta) * d
+    paid = scores.detach().unsqueeze(1)
+    if bug == "twice":
+        paid = paid - beta * d.sum(1, keepdim=True)
+    if bug == "every":
+        return rewards + torch.where(mask, paid, 0.0)
+    if bug == "assign":
+        return rewards.scatter(1, last, paid)
+    if bug == "last column":
+        last = torch.full_like(last, mask.shape[1] - 1)
+    if bug == "early":
+        last = (last - 1).clamp(min=0)
+    if bug == "first":
+        last = torch.zeros_like(last)
+    return rewards.scatter_add(1, last, paid)
+
+
+@exercise(
+    "9.2",
+    "a reward for every token",
+    difficulty=3,
+    minutes=15,
+    task="$r_t = -\\beta\\,\\big(\\log \\pi(y_t|\\cdot) - \\log \\pi_\\text{SFT}(y_t|\\cdot)\\big)$ at each token that "
+    "counts, plus the score at the last of them; 0 in the padding, whatever lies there (NaN too). Numbers to be "
+    "earned, so no gradient.",
+    cases=_reward_cases,
+    suspects={
+        "The sign of the KL is wrong: a token likelier than under the reference costs, -beta * (logprobs - "
+        "ref_logprobs).": partial(_rewards_with, "sign"),
+        "The KL is charged twice: once at each token, and again in the score. The score comes as it is.": (
+            partial(_rewards_with, "twice")
+        ),
+        "beta is missing.": partial(_rewards_with, "beta"),
+        "The score replaces the last token's KL: add it.": partial(_rewards_with, "assign"),
+        "The score is paid at every token: pay it once, at the last.": partial(_rewards_with, "every"),
+        "This charges k3 = expm1(-d) + d: a fine estimate to look at, but the reward of equation 2 is -beta * d, "
+        "whose sum is the log-ratio of the whole answer.": partial(_rewards_with, "k3"),
+        "The reward is stored a step early: at the token before the last.": partial(_rewards_with, "early"),
+        "The score is paid at the first token: pay it at the last that counts.": partial(_rewards_with, "first"),
+        "The KL is averaged over the answer: each token is charged its own log-ratio, whole.": (
+            partial(_rewards_with, "mean")
+        ),
+        "The score lands in the padding: the last token that counts is not the last column.": (
+            partial(_rewards_with, "last column")
+        ),
+        "The KL of padding leaks into the rewards: 0 where response_mask is False.": partial(_rewards_with, "padding"),
+        "0 * NaN is NaN: choose with torch.where(response_mask, ..., 0.0), do not multiply.": (
+            partial(_rewards_with, "product")
+        ),
+        "A gradient flows through the rewards: they are numbers to be earned, detach them. (PPO's gradient comes "
+        "through the ratio, times an advantage made of these.)": partial(_rewards_with, "graph"),
+    },
+    hints=(
+        "First the KL with `torch.where`. The column of the last token that counts: `response_mask.sum(1) - 1`, for "
+        "an answer that begins in column 0.",
+        "`rewards = torch.where(response_mask, -beta * (logprobs - ref_logprobs), 0.0).detach()`; `rewards[rows, last] "
+        "+= scores` with `rows = torch.arange(len(scores))`.",
+    ),
+    leaves=("logprobs",),
+)
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+    """Rewards [B, T] of answers: scores [B]; logprobs, ref_logprobs, response_mask (bool) [B, T]."""
+    return kl_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
+
+
+# 9.3 -----------------------------------------------------------------------------------------------------------------
+
+
+def _experience_cases() -> list[Case]:
+    same = tensor([-1, -1])
+    cases = [
+        Case(
+            "two tokens, no KL, no values, lam 1",
+            (tensor(3), same, same, tensor([0, 1]), bools([1, 1]), 0.5, 1.0),
+            (tensor([1.0, -1.0]), tensor([3.0, 3.0])),
+        ),
+        Case(
+            "two tokens, the first costs 1 nat, lam 1",
+            (tensor(3), same, tensor([-2, -1]), tensor([0, 1]), bools([1, 1]), 0.5, 1.0),
+            (tensor([1.0, -1.0]), tensor([2.5, 3.0])),
+        ),
+        Case(
+            "and padding, where 9s lie",
+            (
+                tensor(3),
+                tensor([-1, -1, 9]),
+                tensor([-2, -1, 3]),
+                tensor([0, 1, 9]),
+                bools([1, 1, 0]),
+                0.5,
+                1.0,
+            ),
+            (tensor([1.0, -1.0, 0.0]), tensor([2.5, 3.0, 0.0])),
+        ),
+    ]
+    for size, generator in zip(((1, 3), (2, 3), (3, 2), (2, 5), (5, 4), (4, 17)), generators(6), strict=True):
+        mask = _lengths(generator, *size)
+        mask[0, :2] = True
+        new, ref, values = (normal(generator, *size) for _ in range(3))
+        args = (normal(generator, size[0]), new, ref, values, mask, 0.3, 0.9)
+        cases.append(Case(f"random, of shape {size}", args))
+    return cases
+
+
+def _experience_with(
+    bug: str,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    beta: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Exercise 9.3 with one mistake planted."""
+    if bug == "twice":
+        scores = scores - beta * torch.where(mask, logprobs - ref, 0.0).sum(1)
+    if bug == "free":
+        ref = logprobs
+    if bug == "early":
+        rewards = kl_rewards(torch.zeros_like(scores), logprobs, ref, mask, beta)
+        rewards = rewards.scatter_add(1, (_last(mask) - 1).clamp(min=0), scores.unsqueeze(1))
+    else:
+        rewards = kl_rewards(scores, logprobs, ref, mask, beta)
+    ends = torch.zeros_like(mask).scatter(1, _last(mask), True)
+    if bug == "padding":
+        raw, _ = gae(rewards, values, torch.zeros_like(mask), gamma=1.0, lam=lam)
+        raw = torch.where(mask, raw, 0.0)
+    elif bug == "reward minus value":
+        raw = torch.where(mask, rewards - values, 0.0)
+    else:
+        gamma, lam = 0.99 if bug == "gamma" else 1.0, 1.0 if bug == "lam" else lam
+        raw, _ = gae(rewards, values, ends, gamma=gamma, lam=lam, mask=mask)
+    white = raw if bug == "raw" else whiten(raw) if bug == "over padding" else whiten(raw, mask)
+    if bug == "over padding":
+        white = torch.where(mask, white, 0.0)
+    targets = white if bug == "whitened targets" else raw
+    returns = targets + values if bug == "values of padding" else torch.where(mask, targets + values, 0.0)
+    return white, rewards if bug == "rewards" else returns
+
+
+@exercise(
+    "9.3",
+    "from scores to advantages",
+    difficulty=4,
+    minutes=25,
+    task="A batch of answers, all of it: token rewards (`token_rewards`, from 9.2), GAE with $\\gamma = 1$, returns, "
+    "whitened advantages. The KL is charged once; nothing comes from the padding; returns are made of the *raw* "
+    "advantages. `minirlhf.returns.gae` and `whiten` are yours to use.",
+    cases=_experience_cases,
+    suspects={
+        "The value targets are made from whitened advantages: returns = raw advantages + values.": (
+            partial(_experience_with, "whitened targets")
+        ),
+        "The KL is charged twice: token_rewards has charged it, and the score has it taken off again.": (
+            partial(_experience_with, "twice")
+        ),
+        "The KL is never charged.": partial(_experience_with, "free"),
+        "The advantages are not whitened.": partial(_experience_with, "raw"),
+        "The returns are the rewards: returns = raw advantages + values.": partial(_experience_with, "rewards"),
+        "The reward is stored a step early.": partial(_experience_with, "early"),
+        "Whitening averages over padding: give it the mask.": partial(_experience_with, "over padding"),
+        "This is r - V: an advantage looks ahead, use gae.": partial(_experience_with, "reward minus value"),
+        "lam is not used.": partial(_experience_with, "lam"),
+        "gamma is 1 here: an answer is short, and its end is all that is paid for.": partial(_experience_with, "gamma"),
+        "Values of padding are in the returns: 0 there.": partial(_experience_with, "values of padding"),
+        "The value of padding leaks in: the answer ends at its last token that counts, and what follows is worth 0. "
+        "Give gae the mask, and ends there.": partial(_experience_with, "padding"),
+    },
+    hints=(
+        "Three calls in a row. `ends` is True at the last token that counts.",
+        "`advantages, returns = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)`; then `return "
+        "whiten(advantages, response_mask), returns`.",
+    ),
+)
+def experience(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    beta: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Whitened advantages and raw returns, each [B, T]: scores [B], the other tensors [B, T]."""
+    rewards = kl_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
+    ends = torch.zeros_like(response_mask).scatter(1, _last(response_mask), True)
+    advantages, returns = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)
+    return whiten(advantages, response_mask), returns
+
+
+# 9.4 -----------------------------------------------------------------------------------------------------------------
+
+
+def _kl_cases() -> list[Case]:
+    near = torch.tensor([[-1.0, -1.002, -1.005, -1.01]])
+    cases = [
+        Case("the same policy", (tensor([-1]), tensor([-1])), (tensor([0.0]), tensor([0.0]), tensor([0.0]))),
+        Case(
+            "d = log 2",
+            (tensor([0.5]).log(), tensor([0.25]).log()),
+            (tensor([0.6931472]), tensor([0.2402265]), tensor([0.1931472])),
+        ),
+        Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        new, ref = -normal(generator, *size).abs(), -normal(generator, *size).abs()
+        cases.append(Case(f"random, of shape {size}", (new, ref)))
+    return cases
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
+    """Exercise 9.4 with one mistake planted."""
+    d = ref - logprobs if bug == "reversed" else logprobs - ref
+    k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
+    if bug == "digits":
+        k3 = ((-d).exp() - 1) + d
+    if bug == "k3 reversed":
+        k3 = torch.expm1(d) - d
+    if bug == "half":
+        k2 = d.square()
+    if bug == "falls through":
+        k3 = k1
+    if bug == "no graph":
+        return k1.detach(), k2.detach(), k3.detach()
+    if bug == "absolute":
+        k1 = d.abs()
+    return k1, k2, k3
+
+
+@exercise(
+    "9.4",
+    "three estimates of one KL",
+    difficulty=2,
+    minutes=10,
+    task="Tokens drawn from $\\pi$, $d = \\log\\pi - \\log\\pi_\\text{ref}$. Schulman's three estimates of "
+    "$\\mathrm{KL}(\\pi \\| \\pi_\\text{ref})$ a token: $k_1 = d$, $k_2 = d^2/2$, $k_3 = e^{-d} - 1 + d$. Mind the "
+    "digits: near $d = 0$ the large terms of $k_3$ cancel.",
+    cases=_kl_cases,
+    suspects={
+        "The half of k2 is missing.": partial(_estimates_with, "half"),
+        "k1 has lost its sign: single estimates may be negative, only so is the mean right.": (
+            partial(_estimates_with, "absolute")
+        ),
+        "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
+            partial(_estimates_with, "reversed")
+        ),
+        "k3 is reversed: expm1(-d) + d. (expm1(d) - d would be right for tokens drawn from the reference.)": (
+            partial(_estimates_with, "k3 reversed")
+        ),
+        "The third is k1 again: a chain of ifs falls through to the wrong one.": (
+            partial(_estimates_with, "falls through")
+        ),
+        "The digits cancel: exp(-d) - 1 loses in float32 what is left after adding d. Use torch.expm1(-d) + d.": (
+            partial(_estimates_with, "digits")
+        ),
+        "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
+            partial(_estimates_with, "no graph")
+        ),
+    },
+    hints=(
+        "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
+        "`d = logprobs - ref_logprobs`; `return d, d.square() / 2, torch.expm1(-d) + d`.",
+    ),
+    leaves=("logprobs",),
+)
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> Three:
+    """k1, k2 and k3 of KL(pi || ref) from tokens of pi: two tensors [...] give three, with gradient."""
+    return kl.kl_k1(logprobs, ref_logprobs), kl.kl_k2(logprobs, ref_logprobs), kl.kl_k3(logprobs, ref_logprobs)
+
+
+# 9.5 -----------------------------------------------------------------------------------------------------------------
+
+
+def _ptx_cases() -> list[Case]:
+    cases = [
+        Case("one token", (tensor(2)[0], tensor([-3]), 0.5), tensor(3.5)[0]),
+        Case("two tokens", (tensor(2)[0], tensor([-3, -1]), 0.5), tensor(3.0)[0]),
+    ]
+    for size, generator in zip(SIZES, generators(), strict=True):
+        args = (normal(generator, 1)[0], -normal(generator, *size).abs(), 0.3)
+        cases.append(Case(f"random, of shape {size}", args))
+    return cases
+
+
+def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) -> Tensor:
+    """Exercise 9.5 with one mistake planted."""
+    if bug == "sign":
+        return loss + ptx_coef * corpus_logprobs.mean()
+    if bug == "sum":
+        return loss - ptx_coef * corpus_logprobs.sum()
+    if bug == "mixture":
+        return (1 - ptx_coef) * loss - ptx_coef * corpus_logprobs.mean()
+    if bug == "coefficient":
+        return ptx_coef * loss - corpus_logprobs.mean()
+    if bug == "missing":
+        return loss - corpus_logprobs.mean()
+    if bug == "probabilities":
+        return loss - ptx_coef * corpus_logprobs.exp().mean()
+    if bug == "detached":
+        return loss - ptx_coef * corpus_logprobs.detach().mean()
+    return -ptx_coef * corpus_logprobs.mean()  # "alone"
+
+
+@exercise(
+    "9.5",
+    "PPO-ptx",
+    difficulty=1,
+    minutes=5,
+    task="Equation 2's last term, as a loss to be minimised: PPO's loss, and `ptx_coef` times the negative mean "
+    "log-probability of the corpus' tokens. One loss, one gradient: the *sum* of the two, before one optimizer step.",
+    cases=_ptx_cases,
+    suspects={
+        "The sign is wrong: this makes the corpus less likely. Subtract the mean log-probability.": (
+            partial(_ptx_with, "sign")
+        ),
+        "PPO's share is scaled by 1 - ptx_coef: equation 2 adds, PPO's gradient stays as it is.": (
+            partial(_ptx_with, "mixture")
+        ),
+        "ptx_coef stands before the wrong term.": partial(_ptx_with, "coefficient"),
+        "ptx_coef is missing.": partial(_ptx_with, "missing"),
+        "These are probabilities: log-likelihood means the log-probabilities as they are.": (
+            partial(_ptx_with, "probabilities")
+        ),
+        "No gradient flows into the corpus' log-probabilities: then the term is for show.": (
+            partial(_ptx_with, "detached")
+        ),
+        "PPO's loss is missing: add the two.": partial(_ptx_with, "alone"),
+        "This is the sum over tokens: take the mean, or ptx_coef changes its meaning with the batch.": (
+            partial(_ptx_with, "sum")
+        ),
+    },
+    hints=("The language-model loss is `-corpus_logprobs.mean()`.", "`ppo_loss - ptx_coef * corpus_logprobs.mean()`"),
+    leaves=("ppo_loss", "corpus_logprobs"),
+)
+def ppo_ptx_loss(ppo_loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) -> Tensor:
+    """PPO's loss (0-d) and the corpus' log-probabilities [B, T] give PPO-ptx's loss (0-d)."""
+    return ppo_loss + ptx_coef * sft_loss(corpus_logprobs, torch.ones_like(corpus_logprobs, dtype=torch.bool))

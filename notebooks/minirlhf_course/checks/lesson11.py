@@ -1,0 +1,496 @@
+"""Lesson 11, the whole pipeline: win rates and their intervals, examples before a prompt, the tax that was repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirlhf.language.evaluation import CONFIDENCE
+from minirlhf_course.checks.cases import F64, generators, normal, tensor
+from minirlhf_course.checks.exercise import Case, exercise
+
+INT = torch.int64
+
+# 11.1 ----------------------------------------------------------------------------------------------------------------
+
+
+def _wilson(rate: Tensor, count: int) -> Tensor:
+    square = CONFIDENCE**2
+    centre = (rate + square / (2 * count)) / (1 + square / count)
+    half = CONFIDENCE / (1 + square / count) * (rate * (1 - rate) / count + square / (4 * count**2)).sqrt()
+    return torch.stack((rate, centre - half, centre + half))
+
+
+def _row(*numbers: object) -> Tensor:
+    return tensor(*numbers, dtype=F64)
+
+
+def _win_cases() -> list[Case]:
+    square = CONFIDENCE**2
+    cases = [
+        Case("one prompt, won", (_row(2), _row(1)), _row(1, 1 / (1 + square), 1)),
+        Case("one prompt, lost", (_row(1), _row(2)), _row(0, 0, square / (1 + square))),
+        Case("two prompts: one won, one tied", (_row(3, 1), _row(2, 1)), _wilson(_row(0.75)[0], 2)),
+        Case("three prompts: won by far, lost twice by little", (_row(9, 0, 0), _row(0, 1, 1)),
+             _wilson(_row(1)[0] / 3, 3)),
+        Case("four prompts, all tied", (_row(1, 1, 1, 1), _row(1, 1, 1, 1)), _wilson(_row(0.5)[0], 4)),
+    ]  # fmt: skip
+    for size, generator in zip((5, 12, 40), generators(3), strict=True):
+        scores, others = (2 * normal(generator, 2, size)).round()
+        cases.append(Case(f"random, {size} prompts", (scores, others)))
+    return cases
+
+
+def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
+    """Exercise 11.1 with one mistake planted."""
+    won, tied = (scores > others).to(scores.dtype), (scores == others).to(scores.dtype)
+    outcomes = {"ties won": won + tied, "ties lost": won, "swapped": 1 - won - tied / 2}.get(bug, won + tied / 2)
+    count = len(scores)
+    if bug == "ties dropped":
+        count = max(int(count - tied.sum()), 1)
+        outcomes = won.sum()[None] / count
+    if bug == "decided":
+        count = max(int(count - tied.sum()), 1)
+    rate = outcomes.mean()
+    if bug == "by how much":
+        rate = scores.sum() / (scores.sum() + others.sum())
+    error = (rate * (1 - rate) / count).clamp(min=0).sqrt()
+    if bug == "normal":
+        return torch.stack((rate, rate - CONFIDENCE * error, rate + CONFIDENCE * error))
+    if bug == "clipped":
+        low, high = rate - CONFIDENCE * error, rate + CONFIDENCE * error
+        return torch.stack((rate, low.clamp(min=0), high.clamp(max=1)))
+    if bug == "one prompt":
+        return _wilson(rate, 1)
+    rows = _wilson(rate, count)
+    if bug == "centred":
+        half = (rows[2] - rows[1]) / 2
+        return torch.stack((rate, rate - half, rate + half))
+    return rows
+
+
+@exercise(
+    "11.1",
+    "the win rate and how sure it is",
+    difficulty=2,
+    minutes=15,
+    task="Every number of this lesson's figure is a win rate: the share of prompts where gold scores model A above "
+    "model B, **ties half**. Near 100 % the textbook interval $p \\pm z\\sqrt{p(1-p)/n}$ breaks: it leaves [0, 1], and "
+    "after a clean sweep it has no width at all. Wilson's does not:\n\n"
+    "$$\\frac{p + \\frac{z^2}{2n}}{1 + \\frac{z^2}{n}} \\;\\pm\\; \\frac{z}{1 + \\frac{z^2}{n}}"
+    "\\sqrt{\\frac{p(1-p)}{n} + \\frac{z^2}{4n^2}}, \\qquad z = 1.96.$$",
+    cases=_win_cases,
+    suspects={
+        "Ties count as won: they count half (> and not >=, then half of the ties).": partial(_win_with, "ties won"),
+        "Ties count as lost: they count half, or a model loses against itself.": partial(_win_with, "ties lost"),
+        "Ties are dropped: they count half. Two models that nearly always tie are close to 50 %, however the few "
+        "others fall.": partial(_win_with, "ties dropped"),
+        "It is turned round: the first argument's wins.": partial(_win_with, "swapped"),
+        "It counts by how much, not how often: one large win must weigh as much as one small one.": (
+            partial(_win_with, "by how much")
+        ),
+        "This is the textbook interval: after one win out of one it says 100 % for sure. Use Wilson's.": (
+            partial(_win_with, "normal")
+        ),
+        "This is the textbook interval, cut to [0, 1]: after one win out of one it still says 100 % for sure.": (
+            partial(_win_with, "clipped")
+        ),
+        "The width is right, the centre is not: Wilson's lies nearer to 1/2 than the rate does.": (
+            partial(_win_with, "centred")
+        ),
+        "n leaves the ties out: a tie is an outcome, too, n is len(scores).": partial(_win_with, "decided"),
+        "It does not narrow with more prompts: n is len(scores).": partial(_win_with, "one prompt"),
+    },
+    hints=(
+        "`won = scores > others`, `tied = scores == others`; the rate is the mean of `won + tied / 2`, in the dtype of "
+        "the scores.",
+        "`shrink = 1 + z**2 / n`; `centre = (p + z**2 / (2 * n)) / shrink`; `half = z / shrink * (p * (1 - p) / n + "
+        "z**2 / (4 * n**2)).sqrt()`; then `torch.stack((p, centre - half, centre + half))`.",
+    ),
+)
+def win_rate_interval(scores: Tensor, others: Tensor) -> Tensor:
+    """[3]: win rate of the first model, and low and high end of its 95 % interval.
+
+    scores and others [N] float64: gold of two models' answers to the same prompts.
+    """
+    rate = ((scores > others) + (scores == others) / 2).to(scores.dtype).mean()
+    return _wilson(rate, len(scores))
+
+
+# 11.2 ----------------------------------------------------------------------------------------------------------------
+
+
+def _examples_cases() -> list[Case]:
+    def ids(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=INT)
+
+    short, other = (ids(11), ids(21)), (ids(12), ids(22))
+    long = ids(13, 14, 15), ids(23, 24)
+    ask = ids(9)
+    cases = [
+        Case("no examples", ((), ask, 2, 1, 8), ids(9, 2)),
+        Case("one example, and room", ((short,), ask, 2, 1, 8), ids(11, 2, 21, 1, 9, 2)),
+        Case("one example that just fits", ((short,), ask, 2, 1, 6), ids(11, 2, 21, 1, 9, 2)),
+        Case("one example that is one token too long", ((short,), ask, 2, 1, 5), ids(9, 2)),
+        Case("two examples, room for both", ((short, other), ask, 2, 1, 12),
+             ids(11, 2, 21, 1, 12, 2, 22, 1, 9, 2)),
+        Case("the second is too long", ((short, long), ask, 2, 1, 9), ids(11, 2, 21, 1, 9, 2)),
+        Case("the second is too long, a third would fit", ((short, long, other), ask, 2, 1, 12),
+             ids(11, 2, 21, 1, 9, 2)),
+    ]  # fmt: skip
+    for (count, limit), generator in zip(((2, 14), (3, 20), (5, 30)), generators(3), strict=True):
+        lengths = torch.randint(1, 6, (count, 2), generator=generator).tolist()
+        pairs = tuple(tuple(torch.randint(3, 99, (n,), generator=generator) for n in both) for both in lengths)
+        prompt = torch.randint(3, 99, (4,), generator=generator)
+        cases.append(Case(f"random, {count} examples, {limit} tokens", (pairs, prompt, 2, 1, limit)))
+    return cases
+
+
+def _examples_with(
+    bug: str,
+    examples: Sequence[tuple[Tensor, Tensor]],
+    prompt: Tensor,
+    newline: int,
+    eos: int,
+    limit: int,
+) -> Tensor:
+    """Exercise 11.2 with one mistake planted."""
+    line, end = prompt.new_tensor([newline]), prompt.new_tensor([eos])
+    end = prompt.new_tensor([]) if bug == "no eos" else line if bug == "newline for eos" else end
+    between = prompt.new_tensor([]) if bug == "run together" else line
+    ask = prompt if bug == "no newline" else torch.cat((prompt, line))
+    blocks = [torch.cat((question, between, text, end)) for question, text in examples]
+    if bug in ("cut on the left", "cut on the right", "no limit"):
+        whole = torch.cat((*blocks, ask))
+        return {"cut on the left": whole[-limit:], "cut on the right": whole[:limit]}.get(bug, whole)
+    room = limit if bug == "prompt not counted" else limit - len(ask) - (bug == "strict")
+    kept = []
+    for block in blocks:
+        if len(block) > room:
+            if bug == "skips":
+                continue
+            break
+        kept.append(block)
+        room -= len(block)
+    if bug == "all or none" and len(kept) < len(blocks):
+        kept = []
+    return torch.cat((ask, *kept)) if bug == "prompt first" else torch.cat((*kept, ask))
+
+
+@exercise(
+    "11.2",
+    "examples before the prompt",
+    difficulty=2,
+    minutes=15,
+    task="The fair way to ask a base model: show it first how answers look. Each example is written as the web of our "
+    "world writes an answered question (question, newline, answer, EOS), then come the prompt and its newline, where "
+    "the answer is to begin. The model reads `limit` tokens, so take examples in their order until the next one "
+    "does not fit whole; the prompt is always there.",
+    cases=_examples_cases,
+    suspects={
+        "The newline after the prompt is missing: the model goes on with the question in place of answering it.": (
+            partial(_examples_with, "no newline")
+        ),
+        "EOS between the examples is missing: the model learns from them that an answer is followed by the next "
+        "question, and never stops.": partial(_examples_with, "no eos"),
+        "A newline stands in the place of EOS: in the web, EOS ends a document.": (
+            partial(_examples_with, "newline for eos")
+        ),
+        "Question and answer run together: a newline belongs between them.": partial(_examples_with, "run together"),
+        "It cuts the whole to its last tokens, so it may begin in the middle of an example: drop examples whole.": (
+            partial(_examples_with, "cut on the left")
+        ),
+        "It cuts the whole to its first tokens: the prompt at the end is lost. Drop examples, whole.": (
+            partial(_examples_with, "cut on the right")
+        ),
+        "It does not look at the limit.": partial(_examples_with, "no limit"),
+        "The prompt itself takes room as well, its newline included: examples have limit minus that.": (
+            partial(_examples_with, "prompt not counted")
+        ),
+        "What just fits, fits: the result may have `limit` tokens.": partial(_examples_with, "strict"),
+        "It skips what does not fit and takes later examples: stop at the first one that does not fit.": (
+            partial(_examples_with, "skips")
+        ),
+        "It takes all examples or none: keep those that fit.": partial(_examples_with, "all or none"),
+        "The prompt stands first: it belongs at the end, where the model goes on.": (
+            partial(_examples_with, "prompt first")
+        ),
+    },
+    hints=(
+        "`prompt.new_tensor([newline])` makes a token to join with; `torch.cat` joins any number of tensors.",
+        "`ask = torch.cat((prompt, line))`, `room = limit - len(ask)`; for each example make `block = "
+        "torch.cat((question, line, answer, end))`, `break` if it is longer than `room`, else keep it and take its "
+        "length off `room`. Return `torch.cat((*kept, ask))`.",
+    ),
+)
+def few_shot_prompt(
+    examples: Sequence[tuple[Tensor, Tensor]], prompt: Tensor, newline: int, eos: int, limit: int
+) -> Tensor:
+    """Token ids of examples and prompt, int64 [at most limit].
+
+    examples is a sequence of pairs (question [n], answer [m]), prompt is [p], all token ids
+    without newline or EOS; newline and eos are the ids to add.
+    """
+    line, end = prompt.new_tensor([newline]), prompt.new_tensor([eos])
+    ask = torch.cat((prompt, line))
+    room, kept = limit - len(ask), []
+    for question, text in examples:
+        block = torch.cat((question, line, text, end))
+        if len(block) > room:
+            break
+        kept.append(block)
+        room -= len(block)
+    return torch.cat((*kept, ask))
+
+
+# 11.3 ----------------------------------------------------------------------------------------------------------------
+
+
+def _paired_cases() -> list[Case]:
+    def rows(*indices: object) -> Tensor:
+        return tensor(*indices, dtype=INT)
+
+    rtol = 1e-5  # 0.025 may have been a float32 on its way
+    cases = [
+        Case("two prompts, three resamples: differences 1, 1/2, 0",
+             (_row(1, 0), _row(0, 0), rows([0, 0], [0, 1], [1, 1])), _row(0.025, 0.975), rtol),
+        Case("the second is better on each", (_row(0, 0), _row(1, 0.5), rows([0, 0], [0, 1], [1, 1])),
+             _row(-0.9875, -0.5125), rtol),
+        Case("twins on hard and easy prompts: no difference, whatever is drawn",
+             (_row(1, 0, 1), _row(1, 0, 1), rows([0, 0, 2], [1, 1, 0], [2, 1, 1])), _row(0, 0), rtol),
+    ]  # fmt: skip
+    for (size, count), generator in zip(((4, 30), (9, 50), (20, 80)), generators(3), strict=True):
+        easy = normal(generator, size)
+        first, second = (easy + 0.3 * normal(generator, 2, size) > 0).double()
+        drawn = torch.randint(0, size, (count, size), generator=generator)
+        cases.append(Case(f"random, {size} prompts, {count} resamples", (first, second, drawn), rtol=rtol))
+    return cases
+
+
+def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
+    """Exercise 11.3 with one mistake planted."""
+    marks = rows.new_tensor([25, 975]).to(first.dtype) / 1000
+    one, two = first[rows].mean(1), second[rows].mean(1)
+    if bug == "unpaired":
+        return (one - second[rows.roll(1, 0)].mean(1)).quantile(marks)
+    if bug == "one of them":
+        return (one - second.mean()).quantile(marks)
+    if bug == "apart":
+        return (one.quantile(marks) - two.quantile(marks.flip(0))).sort().values
+    if bug == "gap":
+        return one.quantile(marks) - two.quantile(marks)
+    if bug == "single":
+        return (first - second)[rows].flatten().quantile(marks)
+    if bug == "swapped":
+        return (two - one).quantile(marks)
+    if bug == "ninety":
+        return (one - two).quantile(rows.new_tensor([5, 95]).to(first.dtype) / 100)
+    difference = one - two
+    if bug == "error":
+        middle = (first - second).mean()
+        return middle + torch.stack((-difference.std(), difference.std())) * CONFIDENCE
+    if bug == "min max":
+        return torch.stack((difference.min(), difference.max()))
+    return difference.quantile(marks)
+
+
+@exercise(
+    "11.3",
+    "two models, the same prompts",
+    difficulty=3,
+    minutes=15,
+    task="Is A better than B, or was it luck with the prompts? Some prompts are easy for both and some hard for both, "
+    "so compare them **prompt by prompt**. The bootstrap: draw the prompts anew, with replacement, many times (`rows`: "
+    "one resample a row, made for you), take the mean difference of each resample, and give the 2.5 % and 97.5 % "
+    "quantiles of those.",
+    cases=_paired_cases,
+    suspects={
+        "Each model is measured on a resample of its own: the same row must be used for both, or luck with the prompts "
+        "does not cancel.": partial(_paired_with, "unpaired"),
+        "Only the first model is drawn anew: both are, on the same prompts.": partial(_paired_with, "one of them"),
+        "Low of one minus high of the other is far too wide: take differences first, then quantiles.": (
+            partial(_paired_with, "apart")
+        ),
+        "These are differences of quantiles: take the quantiles of the differences.": partial(_paired_with, "gap"),
+        "These are quantiles of single differences: take the mean of each resample first.": (
+            partial(_paired_with, "single")
+        ),
+        "It is turned round: the first minus the second.": partial(_paired_with, "swapped"),
+        "These are the 5 % and 95 % quantiles: that leaves 10 % outside, not 5.": partial(_paired_with, "ninety"),
+        "This is mean ± 1.96 standard deviations: a fine approximation, but the task asks for quantiles.": (
+            partial(_paired_with, "error")
+        ),
+        "These are the smallest and the largest resample: take quantiles.": partial(_paired_with, "min max"),
+    },
+    hints=(
+        "`first[rows]` is [R, N]: all resamples at once. What does `.mean(1)` of it give?",
+        "`differences = (first - second)[rows].mean(1)`, then `differences.quantile(marks)` with `marks = "
+        "torch.tensor([0.025, 0.975], dtype=first.dtype)`.",
+    ),
+)
+def paired_interval(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
+    """[2]: low and high end of the 95 % interval of mean(first) - mean(second).
+
+    first and second [N] float64: outcomes of two models on the same prompts;
+    rows [R, N] int64: the prompts of each resample.
+    """
+    marks = torch.tensor([0.025, 0.975], dtype=first.dtype)
+    return (first - second)[rows].mean(1).quantile(marks)
+
+
+# 11.4 ----------------------------------------------------------------------------------------------------------------
+
+
+def _seed_cases() -> list[Case]:
+    cases = [
+        Case("two seeds, t = 10", (_row([0.4], [0.6]), 10.0), _row([0.5], [-0.5], [1.5])),
+        Case("three seeds that agree", (_row([0.7], [0.7], [0.7]), 4.303), _row([0.7], [0.7], [0.7])),
+        Case("three seeds, t = 3", (_row([1], [2], [3]), 3.0), _row([2], [2 - 3**0.5], [2 + 3**0.5])),
+        Case("two models", (_row([0.4, 1], [0.6, 3]), 1.0), _row([0.5, 2], [0.4, 1], [0.6, 3])),
+    ]
+    for (seeds, models), generator in zip(((3, 2), (4, 3), (6, 1)), generators(3), strict=True):
+        cases.append(Case(f"random, {seeds} seeds, {models} models", (normal(generator, seeds, models), 2.5)))
+    return cases
+
+
+def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
+    """Exercise 11.4 with one mistake planted."""
+    count, mean = len(rates), rates.mean(0)
+    spread = rates.std(0, correction=0 if bug == "biased" else 1)
+    if bug == "all models":
+        spread, count = rates.std().expand_as(mean), rates.numel()
+    half = (CONFIDENCE if bug == "normal" else t) * spread / count**0.5
+    if bug == "deviation":
+        half = t * spread
+    if bug == "variance":
+        half = t * spread.square() / count**0.5
+    if bug == "degrees":
+        half = t * spread / (count - 1) ** 0.5
+    if bug == "count":
+        half = t * spread / count
+    if bug == "no t":
+        half = spread / count**0.5
+    if bug == "range":
+        return torch.stack((mean, rates.amin(0), rates.amax(0)))
+    return torch.stack((mean, mean - half, mean + half))
+
+
+@exercise(
+    "11.4",
+    "three seeds",
+    difficulty=2,
+    minutes=10,
+    task="Prompts are one source of luck, the training run another: its weights at the start, its order, its samples. "
+    "With $S$ runs the mean is known to $\\pm\\, t\\, s / \\sqrt S$, where $s$ is the standard deviation with $S - 1$ "
+    "below, and $t$ is Student's: 4.30 for three seeds and 95 %, where the normal law has 1.96. Three runs say little "
+    "about their own spread; $t$ charges for that.",
+    cases=_seed_cases,
+    suspects={
+        "1.96 is for many seeds: with few, the spread itself is uncertain, and Student's t says how much. Use `t`.": (
+            partial(_seed_with, "normal")
+        ),
+        "The standard deviation divides by S: with S - 1 below it is not too small on average.": (
+            partial(_seed_with, "biased")
+        ),
+        "This is the spread of single runs: the mean of S runs is surer by the root of S.": (
+            partial(_seed_with, "deviation")
+        ),
+        "It divides by the root of S - 1: that belongs into the standard deviation; under this root stands S.": (
+            partial(_seed_with, "degrees")
+        ),
+        "It divides by S: by the root of S.": partial(_seed_with, "count"),
+        "This is the variance: take its root.": partial(_seed_with, "variance"),
+        "`t` is not used: one standard error holds the truth in far fewer than 95 % of cases.": (
+            partial(_seed_with, "no t")
+        ),
+        "These are the lowest and the highest run: what three runs span holds the true mean three times out of four.": (
+            partial(_seed_with, "range")
+        ),
+        "It mixes the models: each column is a model of its own.": partial(_seed_with, "all models"),
+    },
+    hints=(
+        "Everything along dimension 0, the seeds. What is `torch.std`'s default below the sum of squares?",
+        "`half = t * rates.std(0) / len(rates) ** 0.5`, then stack mean, mean - half, mean + half.",
+    ),
+)
+def seed_interval(rates: Tensor, t: float) -> Tensor:
+    """[3, M]: the mean over seeds, and low and high end of its interval, for M models.
+
+    rates [S, M] float64, a row a seed; t is Student's quantile for S seeds.
+    """
+    mean, half = rates.mean(0), t * rates.std(0) / len(rates) ** 0.5
+    return torch.stack((mean, mean - half, mean + half))
+
+
+# 11.5 ----------------------------------------------------------------------------------------------------------------
+
+
+def _tax_cases() -> list[Case]:
+    cases = [
+        Case("one seed, one kind of text", (_row([1]), _row([3]), _row([1.5])), _row(0.75)),
+        Case("nothing repaired, all repaired", (_row([1, 1]), _row([2, 2]), _row([2, 1])), _row(0, 1)),
+        Case("made worse", (_row([1]), _row([2]), _row([3])), _row(-1)),
+        Case("two seeds, one of which paid hardly any tax",
+             (_row([1], [1]), _row([3], [1.25]), _row([1.5], [1.5])), _row(5 / 9)),
+    ]  # fmt: skip
+    for (seeds, kinds), generator in zip(((2, 2), (3, 4), (3, 9)), generators(3), strict=True):
+        base = 1 + normal(generator, seeds, kinds).abs()
+        ppo = base + 0.2 + normal(generator, seeds, kinds).abs()
+        ptx = base + 0.5 * normal(generator, seeds, kinds).abs()
+        cases.append(Case(f"random, {seeds} seeds, {kinds} kinds of text", (base, ppo, ptx)))
+    return cases
+
+
+def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
+    """Exercise 11.5 with one mistake planted."""
+    tax, left = (ppo - base).mean(0), (ppo_ptx - base).mean(0)
+    return {
+        "mean of ratios": lambda: (1 - (ppo_ptx - base) / (ppo - base)).mean(0),
+        "what is left": lambda: left / tax,
+        "of the loss": lambda: 1 - (ppo_ptx / ppo).mean(0),
+        "of the mean loss": lambda: 1 - ppo_ptx.mean(0) / ppo.mean(0),
+        "nats": lambda: tax - left,
+        "other way": lambda: 1 - tax / left,
+        "of the base": lambda: (tax - left) / base.mean(0),
+        "clamped": lambda: (1 - left / tax).clamp(0, 1),
+    }[bug]()
+
+
+@exercise(
+    "11.5",
+    "how much of the tax came back",
+    difficulty=2,
+    minutes=10,
+    task="PPO's alignment tax on a kind of text is its loss there minus the base model's. Which share of it does "
+    "PPO-ptx take away? 1: all of it, 0: nothing, below 0: it made things worse. Average the losses over the seeds "
+    "first: a seed that paid hardly any tax has a ratio that means nothing.",
+    cases=_tax_cases,
+    suspects={
+        "It is a mean of the seeds' ratios: one seed with a tiny tax decides everything. Average the taxes over seeds, "
+        "then divide once.": partial(_tax_with, "mean of ratios"),
+        "This is the share that is left: the share taken away is 1 minus it.": partial(_tax_with, "what is left"),
+        "This compares losses, not taxes: a loss of 0 is out of reach, so take the base model's off first.": (
+            partial(_tax_with, "of the mean loss")
+        ),
+        "This compares losses, not taxes, and seed by seed: take the base model's off first.": (
+            partial(_tax_with, "of the loss")
+        ),
+        "These are nats: divide by PPO's tax.": partial(_tax_with, "nats"),
+        "It is upside down: PPO's tax stands below.": partial(_tax_with, "other way"),
+        "It divides by the base model's loss: by PPO's tax.": partial(_tax_with, "of the base"),
+        "It is cut to [0, 1]: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
+    },
+    hints=(
+        "Two taxes, each averaged over dimension 0.",
+        "`1 - (ppo_ptx - base).mean(0) / (ppo - base).mean(0)`",
+    ),
+)
+def tax_repaired(base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
+    """The share of PPO's tax that PPO-ptx takes away, for each kind of text: [K].
+
+    base, ppo, ppo_ptx [S, K] float64: their losses, a row a seed.
+    """
+    return 1 - (ppo_ptx - base).mean(0) / (ppo - base).mean(0)

@@ -1,0 +1,276 @@
+"""The exercises' checks: solutions pass, stubs are "not attempted", every known mistake is refused by its name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import linecache
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from minirlhf_course.checks import Case, Exercise, Verdict, exercise
+from minirlhf_course.checks.outcome import Outcome, compare
+
+ROOT = Path(__file__).resolve().parents[3]
+SOLUTIONS = {path.name[:2]: path for path in sorted((ROOT / "notebooks" / "solutions").glob("[0-9]*.py"))}
+LESSONS = {
+    path.stem.removeprefix("lesson"): importlib.import_module(f"minirlhf_course.checks.{path.stem}")
+    for path in sorted((ROOT / "minirlhf" / "checks").glob("lesson*.py"))
+}
+
+
+def exercises_of(lesson: str) -> list[Exercise]:
+    return [item for item in vars(LESSONS[lesson]).values() if isinstance(item, Exercise)]
+
+
+EXERCISES = [
+    pytest.param(lesson, item, id=f"{item.number}-{item.name}") for lesson in LESSONS for item in exercises_of(lesson)
+]
+SUSPECTS = [
+    pytest.param(item, sentence, id=f"{item.number}-{item.name}-{index}")
+    for lesson in LESSONS
+    for item in exercises_of(lesson)
+    for index, sentence in enumerate(item.suspects)
+]
+
+
+def solution(lesson: str, name: str):
+    spec = importlib.util.spec_from_file_location(f"solutions_{lesson}", SOLUTIONS[lesson])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, f"my_{name}")
+
+
+def written(source: str, name: str):
+    """A function from its text, as a notebook's cell would make it."""
+    file = f"<cell {abs(hash(source))}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space = {"torch": torch}
+    exec(compile(source, file, "exec"), space)
+    return space[name]
+
+
+# Every exercise ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+def test_the_solution_passes(lesson, item):
+    verdict = item.mark(solution(lesson, item.name))
+    assert verdict.status == "passed", verdict.message
+    assert verdict.answer is verdict._function, "later cells must run the learner's function"
+
+
+@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    ...  # your code here",
+        "    pass",
+        "    raise NotImplementedError",
+        '    raise NotImplementedError("later")',
+        "    return ...",
+    ],
+    ids=["dots", "pass", "raise", "raise with text", "return dots"],
+)
+def test_the_untouched_stub_is_not_attempted_and_the_lesson_goes_on(lesson, item, body):
+    stub = item.stub
+    assert stub.endswith("    ...  # your code here")
+    verdict = item.mark(written(stub.replace("    ...  # your code here", body), f"my_{item.name}"))
+    assert verdict.status == "not attempted"
+    case = item.cases()[0]
+    results = verdict(*case.args)
+    assert results is not None
+
+
+@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+def test_hand_worked_cases_agree_with_the_package(lesson, item):
+    worked = [case for case in item.cases() if case.expected is not None]
+    if item.observe is None:
+        assert worked, "no case was worked by hand"
+    for case in worked:
+        got = item.run(item.reference, case)
+        assert compare(Outcome(got.result), Outcome(case.expected), case.rtol) is None, case.name
+
+
+@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+def test_the_package_passes_and_cases_have_several_sizes(lesson, item):
+    assert item.mark(item.reference).status == "passed"
+    cases = item.cases()
+    shapes = {tuple(tuple(x.shape) for x in case.args if isinstance(x, torch.Tensor)) for case in cases}
+    assert len(shapes) >= 2, "an answer for one size only would pass"
+    again = item.cases()
+    for case, other in zip(cases, again, strict=True):
+        for x, y in zip(case.args, other.args, strict=True):
+            assert not isinstance(x, torch.Tensor) or torch.equal(x.nan_to_num(7), y.nan_to_num(7)), "not reproducible"
+
+
+@pytest.mark.parametrize(("item", "sentence"), SUSPECTS)
+def test_every_suspect_is_refused_and_named(item, sentence):
+    verdict = item.mark(item.suspects[sentence])
+    assert verdict.status == "failed"
+    assert verdict.message.startswith(f"{sentence}\n\nSmallest failing case: "), verdict.message
+    faults = [item.run(item.suspects[sentence], case).fault for case in item.cases()]
+    assert all(fault is None or (item.budget and "tensor operations" in fault) for fault in faults), faults
+
+
+@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+def test_what_a_lesson_shows(lesson, item):
+    assert re.fullmatch(rf"{int(lesson)}\.[1-9]", item.number)
+    assert 1 <= item.difficulty <= 5 and 1 <= item.minutes <= 60
+    assert item.header.startswith(f"### Exercise {item.number}: ") and f"{item.minutes} minutes" in item.header
+    assert all(len(line) <= 96 for line in item.stub.splitlines())
+    assert item.stub.startswith(f"def my_{item.name}(")
+    assert item.check_line == f"{item.name} = check.{item.name}(my_{item.name})"
+    assert item.hints_markdown.count("<details>") == item.hints_markdown.count("</details>") == 2
+    assert getattr(LESSONS[lesson], item.name) is item, "check.NAME must find it"
+    assert set(item.leaves) <= set(item.arguments)
+
+
+@pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson != "00"])
+def test_three_to_six_exercises_a_lesson(lesson):
+    numbers = [item.number for item in exercises_of(lesson)]
+    assert 3 <= len(numbers) <= 6
+    assert numbers == [f"{int(lesson)}.{index}" for index in range(1, len(numbers) + 1)]
+
+
+# The machine -------------------------------------------------------------------------------------------------------
+
+
+def twice_cases():
+    row = torch.tensor([[1.0, 2.0]])
+    return [Case("a row", (row, 3.0), row * 3), Case("a column, float64", (row.double().T, 3.0))]
+
+
+@exercise(
+    "9.9",
+    "a factor",
+    difficulty=1,
+    minutes=1,
+    task="Multiply.",
+    cases=twice_cases,
+    suspects={"It adds: multiply.": lambda x, factor: x + factor},
+    hints=("One sign.", "`x * factor`"),
+    leaves=("x",),
+)
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x times factor."""
+    return x * factor
+
+
+REFUSED = {
+    "adds": ("return x + factor", "It adds: multiply."),
+    "in place": ("x *= factor\n    return x", "writes into its argument `x`"),
+    "in place, result right": ("y = x * factor\n    x += 1\n    return y", "writes into its argument `x`"),
+    "no return": ("y = x * factor", "returns None: is there a `return`"),
+    "dtype": ("return (x * factor).float()", "The result is float32, not float64"),
+    "shape": ("return (x * factor).sum()", "The result has the shape (), not (1, 2)"),
+    "broadcast": ("return x * factor + torch.zeros_like(x).T", "has the shape (2, 2), not (1, 2)"),
+    "number": ("return float(x.detach().sum())", "The result is a float, not a tensor"),
+    "two results": ("return x * factor, x", "It returns 2 results, not one tensor"),
+    "no gradient": ("return (x * factor).detach()", "No gradient flows from the result into `x`"),
+    "no_grad": ("with torch.no_grad():\n        return x * factor", "No gradient flows from the result into `x`"),
+    "wrong gradient": ("return x * factor - x + x.detach()", "gradient into `x` is not"),
+    "one size": ("return x * factor if x.shape == (1, 2) else x", "Smallest failing case: a column"),
+    "a constant": ("return torch.tensor([[3.0, 6.0]], requires_grad=True)", "Smallest failing case: a row"),
+    "raises": ("y = x * factor\n    return y[5]", "in the line: return y[5]"),
+    "half-written": ("y = x * factor\n    raise NotImplementedError", "It raises NotImplementedError"),
+    "a name that is not there": ("return x * gamma", "name 'gamma' is not defined"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_refuses(wrong):
+    body, expected = REFUSED[wrong]
+    verdict = scaled.mark(written(f"def my_scaled(x, factor):\n    {body}\n", "my_scaled"))
+    assert verdict.status == "failed"
+    assert expected in verdict.message
+    assert "Smallest failing case: " in verdict.message
+    assert torch.equal(verdict(torch.ones(2), 2.0), torch.full((2,), 2.0)), "the lesson must go on"
+
+
+def test_what_looks_like_a_mistake_on_the_smallest_case_alone_is_a_hint_and_not_the_verdict():
+    def adds_to_rows(x, factor):
+        return x + factor if x.shape == (1, 2) else x * 5
+
+    headline = scaled.mark(adds_to_rows).message.partition("\n\n")[0]
+    hint = "On this case it looks like a known mistake: It adds: multiply."
+    assert headline == f"The result is not right. {hint}"
+
+
+def test_a_wrong_signature_is_said():
+    verdict = scaled.mark(lambda x: x)
+    assert "It can't be called with (x, factor), as the stub can." in verdict.message
+
+
+def test_what_is_not_a_function_is_said():
+    verdict = scaled.mark(torch.ones(2))
+    assert (
+        verdict.status == "failed" and "Give the function itself: `scaled = check.scaled(my_scaled)`" in verdict.message
+    )
+
+
+def test_an_interrupt_is_not_swallowed():
+    def stops(x, factor):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scaled.mark(stops)
+
+
+def test_random_state_and_grad_mode_are_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    scaled.mark(lambda x, factor: x * factor + 0 * torch.rand(1, dtype=x.dtype))
+    assert torch.equal(torch.rand(2), expected)
+    with torch.no_grad():
+        assert scaled.mark(lambda x, factor: x * factor).status == "passed"
+        assert not torch.is_grad_enabled()
+
+
+def test_prints_in_short_and_returns_a_function(capsys):
+    verdict = scaled(lambda x, factor: x + factor)
+    assert isinstance(verdict, Verdict) and callable(verdict)
+    assert capsys.readouterr().out == (
+        "scaled: failed\n"
+        "It adds: multiply.\n"
+        "\n"
+        "Smallest failing case: a row\n"
+        "  x        = [[1, 2]]\n"
+        "  factor   = 3\n"
+        "  expected = [[3, 6]]\n"
+        "  got      = [[4, 5]]\n"
+    )
+
+
+def test_checking_again_what_a_check_returned_judges_the_learners_function():
+    untouched = written("def my_scaled(x, factor):\n    ...\n", "my_scaled")
+    assert scaled.mark(scaled.mark(untouched)).status == "not attempted"
+    assert scaled.mark(scaled.mark(lambda x, factor: x * factor)).status == "passed"
+
+
+def test_a_large_failing_case_shows_the_first_place_that_differs():
+    returns = LESSONS["01"].discounted_returns
+
+    def wrong_in_long_rows(rewards, ends, gamma):
+        result = returns.reference(rewards, ends, gamma)
+        result[-1, 16:] += 1
+        return result
+
+    verdict = returns.mark(wrong_in_long_rows)
+    assert "Smallest failing case: random, of shape (4, 17)" in verdict.message
+    assert "first at [3, 16]: expected " in verdict.message
+
+
+def test_a_loop_over_the_steps_is_no_scan():
+    def loop(x, decays):
+        result, carry = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+        for t in reversed(range(x.shape[1])):
+            carry = x[:, t] + decays[:, t] * carry
+            result[:, t] = carry
+        return result
+
+    verdict = LESSONS["04"].reverse_scan.mark(loop)
+    assert verdict.status == "failed" and "no loop over the time steps" in verdict.message
