@@ -46,7 +46,7 @@ LAST = 3
 # `_trained`.
 DETAILS: dict[str, dict[str, Any]] = {
     "as shipped": {},
-    "advantages not normalized": {"normalize_advantages": False},
+    "advantages not normalized": {"whiten_advantages": False},
     "lambda 1 (Monte Carlo)": {"lam": 1.0},
     "lambda 0 (one step)": {"lam": 0.0},
     "no clip": {"clip_range": None},

@@ -175,7 +175,7 @@ def run_minirlhf(work: str, steps: int, warmup: int) -> dict[str, Any]:
         steps=steps,
         batch_size=EPISODES,
         epochs=EPOCHS,
-        minibatches=MINIBATCHES,
+        minibatch_size=EPISODES // MINIBATCHES,
         lr=LR,
         value_lr=LR,
         beta=BETA,

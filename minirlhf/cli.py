@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 import tyro
 
-from minirlhf.errors import UserError, check_ranges
+from minirlhf.errors import UserError
+from minirlhf.settings import Count, Positive, Seed, Settings
 
 if TYPE_CHECKING:
     from minirlhf.config import PresetName
@@ -35,63 +36,52 @@ minirlhf COMMAND --help explains the options of each.
 """
 
 
-@dataclass
-class WorldConfig:
+@dataclass(frozen=True)
+class WorldConfig(Settings, option=""):
     """Write the small world as a folder of JSON lines."""
 
     out: Path
     """Folder to write; must not exist yet."""
-    seed: int = 0
+    seed: Seed = 0
     """Makes another world."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, counts=("seed",), least=0)
 
-
-@dataclass
-class ChatConfig:
+@dataclass(frozen=True)
+class ChatConfig(Settings, option=""):
     """Type instructions and see the models of a run answer beside each other."""
 
     run: Path = Path("runs/default")
     """Folder of a finished run."""
     prompt: tuple[str, ...] = ()
     """Answer these and stop, in place of asking."""
-    temperature: float = 0.7
-    """Of sampling; lower is safer."""
+    temperature: Positive = 0.7
+    """Temperature of sampling; lower is safer."""
     greedy: bool = False
     """Always take the most likely word."""
-    max_response_tokens: int | None = None
+    max_response_tokens: Count | None = None
     """Answers are cut after so many tokens; left out: as the run's own evaluation."""
-    seed: int = 0
+    seed: Seed = 0
     """Of sampling."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, counts=("max_response_tokens",), positive=("temperature",))
-        check_ranges(self, counts=("seed",), least=0)
 
-
-@dataclass
-class EvaluateConfig:
+@dataclass(frozen=True)
+class EvaluateConfig(Settings, option=""):
     """Measure one policy of a run, or any causal model, on the held-out prompts; prints JSON."""
 
     run: Path = Path("runs/default")
     """Folder of a finished run: gives the data, the judge and the SFT model to compare with."""
     checkpoint: str = "ppo_ptx"
     """A policy of the run (base, sft, ppo, ppo_ptx) or a folder with a causal model of the same vocabulary."""
-    prompts: int | None = None
+    prompts: Count | None = None
     """Held-out prompts to answer; left out, here and below: as the run's own evaluation."""
-    temperature: float | None = None
-    """Of sampling."""
-    max_response_tokens: int | None = None
+    temperature: Positive | None = None
+    """Temperature of sampling."""
+    max_response_tokens: Count | None = None
     """Answers are cut after so many tokens."""
-    seed: int = 0
-    """Of sampling."""
+    seed: Seed = 0
+    """Random seed for sampling."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, counts=("prompts", "max_response_tokens"), positive=("temperature",))
-        check_ranges(self, counts=("seed",), least=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

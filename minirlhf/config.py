@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from minirlhf.errors import UserError, check_ranges
+from minirlhf.errors import UserError
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig
 from minirlhf.language.reward_model import RewardModelConfig
 from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
+from minirlhf.settings import NotNegative, Seed, Settings, whole
 
-LARGEST_SEED = 2**63
 PresetName = Literal["fast", "default"]
 
 
-@dataclass
-class RunConfig:
+@dataclass(frozen=True)
+class RunConfig(Settings, option=""):
     """The whole pipeline: base model, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
 
     data: Path | None = None
@@ -28,16 +28,18 @@ class RunConfig:
     """Folder of the run. The same command continues a run that was stopped."""
     model: str | None = None
     """A pretrained causal model (folder or hub name) in place of the base-model step."""
-    seed: int = 0
-    """Of everything: weights, order, samples."""
+    seed: Seed = 0
+    """Random seed for weights, data order and sampling."""
     preset: PresetName = "default"
     """fast: half a minute, to see that it works; default: a few minutes, for real results."""
-    context_length: int | None = None
+    context_length: Annotated[int, whole(2)] | None = None
     """Longest sequence in tokens; left out: what the data needs, or what the pretrained model can."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    save_seconds: float = 10.0
+    save_seconds: NotNegative = 10.0
     """Seconds between two saved training states."""
+    tensorboard: bool = False
+    """Also write TensorBoard events; needs the extra `tensorboard`."""
     side_by_side: bool = True
     """On a CPU with two threads or more, train PPO and PPO-ptx at the same time, each in a process of its own with half
     of the threads."""
@@ -55,11 +57,7 @@ class RunConfig:
     """The measurements at the end."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, not_negative=("save_seconds",))
-        check_ranges(self, counts=("context_length",), least=2)
-        check_ranges(self, counts=("seed",), least=0)
-        if self.seed >= LARGEST_SEED:
-            raise UserError(f"--seed {self.seed}: must be below 2**63")
+        super().__post_init__()
         if self.model is not None:
             self._check_unused()
 
@@ -106,6 +104,6 @@ def preset(name: PresetName) -> RunConfig:
         base=PretrainingConfig(steps=40, batch_size=32, block_length=32),
         sft=SFTConfig(epochs=0.5),
         reward_model=RewardModelConfig(epochs=0.1, surprise=True),
-        rlhf=RLHFConfig(steps=6, batch_size=32, ptx_coef=0.3, ptx_batch_size=4),
+        rlhf=RLHFConfig(steps=6, batch_size=32, minibatch_size=16, ptx_coef=0.3, ptx_batch_size=4),
         evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
     )

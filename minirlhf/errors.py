@@ -1,9 +1,6 @@
-"""The one family of errors that a user can cause and mend, and the ranges that every setting must keep."""
+"""The one family of errors that a user can cause and mend."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
+import importlib.util
 
 
 class UserError(Exception):
@@ -25,47 +22,16 @@ class TrainingError(UserError):
     """Training can't go on: a loss became NaN or infinite."""
 
 
-def check_ranges(
-    config: object,
-    group: str = "",
-    *,
-    counts: Sequence[str] = (),
-    positive: Sequence[str] = (),
-    not_negative: Sequence[str] = (),
-    fractions: Sequence[str] = (),
-    least: int = 1,
-) -> None:
-    """Refuse settings that no training could use, before any training starts. None, where a setting has it, passes.
-
-    Args:
-        config: the dataclass that holds them.
-        group: its place on the command line: "rlhf" for ``--rlhf.beta``.
-        counts: names of settings that must be whole numbers, ``least`` or more.
-        positive, not_negative: finite numbers above 0; 0 or more.
-        fractions: numbers from 0 to 1, both ends included.
-        least: the smallest count that is allowed.
+def require_installed(module: str, extra: str) -> None:
+    """Say which line installs a package that this needs and that is not there.
 
     Raises:
-        UserError: names the option, what was given, and what it must be.
+        UserError: the package can't be imported.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> check_ranges(SimpleNamespace(clip_range=0.0), "rlhf", positive=["clip_range"])
+        >>> require_installed("no_such_package", "run")
         Traceback (most recent call last):
-        minirlhf.errors.UserError: --rlhf.clip-range 0.0: must be a number above 0
+        minirlhf.errors.UserError: no_such_package is not installed: pip install "minirlhf[run]"
     """
-    rules = (
-        (counts, f"a whole number, {least} or more", lambda x: isinstance(x, int) and x >= least),
-        (positive, "a number above 0", lambda x: x > 0),
-        (not_negative, "a number, 0 or more", lambda x: x >= 0),
-        (fractions, "a number from 0 to 1", lambda x: 0 <= x <= 1),
-    )
-    for names, wanted, fits in rules:
-        for name in names:
-            value = getattr(config, name)
-            if value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value in (math.inf, -math.inf) or not fits(value):  # NaN fits nothing
-                option = f"{group}.{name}" if group else name
-                raise UserError(f"--{option.replace('_', '-')} {value}: must be {wanted}")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'{module} is not installed: pip install "minirlhf[{extra}]"')

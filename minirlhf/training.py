@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import STATE, load_state, save_state
-from minirlhf.errors import CheckpointError, TrainingError
+from minirlhf.checkpoints import STATE, load_state, save_state, write_text
+from minirlhf.errors import CheckpointError, TrainingError, require_installed
 
 Metrics = dict[str, float]
 
@@ -36,7 +35,7 @@ class Recorder:
     """Walks a learner through its steps, keeps its metrics, and lets a killed run continue where it was.
 
     Without a folder it keeps the metrics in memory (for notebooks and small projects); with one it also writes
-    ``metrics.jsonl``, TensorBoard events and, every few seconds, ``state.safetensors``.
+    ``metrics.jsonl`` and, every few seconds, ``state.safetensors``.
 
     Args:
         name: of the learner: the label of the progress bar.
@@ -46,6 +45,10 @@ class Recorder:
         progress: whether to draw the progress bar.
         position: the line of the progress bar, where several are drawn.
         began: when the work began, by `time.monotonic`; left out: now.
+        tensorboard: whether to write TensorBoard events into the folder too.
+
+    Raises:
+        UserError: tensorboard is asked for and not installed.
 
     Example:
         >>> recorder = Recorder("demo", progress=False)
@@ -65,10 +68,10 @@ class Recorder:
         progress: bool = True,
         position: int = 0,
         began: float | None = None,
+        tensorboard: bool = False,
     ) -> None:
-        self.position = position
-        self.name, self.folder, self.show, self.progress = name, folder, tuple(show), progress
-        self.save_seconds = save_seconds
+        self.name, self.folder, self.save_seconds = name, folder, save_seconds
+        self.show, self.progress, self.position = tuple(show), progress, position
         self.history: list[Metrics] = []
         self.first_step = 0
         self.seconds = 0.0  # since the recorder was made, and in the earlier sessions of this run; see `lap`
@@ -80,7 +83,10 @@ class Recorder:
         self._batch = self._advice = ""  # of the loss that was checked last
         self._saved: int | None = None  # the step of the state in the folder
         self._bar: Any = None
-        self._board: Any = None
+        self._board: Any = None  # TensorBoard's writer
+        if tensorboard:
+            require_installed("tensorboard", "tensorboard")
+        self._tensorboard = tensorboard
 
     def track(
         self,
@@ -108,12 +114,15 @@ class Recorder:
         # Rows that were logged after the saved state will be logged again: cut them off.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         self.history = [row for row in map(_row, lines) if row is not None and row["step"] < self.first_step]
-        aside = metrics.with_name(metrics.name + ".partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
-        os.replace(aside, metrics)
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in self.history))
 
-    def steps(self, total: int) -> Iterator[int]:
-        """Yield the steps that are left, saving the state in between."""
+    def steps(self, total: int, done: Callable[[], int] | None = None) -> Iterator[int]:
+        """Yield the steps that are left, saving the state in between.
+
+        Args:
+            total: how many steps there are; with ``done``, how much of something else: environment steps, for one.
+            done: how much of the total is done, asked after every step; left out: one a step.
+        """
         from tqdm.auto import tqdm
 
         self._bar = tqdm(
@@ -127,13 +136,15 @@ class Recorder:
         )
         saved = time.monotonic()
         try:
-            for step in range(self.first_step, total):
+            step = self.first_step
+            while (step if done is None else done()) < total:
                 self._step = step
                 yield step
-                self._bar.update()
+                step += 1
+                self._bar.update(min(total, step if done is None else done()) - self._bar.n)
                 now = time.monotonic()
-                if self.folder is not None and now - saved >= self.save_seconds and step + 1 < total:
-                    self._save(step + 1)
+                if self.folder is not None and now - saved >= self.save_seconds and step < total:
+                    self._save(step)
                     saved = now
         finally:
             self._bar.close()
@@ -155,8 +166,8 @@ class Recorder:
         if self.folder is not None:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
-            for key, value in row.items():
-                if key != "step":
+            if self._tensorboard:
+                for key, value in metrics.items():
                     self._writer().add_scalar(key, value, self._step)
 
     def lap(self) -> float:
@@ -345,8 +356,10 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def learning_rate_factor(step: int, total: int, warmup: int = 0, final: float = 0.1) -> float:
-    """Linear warm-up, then a cosine down to ``final`` of the peak (InstructGPT, appendix C: 10 %).
+def learning_rate_factor(
+    step: int, total: int, warmup: int = 0, final: float = 0.1, shape: Literal["cosine", "linear"] = "cosine"
+) -> float:
+    """Linear warm-up, then a cosine or a line down to ``final`` of the peak (InstructGPT, appendix C: 10 %).
 
     Example:
         >>> [round(learning_rate_factor(s, 100, warmup=10), 2) for s in (0, 9, 55, 100)]
@@ -354,8 +367,10 @@ def learning_rate_factor(step: int, total: int, warmup: int = 0, final: float = 
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = max(1, total - warmup)
+    if shape == "linear":
+        return 1 - (1 - final) * (step - warmup) / left
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * ((step - warmup) / left)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -16,15 +16,18 @@ A2C (Mnih et al. 2016, the synchronous form) waits for T steps and uses a longer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minirlhf.control.policies import Environment, Networks
+from minirlhf.control.environments import Environment
+from minirlhf.control.policies import Networks
 from minirlhf.control.rollout import Trajectory, Values
-from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.control.run import SHORTEST, Callback, ControlConfig, Result, Run
 from minirlhf.losses import policy_gradient_loss, value_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, n_step_advantages, td_errors, whiten
+from minirlhf.settings import Count, Fraction, NotNegative, Positive
 
 REPORT_EVERY = 64
 """Time steps of one-step actor-critic between two rows of metrics."""
@@ -34,57 +37,48 @@ REPORT_EVERY = 64
 class ActorCriticConfig(ControlConfig):
     """One-step actor-critic; an update is one step of each of the `num_envs` environments."""
 
-    num_envs: int = 16
+    num_envs: Count = 16
     """N, environments played at once; an update averages over them."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of the policy."""
-    value_lr: float = 3e-3
+    value_lr: Positive = 3e-3
     """Learning rate of the value network."""
     weigh_by_gamma_t: bool = False
     """Keep Sutton's factor I = gamma^t, as the discounted objective asks to the letter; False holds I at 1."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of an entropy bonus; Sutton's algorithm has none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.above(0, "lr", "value_lr")
-        self.at_least(0, "entropy_coef")
 
 
 @dataclass(frozen=True)
 class A2CConfig(ControlConfig):
     """Advantage actor-critic in batches; an update is `num_envs` times `rollout_steps` steps."""
 
-    num_envs: int = 16
+    num_envs: Count = 16
     """N, environments played at once."""
-    rollout_steps: int = 32
+    rollout_steps: Annotated[int, SHORTEST] = 32
     """T, columns played before each update."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of the policy."""
-    value_lr: float = 3e-3
+    value_lr: Positive = 3e-3
     """Learning rate of the value network."""
-    value_updates: int = 10
+    value_updates: Count = 10
     """Gradient steps of the value network on each batch (1 in Mnih et al.)."""
-    lam: float | None = 0.95
+    lam: Fraction | None = 0.95
     """GAE's lambda; None where `n_step` is given."""
-    n_step: int | None = None
+    n_step: Count | None = None
     """Rewards to take before the value stands in; None where `lam` is given."""
-    normalize_advantages: bool = True
-    """Bring each batch's advantages to mean 0 and variance 1."""
-    entropy_coef: float = 0.0
+    whiten_advantages: bool = True
+    """Scale each batch's advantages to mean 0 and variance 1."""
+    entropy_coef: NotNegative = 0.0
     """Weight of an entropy bonus."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.above(0, "lr", "value_lr")
-        self.at_least(1, "n_step", "value_updates")
-        self.long_enough(self.rollout_steps)
-        self.at_least(0, "entropy_coef", "lam")
-        self.refuse((self.lam is None) == (self.n_step is None), "give either lam or n_step, and None for the other")
-        self.refuse(self.lam is not None and self.lam > 1, f"lam must lie in [0, 1], not {self.lam}")
-        self.refuse(
-            self.n_step is not None and self.n_step > self.rollout_steps, "n_step must be at most rollout_steps"
+        self.require(
+            (self.lam is None) != (self.n_step is None), "n_step", "give either lam or n_step, and None for the other"
         )
+        fits = self.n_step is None or self.n_step <= self.rollout_steps
+        self.require(fits, "n_step", f"must be at most rollout_steps, {self.rollout_steps}")
 
 
 def train_actor_critic(
@@ -108,8 +102,8 @@ def train_actor_critic(
     config = config or ActorCriticConfig()
     run = Run("actor-critic", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy, values = run.networks
-    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
-    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
+    value_optimizer = torch.optim.Adam(values.parameters(), config.value_lr, eps=config.adam_eps, fused=True)
     I = torch.ones(config.num_envs, 1)  # noqa: E741 (Sutton's name)
 
     for _ in run.iterations():
@@ -141,13 +135,13 @@ def train_actor_critic(
             logprobs, entropy = policy.logprobs_and_entropy(policy(observations), step.actions)
             entropy = masked_mean(entropy, step.mask)
             loss = policy_gradient_loss(logprobs, I * deltas, step.mask) - config.entropy_coef * entropy
-            run.check_finite(policy=loss, value=error)
+            run.check_finite(loss + error)
 
             optimizer.zero_grad()
             value_optimizer.zero_grad()
             (loss + error).backward()  # the two share no parameter, so each gets its own gradient
-            grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
-            value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            value_grad_norm = nn.utils.clip_grad_norm_(values.parameters(), config.max_grad_norm)
             optimizer.step()
             value_optimizer.step()
 
@@ -186,8 +180,8 @@ def train_a2c(
     config = config or A2CConfig()
     run = Run("a2c", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy, values = run.networks
-    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
-    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
+    value_optimizer = torch.optim.Adam(values.parameters(), config.value_lr, eps=config.adam_eps, fused=True)
 
     for _ in run.iterations():
         batch = run.collector.collect(policy, config.rollout_steps)
@@ -197,20 +191,20 @@ def train_a2c(
 
         logprobs, entropy = policy.logprobs_and_entropy(policy(batch.observations), batch.actions)
         entropy = masked_mean(entropy, batch.mask)
-        weights = whiten(advantages, batch.mask) if config.normalize_advantages else advantages
+        weights = whiten(advantages, batch.mask) if config.whiten_advantages else advantages
         loss = policy_gradient_loss(logprobs, weights, batch.mask) - config.entropy_coef * entropy
-        run.check_finite(policy=loss)
+        run.check_finite(loss)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
 
         for _ in range(config.value_updates):
             error = value_loss(values(batch.observations), returns, batch.mask)
-            run.check_finite(value=error)
+            run.check_finite(error)
             value_optimizer.zero_grad()
             error.backward()
-            value_grad_norm = clip_gradients(values.parameters(), config.max_grad_norm)
+            value_grad_norm = nn.utils.clip_grad_norm_(values.parameters(), config.max_grad_norm)
             value_optimizer.step()
 
         run.log(
@@ -228,26 +222,8 @@ def train_a2c(
 
 def _advantages(batch: Trajectory, old: Values, config: A2CConfig) -> Tensor:
     """[N, T] by the estimator that the settings name."""
+    options = {"ends": batch.ends, "mask": batch.mask, "gamma": config.gamma, **old._asdict()}
     if config.n_step is not None:
-        return n_step_advantages(
-            batch.rewards,
-            old.values,
-            batch.ends,
-            config.gamma,
-            config.n_step,
-            last_values=old.last_values,
-            truncated_values=old.truncated_values,
-            mask=batch.mask,
-        )
+        return n_step_advantages(batch.rewards, n=config.n_step, **options)
     assert config.lam is not None  # the settings see to it
-    advantages, _ = gae(
-        batch.rewards,
-        old.values,
-        batch.ends,
-        gamma=config.gamma,
-        lam=config.lam,
-        last_values=old.last_values,
-        truncated_values=old.truncated_values,
-        mask=batch.mask,
-    )
-    return advantages
+    return gae(batch.rewards, lam=config.lam, **options)[0]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.control.policies import Environment, Policy
-from minirlhf.control.rollout import make_envs, to_environment
+from minirlhf.control.environments import Environment, make_envs, to_environment
+from minirlhf.control.policies import Policy
 from minirlhf.control.run import Progress, Result
 from minirlhf.errors import UserError
 from minirlhf.training import generator_for

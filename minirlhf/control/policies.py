@@ -15,20 +15,18 @@ Initialization as in "The 37 implementation details of PPO": orthogonal, gain sq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minirlhf.control.environments import Environment, make_envs
 from minirlhf.errors import UserError
 from minirlhf.kl import exact_kl
 from minirlhf.losses import entropy_from_logits, token_logprobs
 from minirlhf.training import generator_for
-
-Environment = str | Callable[[int], Any]
-"""A gymnasium id such as "CartPole-v1", or a function from a number of environments to a gymnasium VectorEnv."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -107,7 +105,7 @@ class GaussianPolicy(Policy):
     """Continuous actions: independent Gaussians, outputs are mean and log standard deviation [..., 2 A].
 
     Actions [..., A] are in units of the action space: -1 and 1 are its bounds, and what lies outside is clipped when it
-    is played (`rollout.to_environment`), not before its log-probability is taken. The standard deviation does not
+    is played (`environments.to_environment`), not before its log-probability is taken. The standard deviation does not
     depend on the observation (as in TRPO and PPO).
     """
 
@@ -194,7 +192,7 @@ def make_networks(
     """A policy and a value network that fit an environment's spaces.
 
     Args:
-        env: see `Environment`; flat Box observations, Discrete or Box actions.
+        env: see `environments.Environment`; flat Box observations, Discrete or Box actions.
         hidden: widths of the hidden layers.
         activation: "tanh" or "relu".
         shared: whether policy and value network have one trunk.
@@ -209,8 +207,6 @@ def make_networks(
         (torch.Size([5, 2]), torch.Size([5]))
     """
     import gymnasium
-
-    from minirlhf.control.rollout import make_envs
 
     if activation not in ACTIVATIONS:
         raise UserError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")

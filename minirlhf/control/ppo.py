@@ -24,66 +24,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minirlhf.control.policies import Environment, Networks
-from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.control.environments import Environment
+from minirlhf.control.policies import Networks
+from minirlhf.control.run import SHORTEST, Callback, ControlConfig, Result, Run
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, whiten
+from minirlhf.settings import Count, NotNegative, Positive, PPOSettings
 from minirlhf.training import generator_for, set_learning_rate
 
 
-@dataclass(frozen=True)
-class PPOConfig(ControlConfig):
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(ControlConfig, PPOSettings):
     """PPO; an iteration is `num_envs` actors (N) times `rollout_steps` (T)."""
 
-    rollout_steps: int = 128
+    rollout_steps: Annotated[int, SHORTEST] = 128
     """T, columns played before each optimization."""
-    epochs: int = 10
+    epochs: Count = 10
     """K, passes over them."""
-    minibatch_size: int = 256
+    minibatch_size: Count = 256
     """M, steps in each gradient, at most (an epoch is cut into equal parts)."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Learning rate of policy and value network."""
     anneal_lr: bool = True
     """Bring the learning rate down to 0 along a line over the budget."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    clip_range: float | None = 0.2
-    """Ratios are clipped to 1 ± this; None for no clip."""
-    anneal_clip: bool = False
-    """Bring clip_range down to 0 (0.001, to be exact) along a line over the budget; needs a clip_range."""
-    beta: float = 0.0
-    """Coefficient of the penalty KL(old || new)."""
-    target_kl: float | None = None
-    """Steer beta after each iteration so that the KL stays near this; needs beta > 0. None keeps beta fixed."""
-    value_clip_range: float | None = None
-    """Values are clipped to the old ones ± this; None for no clip."""
-    value_coef: float = 0.5
-    """c1, weight of the value loss."""
-    entropy_coef: float = 0.0
-    """c2, weight of the entropy bonus."""
-    normalize_advantages: bool = True
-    """Bring each minibatch's advantages to mean 0 and variance 1."""
+    value_coef: NotNegative = 0.5
+    """c1, weight of the value loss; c2 is `entropy_coef`."""
     shared: bool = False
     """Whether the networks that the trainer makes share their trunk."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "epochs", "minibatch_size")
-        self.long_enough(self.rollout_steps)
         # Below 3 the last part of an epoch may be a single step, which has no variance to divide by.
-        alone = self.normalize_advantages and self.minibatch_size < 3
-        self.refuse(alone, "minibatch_size must be at least 3, or normalize_advantages False")
-        self.above(0, "lr", "clip_range", "target_kl", "value_clip_range")
-        self.at_least(0, "beta", "value_coef", "entropy_coef")
-        self.within(0, 1, "lam")
-        self.refuse(self.anneal_clip and self.clip_range is None, "anneal_clip needs a clip_range")
-        self.refuse(self.target_kl is not None and self.beta == 0, "target_kl steers beta: begin with beta above 0")
-        batch = self.num_envs * self.rollout_steps
-        self.refuse(self.minibatch_size > batch, f"minibatch_size must be at most num_envs * rollout_steps = {batch}")
+        fits = self.minibatch_size >= 3 or not self.whiten_advantages
+        self.require(fits, "minibatch_size", "must be at least 3, or whiten_advantages False")
+        fits = self.minibatch_size <= (batch := self.num_envs * self.rollout_steps)
+        self.require(fits, "minibatch_size", f"must be at most num_envs * rollout_steps = {batch}")
+        self.require(self.target_kl is None or self.beta > 0, "target_kl", "steers beta: begin with beta above 0")
 
 
 PENDULUM = PPOConfig(total_steps=150_000, num_envs=16, gamma=0.9)
@@ -112,29 +93,24 @@ def train_ppo(
     )
     policy, values = run.networks
     parameters = list(run.networks.parameters())
-    optimizer = adam(parameters, config.lr, config.adam_eps)
+    optimizer = torch.optim.Adam(parameters, config.lr, eps=config.adam_eps, fused=True)
     shuffle = generator_for(seed, "control/minibatches")
     beta = config.beta
 
     for _ in run.iterations():
-        lr = config.lr * (run.remaining if config.anneal_lr else 1.0)
+        lr = run.annealed(config.lr) if config.anneal_lr else config.lr
         set_learning_rate(optimizer, lr)
-        clip_range = config.clip_range or math.inf
-        if config.anneal_clip:
-            clip_range = max(clip_range * run.remaining, 1e-3)
 
         # N actors play pi_old for T steps; then their advantages.
         trajectory = run.collector.collect(policy, config.rollout_steps)
         old = trajectory.estimate(values)
         advantages, returns = gae(
             trajectory.rewards,
-            old.values,
-            trajectory.ends,
+            ends=trajectory.ends,
+            mask=trajectory.mask,
             gamma=config.gamma,
             lam=config.lam,
-            last_values=old.last_values,
-            truncated_values=old.truncated_values,
-            mask=trajectory.mask,
+            **old._asdict(),  # values, last_values, truncated_values
         )
 
         # From here on it is a bag of steps [B]: the order does not matter, and resets are left out.
@@ -155,13 +131,13 @@ def train_ppo(
                 loss, metrics = ppo_loss(
                     logprobs,
                     old_logprobs[index],
-                    whiten(advantages[index]) if config.normalize_advantages else advantages[index],
+                    whiten(advantages[index]) if config.whiten_advantages else advantages[index],
                     torch.ones_like(index, dtype=torch.bool),
                     values=new_values,
                     old_values=old_values[index],
                     returns=returns[index],
                     entropy=policy.entropy(outputs) if config.entropy_coef else None,
-                    clip_range=clip_range,
+                    clip_range=config.clip_range or math.inf,
                     value_clip_range=config.value_clip_range,
                     value_coef=config.value_coef,
                     entropy_coef=config.entropy_coef,
@@ -169,10 +145,10 @@ def train_ppo(
                 )
                 if beta > 0:
                     loss = loss + beta * policy.kl(old_outputs[index], outputs).mean()
-                run.check_finite(ppo=loss)
+                run.check_finite(loss)
                 optimizer.zero_grad()
                 loss.backward()
-                metrics["policy/grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
+                metrics["policy/grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 if not rows:
                     # Nothing has moved yet: every ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.

@@ -18,42 +18,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minirlhf.control.policies import Environment, Networks
+from minirlhf.control.environments import Environment
+from minirlhf.control.policies import Networks
 from minirlhf.control.rollout import Trajectory
-from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.control.run import Callback, ControlConfig, Result, Run
 from minirlhf.losses import policy_gradient_loss, value_loss
 from minirlhf.returns import discounted_returns, explained_variance, masked_mean, masked_var
+from minirlhf.settings import Count, Positive
 
 
 @dataclass(frozen=True)
 class ReinforceConfig(ControlConfig):
     """REINFORCE; an update is made of `num_envs` whole episodes."""
 
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Learning rate of the policy."""
     weigh_by_gamma_t: bool = False
     """Weigh step t by gamma^t, as the discounted objective asks to the letter."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.above(0, "lr")
 
 
 @dataclass(frozen=True)
 class BaselineConfig(ReinforceConfig):
     """REINFORCE with a learned baseline."""
 
-    value_lr: float = 3e-3
+    value_lr: Positive = 3e-3
     """Learning rate of the value network."""
-    value_updates: int = 10
+    value_updates: Count = 10
     """Gradient steps of the value network on each batch of episodes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.above(0, "value_lr")
-        self.at_least(1, "value_updates")
 
 
 def train_reinforce(
@@ -78,7 +71,7 @@ def train_reinforce(
     config = config or ReinforceConfig()
     run = Run("reinforce", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy = run.networks.policy
-    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
 
     for _ in run.iterations():
         episodes = run.collector.collect_episodes(policy)
@@ -87,10 +80,10 @@ def train_reinforce(
 
         logprobs, entropy = policy.logprobs_and_entropy(policy(episodes.observations), episodes.actions)
         loss = policy_gradient_loss(logprobs, weights, episodes.mask, denominator=config.num_envs)
-        run.check_finite(policy=loss)
+        run.check_finite(loss)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
 
         run.log(
@@ -126,8 +119,8 @@ def train_reinforce_with_baseline(
     config = config or BaselineConfig()
     run = Run("baseline", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy, values = run.networks
-    optimizer = adam(policy.parameters(), config.lr, config.adam_eps)
-    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
+    value_optimizer = torch.optim.Adam(values.parameters(), config.value_lr, eps=config.adam_eps, fused=True)
 
     for _ in run.iterations():
         episodes = run.collector.collect_episodes(policy)
@@ -140,18 +133,18 @@ def train_reinforce_with_baseline(
 
         logprobs, entropy = policy.logprobs_and_entropy(policy(episodes.observations), episodes.actions)
         loss = policy_gradient_loss(logprobs, weights, episodes.mask, denominator=config.num_envs)
-        run.check_finite(policy=loss)
+        run.check_finite(loss)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
 
         for _ in range(config.value_updates):  # v learns after it has judged: a baseline may not look at its own action
             error = value_loss(values(episodes.observations), returns, episodes.mask)
-            run.check_finite(value=error)
+            run.check_finite(error)
             value_optimizer.zero_grad()
             error.backward()
-            clip_gradients(values.parameters(), config.max_grad_norm)
+            nn.utils.clip_grad_norm_(values.parameters(), config.max_grad_norm)
             value_optimizer.step()
 
         run.log(

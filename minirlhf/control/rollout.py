@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.control.policies import Environment, Policy, ValueNetwork
-from minirlhf.errors import TrainingError, UserError
+from minirlhf.control.environments import to_environment
+from minirlhf.control.policies import Policy, ValueNetwork
+from minirlhf.errors import TrainingError
 from minirlhf.training import generator_for
 
 
@@ -80,56 +81,15 @@ class Trajectory(NamedTuple):
         return Values(values[:, :-1], values[:, -1], torch.where(self.truncated, values[:, 1:], 0.0))
 
 
-def make_envs(env: Environment, num_envs: int) -> Any:
-    """A gymnasium VectorEnv of `num_envs` environments: the native one where there is one (CartPole-v1), else sync.
-
-    Raises:
-        UserError: gymnasium is missing or does not know the environment, or it does not reset on the next step.
-    """
-    try:
-        import gymnasium
-        from gymnasium.vector import AutoresetMode
-    except ModuleNotFoundError as error:
-        raise UserError('gymnasium is not installed: pip install "minirlhf[course]"') from error
-
-    if callable(env):
-        envs = env(num_envs)
-    else:
-        try:
-            envs = gymnasium.make_vec(env, num_envs=num_envs)
-        except gymnasium.error.Error as error:
-            raise UserError(f"gymnasium can't make the environment {env!r}: {error}") from error
-    mode = envs.metadata.get("autoreset_mode")
-    if mode != AutoresetMode.NEXT_STEP:
-        raise UserError(f"the vector environment must reset on the next step (AutoresetMode.NEXT_STEP), not {mode}")
-    if envs.num_envs != num_envs:
-        raise UserError(f"{num_envs} environments were asked for, but the vector environment has {envs.num_envs}")
-    return envs
-
-
-def to_environment(actions: Tensor, space: Any) -> np.ndarray:
-    """A policy's actions as the environment takes them: continuous ones from [-1, 1] to the space's bounds, clipped.
-
-    Where a bound is infinite there is no unit to scale by, and actions stay as they are.
-    """
-    played = actions.numpy()
-    if not hasattr(space, "low"):
-        return played
-    low, high = space.low, space.high
-    bounded = np.isfinite(low) & np.isfinite(high)
-    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-    inside = np.where(bounded, np.clip(played, -1.0, 1.0), played)
-    return (low + (inside + 1.0) * 0.5 * (high - low)).astype(space.dtype)
-
-
 class Collector:
     """Plays a policy and remembers where each environment stands.
 
     Args:
-        envs: from `make_envs`.
+        envs: from `environments.make_envs`.
         seed: of the environments and of the sampled actions.
 
     Example:
+        >>> from minirlhf.control.environments import make_envs
         >>> from minirlhf.control.policies import make_networks
         >>> policy, _ = make_networks("CartPole-v1")
         >>> collector = Collector(make_envs("CartPole-v1", 4), seed=0)

@@ -18,45 +18,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from minirlhf.control.policies import Environment, Networks, Policy
-from minirlhf.control.run import Callback, ControlConfig, Result, Run, adam, clip_gradients
+from minirlhf.control.environments import Environment
+from minirlhf.control.policies import Networks, Policy
+from minirlhf.control.run import SHORTEST, Callback, ControlConfig, Result, Run
 from minirlhf.losses import clipped_surrogate, value_loss
 from minirlhf.returns import explained_variance, gae, whiten
+from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class TRPOConfig(ControlConfig):
     """TRPO; an update is `num_envs` times `rollout_steps` steps."""
 
-    rollout_steps: int = 128
+    rollout_steps: Annotated[int, SHORTEST] = 128
     """T, columns played before each update."""
-    max_kl: float = 0.01
+    max_kl: Positive = 0.01
     """The bound on the mean KL(old || new) of an update, in nats."""
-    cg_iterations: int = 10
+    cg_iterations: Count = 10
     """Steps of conjugate gradient."""
-    cg_damping: float = 0.1
+    cg_damping: NotNegative = 0.1
     """Added to F's diagonal, so that a nearly flat direction gives no endless step."""
-    backtracks: int = 10
+    backtracks: CountOrZero = 10
     """Halvings of the line search before the update is given up."""
-    value_lr: float = 3e-3
+    value_lr: Positive = 3e-3
     """Learning rate of the value network."""
-    value_updates: int = 20
+    value_updates: Count = 20
     """Gradient steps of the value network on each batch."""
-    lam: float = 0.95
+    lam: Fraction = 0.95
     """GAE's lambda."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "cg_iterations", "value_updates")
-        self.long_enough(self.rollout_steps)
-        self.at_least(0, "cg_damping", "backtracks")
-        self.above(0, "max_kl", "value_lr")
-        self.within(0, 1, "lam")
 
 
 def train_trpo(
@@ -80,34 +75,32 @@ def train_trpo(
     config = config or TRPOConfig()
     run = Run("trpo", env, config, seed=seed, networks=networks, progress=progress, callback=callback)
     policy, values = run.networks
-    value_optimizer = adam(values.parameters(), config.value_lr, config.adam_eps)
+    value_optimizer = torch.optim.Adam(values.parameters(), config.value_lr, eps=config.adam_eps, fused=True)
 
     for _ in run.iterations():
         trajectory = run.collector.collect(policy, config.rollout_steps)
         old = trajectory.estimate(values)
         advantages, returns = gae(
             trajectory.rewards,
-            old.values,
-            trajectory.ends,
+            ends=trajectory.ends,
+            mask=trajectory.mask,
             gamma=config.gamma,
             lam=config.lam,
-            last_values=old.last_values,
-            truncated_values=old.truncated_values,
-            mask=trajectory.mask,
+            **old._asdict(),  # values, last_values, truncated_values
         )
         mask = trajectory.mask
         observations, actions = trajectory.observations[mask], trajectory.actions[mask]
         advantages, returns, old_values = whiten(advantages[mask]), returns[mask], old.values[mask]
 
         metrics = trust_region_step(policy, observations, actions, advantages, config)
-        run.check_finite(surrogate=metrics["policy/loss"])
+        run.check_finite(metrics["policy/loss"])
 
         for _ in range(config.value_updates):
             error = value_loss(values(observations), returns)
-            run.check_finite(value=error)
+            run.check_finite(error)
             value_optimizer.zero_grad()
             error.backward()
-            clip_gradients(values.parameters(), config.max_grad_norm)
+            nn.utils.clip_grad_norm_(values.parameters(), config.max_grad_norm)
             value_optimizer.step()
         run.log(metrics | {"value/loss": error, "value/explained_variance": explained_variance(old_values, returns)})
     return run.result()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison
-from minirlhf.errors import check_ranges
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.models import real_response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
+from minirlhf.settings import Count, Positive, Settings
 from minirlhf.training import generator_for, micro_batches
 
 if TYPE_CHECKING:
@@ -26,26 +26,22 @@ CONFIDENCE = 1.96  # standard errors in a 95 % interval
 CALIBRATION_BINS = 10
 
 
-@dataclass
-class EvaluationConfig:
+@dataclass(frozen=True)
+class EvaluationConfig(Settings, option="evaluation"):
     """How the finished models are measured."""
 
-    prompts: int = 800
+    prompts: Count = 800
     """Held-out prompts to answer (fewer where the folder has fewer; one that occurs twice is answered twice)."""
-    temperature: float = 1.0
-    """Of sampling; 1 measures the policy that was trained."""
-    max_response_tokens: int = 40
+    temperature: Positive = 1.0
+    """Temperature of sampling; 1 measures the policy that was trained."""
+    max_response_tokens: Count = 40
     """Answers are cut after so many tokens."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Prompts answered at once."""
-    corpus_blocks: int = 200
+    corpus_blocks: Count = 200
     """Blocks of held-out text for the corpus loss, at most."""
-    examples: int = 16
+    examples: Count = 16
     """Prompts shown with every model's answer in the report."""
-
-    def __post_init__(self) -> None:
-        counts = ("prompts", "max_response_tokens", "batch_size", "corpus_blocks", "examples")
-        check_ranges(self, "evaluation", counts=counts, positive=("temperature",))
 
 
 class Answers(NamedTuple):

@@ -13,15 +13,16 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from minirlhf.errors import CheckpointError, UserError, check_ranges
+from minirlhf.errors import CheckpointError
 from minirlhf.language.packed import can_pack, hidden_states, pack
 from minirlhf.language.surprise import ScalarModel, add_empty_surprise, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
+from minirlhf.settings import Count, Positive, Settings, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,32 +30,27 @@ if TYPE_CHECKING:
 BYTES = 256  # every byte-level BPE has a token for each
 
 
-@dataclass
-class ModelConfig:
+@dataclass(frozen=True)
+class ModelConfig(Settings, option="model_size"):
     """The tiny Llama-style base model that is trained where no pretrained one is given."""
 
-    hidden_size: int = 96
+    hidden_size: Count = 96
     """Width of the model; a multiple of heads."""
-    layers: int = 4
+    layers: Count = 4
     """Number of transformer blocks."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads a block."""
-    intermediate_size: int = 256
+    intermediate_size: Count = 256
     """Width of the feed-forward layer."""
-    init_std: float = 0.05
+    init_std: Positive = 0.05
     """Standard deviation of the initial weights; the usual 0.02 is meant for models ten times as wide."""
-    vocab_size: int = 2048
+    vocab_size: Annotated[int, whole(BYTES + 2)] = 2048  # with <pad> and <eos>
     """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "layers", "heads", "intermediate_size")
-        check_ranges(self, "model_size", counts=sizes, positive=("init_std",))
-        check_ranges(self, "model_size", counts=("vocab_size",), least=BYTES + 2)  # with <pad> and <eos>
-        if self.hidden_size % (2 * self.heads):
-            raise UserError(
-                f"--model-size.hidden-size {self.hidden_size}: must be a multiple of 2 x --model-size.heads "
-                f"({2 * self.heads})"
-            )
+        super().__post_init__()
+        fits = self.hidden_size % (2 * self.heads) == 0
+        self.require(fits, "hidden_size", f"must be a multiple of 2 x --model-size.heads ({2 * self.heads})")
 
 
 def tiny_llama(

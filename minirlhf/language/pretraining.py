@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
-from minirlhf.errors import check_ranges
 from minirlhf.language.models import response_logprobs
+from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings, whole
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -26,37 +26,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass
-class PretrainingConfig:
+@dataclass(frozen=True)
+class PretrainingConfig(Settings, option="base"):
     """The base model's training."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Blocks a step."""
-    block_length: int = 64
+    block_length: Annotated[int, whole(2)] = 64  # the first token of a block predicts, the last is predicted
     """Tokens a block."""
-    lr: float = 4e-3
+    lr: NotNegative = 4e-3
     """Peak learning rate (cosine, to a tenth)."""
-    warmup: int = 20
+    warmup: CountOrZero = 20
     """Steps of linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's decay of matrices."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "base",
-            counts=("steps", "batch_size"),
-            positive=("max_grad_norm",),
-            not_negative=("lr", "weight_decay"),
-        )
-        check_ranges(self, "base", counts=("warmup",), least=0)
-        check_ranges(
-            self, "base", counts=("block_length",), least=2
-        )  # the first token of a block predicts, the last is predicted
 
 
 def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:

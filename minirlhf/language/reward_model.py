@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
-from minirlhf.errors import UserError, check_ranges
+from minirlhf.errors import UserError
 from minirlhf.language.models import answer_scores, context_of, pad, scalar_model_from
 from minirlhf.language.surprise import add_surprise
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
+from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -78,37 +79,27 @@ def scores_tensor(returned: object, count: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-@dataclass
-class RewardModelConfig:
+@dataclass(frozen=True)
+class RewardModelConfig(Settings, option="reward_model"):
     """The reward model's training."""
 
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the comparisons; more than one over-fits."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts a step, each with all its answers."""
-    lr: float = 1e-3
+    lr: NotNegative = 1e-3
     """Peak learning rate (cosine, to a tenth)."""
-    warmup: int = 10
+    warmup: CountOrZero = 10
     """Steps of linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's decay of matrices."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     surprise: bool = False
     """Let the score depend on the log-probabilities that the model itself gives the answer's tokens (InstructGPT's
     does not; see language/surprise.py)."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Count = 8192
     """Padded tokens a forward pass: memory, not mathematics."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "reward_model",
-            counts=("batch_size", "micro_batch_tokens"),
-            positive=("epochs", "max_grad_norm"),
-            not_negative=("lr", "weight_decay"),
-        )
-        check_ranges(self, "reward_model", counts=("warmup",), least=0)
 
 
 def train_reward_model(

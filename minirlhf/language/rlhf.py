@@ -18,15 +18,16 @@ implementation details of RLHF with PPO". Left out: rollouts on other machines, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minirlhf.errors import TrainingError, UserError, check_ranges
+from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.models import clone, response_logprobs, response_logprobs_and_entropy, token_values
@@ -35,94 +36,97 @@ from minirlhf.language.reward_model import RewardFunction, scores_tensor
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
-from minirlhf.training import Recorder, adamw, epoch_batch, generator_for, micro_batches, set_learning_rate
+from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, PositiveOrInf, PPOSettings
+from minirlhf.training import (
+    Recorder,
+    adamw,
+    epoch_batch,
+    generator_for,
+    learning_rate_factor,
+    micro_batches,
+    set_learning_rate,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WORST = ("policy/ratio_max", "policy/ratio_error")  # logged as the largest of a step; all else as the mean
 
 Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, float]]
 """Called with prompts, responses and whether each ended; what it returns is logged and never trained on."""
 
 
-@dataclass
-class RLHFConfig:
+@dataclass(frozen=True, kw_only=True)
+class RLHFConfig(PPOSettings, option="rlhf"):
     """PPO with a KL penalty."""
 
-    steps: int = 70
+    steps: Count = 70
     """PPO steps; each samples one batch."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Answers sampled a step."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over each batch (as InstructGPT: fresh answers teach more than a second look)."""
-    minibatches: int = 2
-    """Optimizer steps a pass."""
-    lr: float = 4e-4
+    minibatch_size: Count = 64
+    """Answers in each optimizer step; divides batch_size."""
+    lr: NotNegative = 4e-4
     """Peak learning rate of the policy (linear, to a tenth)."""
-    value_lr: float = 1e-3
+    value_lr: NotNegative = 1e-3
     """Peak learning rate of the value network (linear, to a tenth)."""
-    warmup: int = 5
+    warmup: CountOrZero = 5
     """Steps of linear warm-up, so that the value network is useful before the policy moves."""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """KL coefficient (InstructGPT: 0.02)."""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """Steer beta so that an answer's KL stays near so many nats; None keeps beta fixed."""
-    kl_horizon: float = 10_000.0
+    kl_horizon: Positive = 10_000.0
     """Episodes over which beta is steered."""
-    clip_range: float = 0.2
-    """Probability ratios are clipped to 1 ± this."""
-    value_clip_range: float | None = 0.2
+    value_clip_range: Positive | None = 0.2
     """Values are clipped to the old ones ± this; None for no clip."""
-    gamma: float = 1.0
+    gamma: Fraction = 1.0
     """Discount (InstructGPT: none)."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    whiten_advantages: bool = True
-    """Bring each batch's advantages to mean 0 and variance 1."""
-    temperature: float = 1.0
-    """Of sampling; log-probs are those of the same distribution."""
-    max_response_tokens: int = 40
+    temperature: Positive = 1.0
+    """Temperature of sampling; log-probs are those of the same distribution."""
+    max_response_tokens: Count = 40
     """Answers are cut after so many tokens."""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """Taken off the score of an answer that did not end."""
-    ptx_coef: float = 0.0
+    ptx_coef: NotNegative = 0.0
     """Weight of the pretraining loss in the policy's gradient (InstructGPT: 27.8); 0 for plain PPO."""
-    ptx_batch_size: int = 8
+    ptx_batch_size: Count = 8
     """Corpus blocks mixed into each optimizer step."""
-    ema_decay: float | None = None
+    ema_decay: Fraction | None = None
     """Return a moving average of the policy's weights (InstructGPT: 0.992); None for the last weights."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm, policy and value apart."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon."""
-    micro_batch_tokens: int = 4096
+    max_grad_norm: PositiveOrInf = 1.0
+    """Gradients are clipped to this norm, policy and value apart; inf for no clip."""
+    micro_batch_tokens: Count = 4096
     """Padded tokens a forward pass: memory and speed, not mathematics."""
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "rlhf",
-            counts=(
-                "steps",
-                "batch_size",
-                "epochs",
-                "minibatches",
-                "max_response_tokens",
-                "ptx_batch_size",
-                "micro_batch_tokens",
-            ),
-            positive=("target_kl", "kl_horizon", "clip_range", "value_clip_range", "temperature", "max_grad_norm"),
-            not_negative=("lr", "value_lr", "beta", "entropy_coef", "missing_eos_penalty", "ptx_coef", "adam_eps"),
-            fractions=("gamma", "lam", "ema_decay"),
-        )
-        check_ranges(self, "rlhf", counts=("warmup",), least=0)
-        if self.batch_size % self.minibatches:
-            raise UserError(
-                f"--rlhf.batch-size {self.batch_size}: must be a multiple of --rlhf.minibatches {self.minibatches}"
-            )
+        super().__post_init__()
+        fits = self.batch_size % self.minibatch_size == 0
+        self.require(fits, "batch_size", f"must be a multiple of --rlhf.minibatch-size {self.minibatch_size}")
+
+
+@dataclass
+class Learners:
+    """The two models that learn, each with its optimizer."""
+
+    policy: PreTrainedModel
+    value_model: PreTrainedModel
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+
+    def zero_grad(self) -> None:
+        self.policy_optimizer.zero_grad()
+        self.value_optimizer.zero_grad()
+
+    def step(self, max_grad_norm: float) -> dict[str, float]:
+        """Clip the two gradients, each to its own norm, and take a step; returns the norms before."""
+        norms = {
+            "policy/grad_norm": float(nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)),
+            "value/grad_norm": float(nn.utils.clip_grad_norm_(self.value_model.parameters(), max_grad_norm)),
+        }
+        self.policy_optimizer.step()
+        self.value_optimizer.step()
+        return norms
 
 
 class Experience(NamedTuple):
@@ -188,23 +192,27 @@ def train_rlhf(
         raise UserError("ptx_coef > 0 mixes in pretraining text: give corpus_blocks")
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
     encoded = encode_prompts(tokenizer, prompts)
-    policy_optimizer = adamw(policy, config.lr, betas=(0.9, 0.95), eps=config.adam_eps)
-    value_optimizer = adamw(value_model, config.value_lr, betas=(0.9, 0.95), eps=config.adam_eps)
-    if config.target_kl is None:
-        controller = FixedKLController(config.beta)
-    else:
+    learners = Learners(
+        policy,
+        value_model,
+        adamw(policy, config.lr, eps=config.adam_eps),
+        adamw(value_model, config.value_lr, eps=config.adam_eps),
+    )
+    controller = FixedKLController(config.beta)
+    if config.target_kl is not None:
         controller = AdaptiveKLController(config.beta, target=config.target_kl, horizon=config.kl_horizon)
     average = clone(policy).eval() if config.ema_decay is not None else None
     models = {"policy": policy, "value": value_model} | ({"average": average} if average is not None else {})
-    recorder.track(models, {"policy": policy_optimizer, "value": value_optimizer}, {"kl": controller})
+    optimizers = {"policy": learners.policy_optimizer, "value": learners.value_optimizer}
+    recorder.track(models, optimizers, {"kl": controller})
     for model in (policy, value_model, reference):
         model.eval()  # dropout would make the first ratio differ from 1
 
     for step in recorder.steps(config.steps):
         began = time.monotonic()
-        factor = _factor(step, config)
-        set_learning_rate(policy_optimizer, config.lr * factor)
-        set_learning_rate(value_optimizer, config.value_lr * factor)
+        factor = learning_rate_factor(step, config.steps, config.warmup, shape="linear")
+        set_learning_rate(learners.policy_optimizer, config.lr * factor)
+        set_learning_rate(learners.value_optimizer, config.value_lr * factor)
 
         rows = epoch_batch(len(prompts), config.batch_size, step, seed, "rlhf/prompts")
         samples = sample(
@@ -218,25 +226,16 @@ def train_rlhf(
         )
         texts = [prompts[row] for row in rows]
         responses = decode(tokenizer, samples.responses())
-        scores = _scores(reward, texts, responses, samples.ended, config, recorder, step)
+        scores = _scores(reward, texts, responses, f"{recorder.name}: step {step}")
+        scores = (scores - config.missing_eos_penalty * (~samples.ended.cpu()).float()).to(policy.device)
         experience = _experience(samples, scores, value_model, reference, controller.beta, config)
         sampled = time.monotonic()
 
-        metrics = _update(
-            policy,
-            value_model,
-            experience,
-            policy_optimizer,
-            value_optimizer,
-            config,
-            corpus_blocks,
-            seed,
-            recorder,
-            step,
-        )
+        updates = _updates(config, seed, step, corpus_blocks)
+        metrics = _update(learners, experience, updates, config, recorder)
         if average is not None and config.ema_decay is not None:
             _average(average, policy, config.ema_decay)
-        measured = _measure(experience, controller.beta, config)
+        measured = _measure(experience, controller.beta)
         controller.update(kl=measured["objective/kl"], episodes=config.batch_size)
         if monitor is not None:
             measured |= monitor(texts, responses, samples.ended.tolist())
@@ -256,30 +255,15 @@ def train_rlhf(
     return (average if average is not None else policy).eval()
 
 
-def _factor(step: int, config: RLHFConfig) -> float:
-    """Warm-up, then a line down to a tenth of the peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 1.0 - 0.9 * (step - config.warmup) / max(1, config.steps - config.warmup)
-
-
-def _scores(
-    reward: RewardFunction,
-    prompts: list[str],
-    responses: list[str],
-    ended: Tensor,
-    config: RLHFConfig,
-    recorder: Recorder,
-    step: int,
-) -> Tensor:
+def _scores(reward: RewardFunction, prompts: list[str], responses: list[str], where: str) -> Tensor:
+    """What the reward says of each answer: [B] float32 on the CPU, all finite."""
     scores = scores_tensor(reward(prompts, responses), len(prompts))
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
+    for i in (~scores.isfinite()).nonzero().flatten().tolist():
         raise TrainingError(
-            f"{recorder.name}: the reward returned {float(scores[bad[0]])} at step {step} for the prompt "
-            f"{prompts[bad[0]]!r} and the response {responses[bad[0]]!r}; it must return finite numbers"
+            f"{where}: the reward returned {float(scores[i])} for the prompt {prompts[i]!r} and the response "
+            f"{responses[i]!r}; it must return finite numbers"
         )
-    return (scores - config.missing_eos_penalty * (~ended.cpu()).float()).to(ended.device)
+    return scores
 
 
 @torch.no_grad()
@@ -326,81 +310,90 @@ def _groups(samples: Samples, index: Tensor, config: RLHFConfig) -> list[Tensor]
     return [index[group] for group in micro_batches(lengths, config.micro_batch_tokens)]
 
 
-def _update(
-    policy: PreTrainedModel,
-    value_model: PreTrainedModel,
-    experience: Experience,
-    policy_optimizer: torch.optim.Optimizer,
-    value_optimizer: torch.optim.Optimizer,
-    config: RLHFConfig,
-    corpus_blocks: Tensor | None,
-    seed: int,
-    recorder: Recorder,
-    step: int,
-) -> dict[str, float]:
-    """A few epochs of minibatches. Every loss is divided by the token count of its whole minibatch."""
-    sums: dict[str, float] = {}
-    first: dict[str, float] = {}
-    updates = config.epochs * config.minibatches
-    for update in range(updates):
-        epoch, place = divmod(update, config.minibatches)
+class Update(NamedTuple):
+    """What one optimizer step learns from."""
+
+    rows: Tensor
+    """int64, the rows of the batch."""
+    blocks: Tensor | None
+    """[b, L] int64 text of the corpus for PPO-ptx, or None."""
+
+
+def _updates(config: RLHFConfig, seed: int, step: int, corpus_blocks: Tensor | None) -> Iterator[Update]:
+    """The optimizer steps of a PPO step: a few epochs, each cut into minibatches."""
+    per_epoch = config.batch_size // config.minibatch_size
+    first = step * config.epochs * per_epoch  # optimizer steps before this PPO step
+    for epoch in range(config.epochs):
         order = torch.randperm(config.batch_size, generator=generator_for(seed, "rlhf/minibatch", step, epoch))
-        index = order.chunk(config.minibatches)[place]
-        counted = float(experience.samples.response_mask[index].sum())
-        policy_optimizer.zero_grad()
-        value_optimizer.zero_grad()
-        totals: dict[str, float] = {"policy/ratio_error": 0.0}
-        for group in _groups(experience.samples, index, config):
-            part = experience.rows(group)
-            samples = part.samples
-            logprobs, entropy = response_logprobs_and_entropy(
-                policy, samples.tokens, samples.mask, samples.response_mask, config.temperature
-            )
-            loss, metrics = ppo_loss(
-                logprobs,
-                samples.logprobs,
-                part.advantages,
-                samples.response_mask,
-                values=_response_values(value_model, samples),
-                old_values=part.old_values,
-                returns=part.returns,
-                entropy=entropy,
-                clip_range=config.clip_range,
-                value_clip_range=config.value_clip_range,
-                value_coef=1.0,  # the two networks share nothing, so the value's weight is its learning rate
-                entropy_coef=config.entropy_coef,
-                denominator=counted,
-            )
+        for place, rows in enumerate(order.split(config.minibatch_size)):
+            blocks = None
+            if config.ptx_coef > 0 and corpus_blocks is not None:
+                number = first + epoch * per_epoch + place
+                chosen = epoch_batch(len(corpus_blocks), config.ptx_batch_size, number, seed, "rlhf/ptx")
+                blocks = corpus_blocks[chosen]
+            yield Update(rows, blocks)
+
+
+def _update(
+    learners: Learners, experience: Experience, updates: Iterable[Update], config: RLHFConfig, recorder: Recorder
+) -> dict[str, float]:
+    """Clipped updates on minibatches. Every loss is divided by the response tokens of its whole minibatch."""
+    rows: list[dict[str, float]] = []
+    for update in updates:
+        learners.zero_grad()
+        counted = float(experience.samples.response_mask[update.rows].sum())
+        parts = []
+        for group in _groups(experience.samples, update.rows, config):
+            loss, metrics = _loss(learners, experience.rows(group), config, counted)
             recorder.check_finite(
                 loss, f"rows {group[:4].tolist()}... of the batch", "lower --rlhf.lr or raise --rlhf.beta"
             )
             loss.backward()
-            error = ((logprobs.detach() - samples.logprobs).exp() - 1).abs()
-            totals["policy/ratio_error"] = max(totals["policy/ratio_error"], float(error.max()))
-            for key, metric in metrics.items():
-                old = totals.get(key, 0.0)
-                totals[key] = max(old, float(metric)) if key == "policy/ratio_max" else old + float(metric)
-        if config.ptx_coef > 0 and corpus_blocks is not None:
+            parts.append({key: float(value) for key, value in metrics.items()})
+        row = _together(parts)
+        if update.blocks is not None:
             # PPO-ptx: the pretraining gradient is added to PPO's before the one optimizer step.
-            rows = epoch_batch(len(corpus_blocks), config.ptx_batch_size, step * updates + update, seed, "rlhf/ptx")
-            ptx_loss = language_model_loss(policy, corpus_blocks[rows].to(policy.device))
-            recorder.check_finite(ptx_loss, f"corpus blocks {rows[:4]}...", "lower --rlhf.ptx-coef")
+            ptx_loss = language_model_loss(learners.policy, update.blocks.to(learners.policy.device))
+            recorder.check_finite(ptx_loss, "corpus blocks of PPO-ptx", "lower --rlhf.ptx-coef")
             (config.ptx_coef * ptx_loss).backward()
-            totals["policy/ptx_loss"] = float(ptx_loss.detach())
-        totals["policy/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-        totals["value/grad_norm"] = float(
-            torch.nn.utils.clip_grad_norm_(value_model.parameters(), config.max_grad_norm)
-        )
-        policy_optimizer.step()
-        value_optimizer.step()
-        if update == 0:
-            # Nothing has moved yet: the ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
-            names = ("policy/ratio_error", "policy/approx_kl", "policy/clip_fraction")
-            first = {key.replace("policy/", "policy/first_"): totals[key] for key in names}
-        for key, total in totals.items():
-            old = sums.get(key, 0.0)
-            sums[key] = max(old, total) if key in WORST else old + total / updates
-    return sums | first
+            row["policy/ptx_loss"] = float(ptx_loss.detach())
+        rows.append(row | learners.step(config.max_grad_norm))
+    # Nothing has moved before the first: the ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
+    names = ("ratio_error", "approx_kl", "clip_fraction")
+    return _together(rows, len(rows)) | {f"policy/first_{name}": rows[0][f"policy/{name}"] for name in names}
+
+
+def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss on a few rows, divided by the count of tokens of the whole minibatch; and its metrics."""
+    samples = part.samples
+    logprobs, entropy = response_logprobs_and_entropy(
+        learners.policy, samples.tokens, samples.mask, samples.response_mask, config.temperature
+    )
+    loss, metrics = ppo_loss(
+        logprobs,
+        samples.logprobs,
+        part.advantages,
+        samples.response_mask,
+        values=_response_values(learners.value_model, samples),
+        old_values=part.old_values,
+        returns=part.returns,
+        entropy=entropy,
+        clip_range=config.clip_range or math.inf,
+        value_clip_range=config.value_clip_range,
+        value_coef=1.0,  # the two networks share nothing, so the value's weight is its learning rate
+        entropy_coef=config.entropy_coef,
+        denominator=counted,
+    )
+    return loss, metrics | {"policy/ratio_error": ((logprobs.detach() - samples.logprobs).exp() - 1).abs().max()}
+
+
+def _together(rows: list[dict[str, float]], divisor: int = 1) -> dict[str, float]:
+    """The sum of each metric divided by `divisor`; of the ratio's largest values the largest."""
+    worst = ("policy/ratio_max", "policy/ratio_error")
+    return {
+        key: max(row[key] for row in rows) if key in worst else sum(row[key] for row in rows) / divisor
+        for key in rows[0]
+    }
 
 
 @torch.no_grad()
@@ -409,7 +402,7 @@ def _average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) ->
         own.lerp_(weight, 1 - decay)
 
 
-def _measure(experience: Experience, beta: float, config: RLHFConfig) -> dict[str, float]:
+def _measure(experience: Experience, beta: float) -> dict[str, float]:
     samples = experience.samples
     kl = (samples.logprobs - experience.ref_logprobs).sum(dim=1)  # both are 0 where the mask is False
     return {

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from minirlhf.data import Demonstration
-from minirlhf.errors import check_ranges
 from minirlhf.language.models import pad, response_logprobs
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import sft_loss
+from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -30,34 +30,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass
-class SFTConfig:
+@dataclass(frozen=True)
+class SFTConfig(Settings, option="sft"):
     """Supervised fine-tuning."""
 
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the demonstrations."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Demonstrations a step."""
-    lr: float = 2e-3
+    lr: NotNegative = 2e-3
     """Peak learning rate (cosine, to a tenth)."""
-    warmup: int = 5
+    warmup: CountOrZero = 5
     """Steps of linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """AdamW's decay of matrices."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: Count = 4096
     """Padded tokens a forward pass: memory and speed, not mathematics."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "sft",
-            counts=("batch_size", "micro_batch_tokens"),
-            positive=("epochs", "max_grad_norm"),
-            not_negative=("lr", "weight_decay"),
-        )
-        check_ranges(self, "sft", counts=("warmup",), least=0)
 
 
 def train_sft(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.control import ppo
-from minirlhf.control.policies import Environment
+from minirlhf.control.environments import Environment
 from minirlhf.control.ppo import PPOConfig, train_ppo
 from minirlhf.control.run import Result
 from minirlhf.errors import UserError

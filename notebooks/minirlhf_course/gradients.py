@@ -35,7 +35,8 @@ def episode_gradients(policy: Policy, episodes: Trajectory, weights: Tensor) -> 
 
     Example:
         >>> from minirlhf.control.policies import make_networks
-        >>> from minirlhf.control.rollout import Collector, make_envs
+        >>> from minirlhf.control.environments import make_envs
+        >>> from minirlhf.control.rollout import Collector
         >>> policy, _ = make_networks("CartPole-v1")
         >>> episodes = Collector(make_envs("CartPole-v1", 3), seed=0).collect_episodes(policy)
         >>> episode_gradients(policy, episodes, episodes.rewards).shape

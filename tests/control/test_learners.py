@@ -133,7 +133,7 @@ OTHER = {
     "entropy_coef": 0.1,
     "rollout_steps": 24,
     "lam": 0.1,
-    "normalize_advantages": False,
+    "whiten_advantages": False,
     "max_kl": 1e-4,
     "cg_iterations": 1,
     "cg_damping": 10.0,
@@ -197,7 +197,7 @@ def test_a2c_looks_as_many_steps_ahead_as_it_is_told():
         (lambda: ReinforceConfig(num_envs=0), "num_envs must be at least 1"),
         (lambda: BaselineConfig(value_updates=0), "value_updates must be at least 1"),
         (lambda: ActorCriticConfig(entropy_coef=-1.0), "entropy_coef must be at least 0"),
-        (lambda: PPOConfig(minibatch_size=2), "minibatch_size must be at least 3, or normalize_advantages False"),
+        (lambda: PPOConfig(minibatch_size=2), "minibatch_size must be at least 3, or whiten_advantages False"),
         (lambda: PPOConfig(rollout_steps=2), "PPOConfig: rollout_steps must be at least 3, not 2"),
         (lambda: A2CConfig(rollout_steps=1), "A2CConfig: rollout_steps must be at least 3, not 1; train_actor_critic"),
         (lambda: TRPOConfig(rollout_steps=0), "TRPOConfig: rollout_steps must be at least 3, not 0"),
@@ -237,7 +237,8 @@ def test_a_shared_trunk_is_refused_where_each_network_has_an_optimizer(name):
 def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class):
     """One environment and plain arithmetic: delta, the two gradients, and I, through an end of each kind."""
     import minirlhf.control.actor_critic as module
-    from minirlhf.control.rollout import Collector, make_envs
+    from minirlhf.control.environments import make_envs
+    from minirlhf.control.rollout import Collector
 
     def env(n):
         from gymnasium.vector import SyncVectorEnv

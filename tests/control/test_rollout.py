@@ -6,8 +6,9 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from minirlhf.control.environments import make_envs, to_environment
 from minirlhf.control.policies import make_networks
-from minirlhf.control.rollout import Collector, make_envs, to_environment
+from minirlhf.control.rollout import Collector
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.returns import discounted_returns, gae
 

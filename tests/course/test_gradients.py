@@ -6,8 +6,9 @@ import pytest
 import torch
 from minirlhf_course.gradients import episode_gradients
 
+from minirlhf.control.environments import make_envs
 from minirlhf.control.policies import make_networks
-from minirlhf.control.rollout import Collector, Trajectory, make_envs
+from minirlhf.control.rollout import Collector, Trajectory
 from minirlhf.errors import UserError
 from minirlhf.losses import policy_gradient_loss
 from minirlhf.returns import discounted_returns
