@@ -102,7 +102,7 @@ class PPOSettings(Settings):
     epochs: Count
     """K, passes over each batch."""
     minibatch_size: Count
-    """M, rows in each gradient: steps in control, answers in language."""
+    """M, rows in each gradient, at most: an epoch is cut into equal parts."""
     lr: NotNegative
     """Peak learning rate of the policy."""
     gamma: Fraction

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minirlhf.checkpoints import STATE, load_state, save_model, save_state, verify_model
 from minirlhf.data import Comparison, Demonstration
-from minirlhf.errors import CheckpointError, TrainingError
+from minirlhf.errors import CheckpointError, TrainingError, UserError
 from minirlhf.language.models import clone, scalar_model_from
 from minirlhf.language.pretraining import PretrainingConfig, train_base
 from minirlhf.language.reward_model import RewardModelConfig, train_reward_model
@@ -466,13 +466,31 @@ def test_seconds_count_the_whole_step_over_all_sessions(tmp_path: Path, monkeypa
     assert last.lap() == last.seconds == 11.0 + 5.0 + 20.0 + 2.0 + 20.0
 
 
-def test_tensorboard_events_are_written(tmp_path) -> None:
+def test_tensorboard_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recorder = Recorder("x", tmp_path, progress=False)
+    recorder = Recorder("x", tmp_path, progress=False, tensorboard=True)
     recorder.track({}, {})
     for step in recorder.steps(3):
         recorder.log({"x/a": float(step)})
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("x/a")] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'tensorboard is not installed: pip install "minirlhf\[tensorboard\]"'):
+        Recorder("x", tensorboard=True)
+    plain = Recorder("y", tmp_path / "plain", progress=False)
+    plain.track({}, {})
+    for _ in plain.steps(1):
+        plain.log({"y/a": 0.0})
+    assert sorted(file.name for file in plain.folder.iterdir()) == ["metrics.jsonl", "state.safetensors"]
+
+
+def test_steps_may_be_counted_in_something_else(tmp_path) -> None:
+    recorder, played = Recorder("x", progress=False), [0]
+    steps = []
+    for step in recorder.steps(100, done=lambda: played[0]):
+        steps.append(step)
+        played[0] += 30
+        recorder.log({"x/a": played[0]})
+    assert steps == [0, 1, 2, 3] and [row["step"] for row in recorder.history] == steps

@@ -47,7 +47,7 @@ class PPOConfig(ControlConfig, PPOSettings):
     epochs: Count = 10
     """K, passes over them."""
     minibatch_size: Count = 256
-    """M, steps in each gradient, at most (an epoch is cut into equal parts)."""
+    """M, steps in each gradient, at most: an epoch is cut into equal parts."""
     lr: Positive = 2e-3
     """Learning rate of policy and value network."""
     anneal_lr: bool = True
@@ -62,8 +62,6 @@ class PPOConfig(ControlConfig, PPOSettings):
         # Below 3 the last part of an epoch may be a single step, which has no variance to divide by.
         fits = self.minibatch_size >= 3 or not self.whiten_advantages
         self.require(fits, "minibatch_size", "must be at least 3, or whiten_advantages False")
-        fits = self.minibatch_size <= (batch := self.num_envs * self.rollout_steps)
-        self.require(fits, "minibatch_size", f"must be at most num_envs * rollout_steps = {batch}")
         self.require(self.target_kl is None or self.beta > 0, "target_kl", "steers beta: begin with beta above 0")
 
 

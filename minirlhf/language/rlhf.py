@@ -65,7 +65,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     epochs: Count = 1
     """Passes over each batch (as InstructGPT: fresh answers teach more than a second look)."""
     minibatch_size: Count = 64
-    """Answers in each optimizer step; divides batch_size."""
+    """Answers in each optimizer step, at most: an epoch is cut into equal parts."""
     lr: NotNegative = 4e-4
     """Peak learning rate of the policy (linear, to a tenth)."""
     value_lr: NotNegative = 1e-3
@@ -98,11 +98,6 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     """Gradients are clipped to this norm, policy and value apart; inf for no clip."""
     micro_batch_tokens: Count = 4096
     """Padded tokens a forward pass: memory and speed, not mathematics."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = self.batch_size % self.minibatch_size == 0
-        self.require(fits, "batch_size", f"must be a multiple of --rlhf.minibatch-size {self.minibatch_size}")
 
 
 @dataclass
@@ -310,40 +305,37 @@ def _groups(samples: Samples, index: Tensor, config: RLHFConfig) -> list[Tensor]
     return [index[group] for group in micro_batches(lengths, config.micro_batch_tokens)]
 
 
-class Update(NamedTuple):
-    """What one optimizer step learns from."""
-
-    rows: Tensor
-    """int64, the rows of the batch."""
-    blocks: Tensor | None
-    """[b, L] int64 text of the corpus for PPO-ptx, or None."""
-
-
-def _updates(config: RLHFConfig, seed: int, step: int, corpus_blocks: Tensor | None) -> Iterator[Update]:
-    """The optimizer steps of a PPO step: a few epochs, each cut into minibatches."""
-    per_epoch = config.batch_size // config.minibatch_size
+def _updates(
+    config: RLHFConfig, seed: int, step: int, corpus_blocks: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The optimizer steps of a PPO step, a few epochs of minibatches: the rows of each and its text for PPO-ptx."""
+    per_epoch = math.ceil(config.batch_size / config.minibatch_size)
     first = step * config.epochs * per_epoch  # optimizer steps before this PPO step
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch_size, generator=generator_for(seed, "rlhf/minibatch", step, epoch))
-        for place, rows in enumerate(order.split(config.minibatch_size)):
+        for place, rows in enumerate(order.tensor_split(per_epoch)):
             blocks = None
             if config.ptx_coef > 0 and corpus_blocks is not None:
                 number = first + epoch * per_epoch + place
                 chosen = epoch_batch(len(corpus_blocks), config.ptx_batch_size, number, seed, "rlhf/ptx")
                 blocks = corpus_blocks[chosen]
-            yield Update(rows, blocks)
+            yield rows, blocks
 
 
 def _update(
-    learners: Learners, experience: Experience, updates: Iterable[Update], config: RLHFConfig, recorder: Recorder
+    learners: Learners,
+    experience: Experience,
+    updates: Iterable[tuple[Tensor, Tensor | None]],
+    config: RLHFConfig,
+    recorder: Recorder,
 ) -> dict[str, float]:
     """Clipped updates on minibatches. Every loss is divided by the response tokens of its whole minibatch."""
     rows: list[dict[str, float]] = []
-    for update in updates:
+    for index, blocks in updates:
         learners.zero_grad()
-        counted = float(experience.samples.response_mask[update.rows].sum())
+        counted = float(experience.samples.response_mask[index].sum())
         parts = []
-        for group in _groups(experience.samples, update.rows, config):
+        for group in _groups(experience.samples, index, config):
             loss, metrics = _loss(learners, experience.rows(group), config, counted)
             recorder.check_finite(
                 loss, f"rows {group[:4].tolist()}... of the batch", "lower --rlhf.lr or raise --rlhf.beta"
@@ -351,9 +343,9 @@ def _update(
             loss.backward()
             parts.append({key: float(value) for key, value in metrics.items()})
         row = _together(parts)
-        if update.blocks is not None:
+        if blocks is not None:
             # PPO-ptx: the pretraining gradient is added to PPO's before the one optimizer step.
-            ptx_loss = language_model_loss(learners.policy, update.blocks.to(learners.policy.device))
+            ptx_loss = language_model_loss(learners.policy, blocks.to(learners.policy.device))
             recorder.check_finite(ptx_loss, "corpus blocks of PPO-ptx", "lower --rlhf.ptx-coef")
             (config.ptx_coef * ptx_loss).backward()
             row["policy/ptx_loss"] = float(ptx_loss.detach())

@@ -109,7 +109,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_it_reaches_the_weig
     endings = (("t", 3), ("c", 4))
     with pytest.raises(TrainingError, match="environment 0 gave the reward nan"):
         train(counting(endings, endings, bad_reward=float("nan")), config)
-    with pytest.raises(TrainingError, match=rf"{name}: the \w+ loss is (nan|inf|-inf) in iteration 0"):
+    with pytest.raises(
+        TrainingError, match=rf"{name}: the loss is (nan|inf|-inf) at step 0, after \d+ environment steps"
+    ):
         networks = make_networks(counting(endings, endings), hidden=(8,))
         state = parameters_to_vector(networks.policy.parameters()).clone()
         try:
@@ -141,7 +143,6 @@ OTHER = {
     "minibatch_size": 8,
     "anneal_lr": False,
     "clip_range": 1e-3,
-    "anneal_clip": True,
     "beta": 1.0,
     "value_clip_range": 1e-3,
     "value_coef": 2.0,
@@ -160,8 +161,6 @@ SETTINGS = [
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_every_setting_has_an_effect(name, setting):
     train, config = LEARNERS[name]
-    if setting == "anneal_clip":
-        config = replace(config, clip_range=0.01, lr=1e-2)
     if setting == "clip_range":
         config = replace(config, lr=1e-2)
     changed = replace(config, **{setting: OTHER[setting]})
@@ -181,26 +180,24 @@ def test_a2c_looks_as_many_steps_ahead_as_it_is_told():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PPOConfig(lr=0.0), "PPOConfig: lr must be above 0, not 0.0"),
-        (lambda: PPOConfig(gamma=1.5), r"gamma must lie in \[0, 1\], not 1.5"),
-        (lambda: PPOConfig(epochs=0), "epochs must be at least 1"),
-        (lambda: PPOConfig(minibatch_size=10_000), "minibatch_size must be at most num_envs"),
-        (lambda: PPOConfig(clip_range=None, anneal_clip=True), "anneal_clip needs a clip_range"),
-        (lambda: PPOConfig(target_kl=0.01), "target_kl steers beta"),
-        (lambda: PPOConfig(clip_range=-0.2), "clip_range must be above 0"),
-        (lambda: PPOConfig(lam=float("nan")), "lam must lie in"),
+        (lambda: PPOConfig(lr=0.0), "PPOConfig.lr 0.0: must be a number above 0"),
+        (lambda: PPOConfig(gamma=1.5), "gamma 1.5: must be a number from 0 to 1"),
+        (lambda: PPOConfig(epochs=0), "epochs 0: must be a whole number, 1 or more"),
+        (lambda: PPOConfig(target_kl=0.01), "target_kl 0.01: steers beta"),
+        (lambda: PPOConfig(clip_range=-0.2), "clip_range -0.2: must be a number above 0"),
+        (lambda: PPOConfig(lam=float("nan")), "lam nan: must be a number from 0 to 1"),
         (lambda: A2CConfig(lam=None), "either lam or n_step"),
         (lambda: A2CConfig(n_step=3), "either lam or n_step"),
-        (lambda: A2CConfig(lam=None, n_step=99), "n_step must be at most rollout_steps"),
-        (lambda: A2CConfig(lam=1.1), r"lam must lie in \[0, 1\]"),
-        (lambda: TRPOConfig(max_kl=0.0), "max_kl must be above 0"),
-        (lambda: ReinforceConfig(num_envs=0), "num_envs must be at least 1"),
-        (lambda: BaselineConfig(value_updates=0), "value_updates must be at least 1"),
-        (lambda: ActorCriticConfig(entropy_coef=-1.0), "entropy_coef must be at least 0"),
-        (lambda: PPOConfig(minibatch_size=2), "minibatch_size must be at least 3, or whiten_advantages False"),
-        (lambda: PPOConfig(rollout_steps=2), "PPOConfig: rollout_steps must be at least 3, not 2"),
-        (lambda: A2CConfig(rollout_steps=1), "A2CConfig: rollout_steps must be at least 3, not 1; train_actor_critic"),
-        (lambda: TRPOConfig(rollout_steps=0), "TRPOConfig: rollout_steps must be at least 3, not 0"),
+        (lambda: A2CConfig(lam=None, n_step=99), "n_step 99: must be at most rollout_steps"),
+        (lambda: A2CConfig(lam=1.1), "lam 1.1: must be a number from 0 to 1"),
+        (lambda: TRPOConfig(max_kl=0.0), "max_kl 0.0: must be a number above 0"),
+        (lambda: ReinforceConfig(num_envs=0), "num_envs 0: must be a whole number, 1 or more"),
+        (lambda: BaselineConfig(value_updates=0), "value_updates 0: must be a whole number, 1 or more"),
+        (lambda: ActorCriticConfig(entropy_coef=-1.0), "entropy_coef -1.0: must be a number, 0 or more"),
+        (lambda: PPOConfig(minibatch_size=2), "minibatch_size 2: must be at least 3, or whiten_advantages False"),
+        (lambda: PPOConfig(rollout_steps=2), "PPOConfig.rollout_steps 2: must be a whole number, 3 or more"),
+        (lambda: A2CConfig(rollout_steps=1), "A2CConfig.rollout_steps 1: must be a whole number, 3 or more"),
+        (lambda: TRPOConfig(rollout_steps=0), "TRPOConfig.rollout_steps 0: must be a whole number, 3 or more"),
         (lambda: Evaluator("CartPole-v1", every=0), "every must be at least 1"),
     ],
 )
@@ -234,7 +231,7 @@ def test_a_shared_trunk_is_refused_where_each_network_has_an_optimizer(name):
         train("CartPole-v1", config, networks=make_networks("CartPole-v1", shared=True))
 
 
-def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class):
+def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class, monkeypatch):
     """One environment and plain arithmetic: delta, the two gradients, and I, through an end of each kind."""
     import minirlhf.control.actor_critic as module
     from minirlhf.control.environments import make_envs
@@ -249,11 +246,8 @@ def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class):
     config = ActorCriticConfig(
         num_envs=1, total_steps=40, gamma=gamma, lr=lr, value_lr=value_lr, weigh_by_gamma_t=True, max_grad_norm=1e9
     )
-    adam, module.adam = module.adam, lambda parameters, lr, eps: torch.optim.SGD(parameters, lr)
-    try:
-        result = train_actor_critic(env, config, seed=5, networks=make_networks(env, hidden=(6,), seed=2))
-    finally:
-        module.adam = adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    result = train_actor_critic(env, config, seed=5, networks=make_networks(env, hidden=(6,), seed=2))
 
     policy, values = make_networks(env, hidden=(6,), seed=2)
     collector = Collector(make_envs(env, 1), 5)

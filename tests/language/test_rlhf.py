@@ -20,7 +20,7 @@ from minirlhf.language.tokenization import encode_prompts
 from minirlhf.training import Recorder, generator_for
 
 PROMPTS = ["Tell me about the otter.", "Hi", "Sing about the barn and the marsh!", "Go", "The newt", "Why?"]
-SMALL = {"steps": 3, "batch_size": 8, "max_response_tokens": 8, "warmup": 0}
+SMALL = {"steps": 3, "batch_size": 8, "minibatch_size": 4, "max_response_tokens": 8, "warmup": 0}
 
 
 def words(prompts, responses):
@@ -283,8 +283,20 @@ def test_adaptive_kl_is_the_controller(make_causal, tokenizer) -> None:
 def test_refused_settings(make_causal, tokenizer) -> None:
     with pytest.raises(UserError, match="corpus_blocks"):
         train(make_causal(), tokenizer, ptx_coef=0.3)
-    with pytest.raises(UserError, match="minibatches"):
-        RLHFConfig(batch_size=10, minibatches=3)
+
+
+def test_an_epoch_is_cut_into_equal_minibatches_that_hold_every_row_once() -> None:
+    config = RLHFConfig(batch_size=10, minibatch_size=4, epochs=2, ptx_coef=1.0, ptx_batch_size=3)
+    blocks = torch.arange(30)[:, None]
+    updates = [u for step in range(2) for u in rlhf._updates(config, 0, step, blocks)]
+    assert [len(rows) for rows, _ in updates] == [4, 3, 3] * 4
+    for epoch in range(4):
+        rows = torch.cat([rows for rows, _ in updates[3 * epoch : 3 * epoch + 3]])
+        assert sorted(rows.tolist()) == list(range(10))
+    mixed = torch.cat([chosen for _, chosen in updates]).flatten().tolist()  # 12 updates of 3 blocks: 30 and 6 more
+    assert sorted(mixed[:30]) == list(range(30))
+    whole = list(rlhf._updates(RLHFConfig(batch_size=3, minibatch_size=64), 0, 0, None))
+    assert [(len(rows), chosen) for rows, chosen in whole] == [(3, None)]
 
 
 def test_learning_rate_falls_to_a_tenth(make_causal, tokenizer) -> None:
