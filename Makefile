@@ -27,7 +27,7 @@ setup: .venv/.stamp  ## make .venv with the exact tested versions
 	@echo "setting up .venv: the first time it downloads PyTorch, which takes a few minutes"
 	@# torch first and by itself: a build that already stands in .venv (CPU or CUDA) is kept.
 	@$(PIP) install -qq $(TORCH)
-	@$(PIP) install -qq -c constraints.txt -e ".[course,dev]"
+	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
 
 run: setup  ## from a folder of text to an aligned model and a report

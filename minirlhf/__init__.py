@@ -1,7 +1,26 @@
 """minirlhf: from REINFORCE to InstructGPT, in notebooks and in one small package.
 
-Everything is imported from its own module, for example ``from minirlhf.language.rlhf import train_rlhf``;
-transformers, gymnasium and matplotlib load when they are first needed, so ``import minirlhf`` is quick.
+Modules load when they are first named: ``import minirlhf`` is quick, and ``minirlhf.losses.ppo_loss`` works after it.
+The mathematics (`losses`, `returns`, `kl`) needs torch alone; what else a module needs, its extra installs:
+``pip install "minirlhf[language]"``, ``[control]``, ``[run]``, ``[course]`` or ``[all]``.
 """
 
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
 __version__ = "0.1.0"
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *MODULES]

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
-import tyro
-
 from minirlhf.errors import UserError
 from minirlhf.settings import Count, Positive, Seed, Settings
 
@@ -104,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"minirlhf: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        if package == "minirlhf":
+            raise
+        print(f'minirlhf: error: {package} is not installed: pip install "minirlhf[run]"', file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         # A full disk, a folder without permission, a value that only a library could refuse. Where it was raised stays
         # in the message, for a report of a bug.
@@ -118,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
+    import tyro
+
     prog = f"minirlhf {command}"
     if default is None:
         return tyro.cli(cls, prog=prog, args=arguments)

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -37,15 +38,46 @@ def test_nothing_heavy_is_imported(modules: str) -> None:
     assert found == ""
 
 
-def test_works_without_triton() -> None:
+def test_modules_load_when_they_are_named() -> None:
+    code = "import sys, minirlhf; before = 'torch' in sys.modules; print(before, minirlhf.losses.ppo_loss.__name__)"
+    assert python(code) == "False ppo_loss"
+    assert "no attribute 'nothing'" in python(
+        "import minirlhf\ntry: minirlhf.nothing\nexcept AttributeError as e: print(e)"
+    )
+
+
+def without(modules: Sequence[str], code: str) -> str:
+    """The code in a Python that has none of these modules."""
+    return f"import sys\nfor name in {list(modules)!r}: sys.modules[name] = None\n{code}"
+
+
+def test_the_mathematics_and_the_kernels_need_torch_alone() -> None:
     code = """
-import sys
-sys.modules["triton"] = None  # any import of it now raises ImportError
-import torch
-import minirlhf.language.rlhf, minirlhf.language.reward_model, minirlhf.language.sft, minirlhf.language.evaluation
+import torch, minirlhf_kernels
+from minirlhf import kl
 from minirlhf.losses import ppo_loss, token_logprobs
 from minirlhf.returns import gae
 logprobs = token_logprobs(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long))
 print(round(float(logprobs.sum()), 4))
 """
-    assert float(python(code)) == pytest.approx(-2.7726, abs=1e-4)
+    others = ("numpy", "triton", "transformers", "tokenizers", "safetensors", "tqdm", "tyro", "filelock")
+    assert float(python(without([*others, "gymnasium", "matplotlib", "tensorboard"], code))) == -2.7726
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "line"),
+    [
+        ("tyro", "from minirlhf.cli import main; sys.exit(main(['run']))", "minirlhf[run]"),
+        ("transformers", "from minirlhf.cli import main; sys.exit(main(['run', '--out', 'x']))", "minirlhf[run]"),
+    ],
+)
+def test_a_command_that_lacks_its_extra_says_which_line_installs_it(missing, code, line, tmp_path) -> None:
+    command = [sys.executable, "-c", without([missing], code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr == f'minirlhf: error: {missing} is not installed: pip install "{line}"\n'
+
+
+def test_works_without_triton() -> None:
+    modules = "minirlhf.language.rlhf, minirlhf.language.reward_model, minirlhf.language.sft, minirlhf.control.ppo"
+    assert python(without(["triton"], f"import {modules}; print('fine')")) == "fine"

@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +25,15 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def dependencies() -> list[Requirement]:
-    extras = project()["optional-dependencies"]
-    return [Requirement(text) for text in [*project()["dependencies"], *extras["course"], *extras["dev"]]]
+def dependencies(extra: str = "dev") -> list[Requirement]:
+    """Everything that an extra asks for; an extra may be made of others, as in minirlhf[language]."""
+    found = {str(wanted): wanted for wanted in map(Requirement, project()["dependencies"])}
+    for wanted in map(Requirement, project()["optional-dependencies"][extra]):
+        parts = (
+            [part for name in wanted.extras for part in dependencies(name)] if wanted.name == "minirlhf" else [wanted]
+        )
+        found |= {str(part): part for part in parts}
+    return list(found.values())
 
 
 def pins() -> dict[str, Requirement]:
@@ -114,12 +121,12 @@ def test_conda_installs_with_the_same_pins():
     assert [re.split("[=<>]", package)[0] for package in packages] == ["python", "pip"]
     (python,) = (package for package in packages if package.startswith("python"))
     assert Version(python.split("=")[-1]) in Requirement(f"python{project()['requires-python']}").specifier
-    assert last == {"pip": ["-c constraints.txt", "-e .[course,dev]"]}
+    assert last == {"pip": ["-c constraints.txt", "-e .[dev]"]}
 
 
 def test_make_setup_installs_the_same_set():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert 'install -qq -c constraints.txt -e ".[course,dev]"' in makefile
+    assert 'install -qq -c constraints.txt -e ".[dev]"' in makefile
     assert "\n.venv/.stamp: pyproject.toml constraints.txt\n" in makefile
     assert not re.search(r"torch==\d", makefile), "torch's version stands in constraints.txt alone"
 
@@ -129,6 +136,25 @@ def test_ci_runs_make_test():
     assert run.stat().st_mode & 0o111, "not executable"
     text = run.read_text(encoding="utf-8")
     assert text.index("apt-get install") < text.index("make test"), "the test of JupyterLab needs a browser"
+
+
+def test_the_workflow_for_teachers_passes_a_linter_and_marks_two_lines():
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
+    done = subprocess.run([Path(sys.executable).with_name("zizmor"), "--offline", "--pedantic", workflow], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = workflow.read_text(encoding="utf-8")
+    assert [text.count(f"# CHANGE {number} of 2: ") for number in (1, 2)] == [1, 1]
+    assert "bash .ci/run" in text and "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_extras_say_what_each_kind_of_user_needs():
+    names = {extra: {wanted.name for wanted in dependencies(extra)} for extra in project()["optional-dependencies"]}
+    assert project()["dependencies"] == ["torch>=2.11"]
+    assert "transformers" in names["language"] and not names["language"] & {"tyro", "matplotlib", "gymnasium"}
+    assert "gymnasium" in names["control"] and "transformers" not in names["control"]
+    assert names["run"] > names["language"] and "jupyterlab" not in names["run"]
+    assert names["course"] >= names["run"] | names["control"] and names["dev"] > names["all"]
+    assert names["all"] == names["course"] | {"tensorboard"}
 
 
 def test_make_lab_opens_the_first_lesson_and_make_test_runs_them_all():
