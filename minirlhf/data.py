@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 from minirlhf.errors import DataError
 
-Row = dict[str, Any]
 T = TypeVar("T")
 
 HELDOUT_FRACTION = 0.1
@@ -154,14 +153,14 @@ def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
 
-def _read(folder: Path, name: str, parse: Callable[[Row, str], T]) -> list[T]:
+def _read(folder: Path, name: str, parse: Callable[[_Row], T]) -> list[T]:
     plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
     if plain.is_file() and packed.is_file():
         raise DataError(f"{plain}: stands beside {packed.name}; keep one of the two")
     file = packed if packed.is_file() else plain
     if not file.is_file():
         raise DataError(f"{plain}: missing (nor is there a {packed.name}); every data folder needs it")
-    rows = [parse(row, where) for row, where in _json_lines(file)]
+    rows = [parse(row) for row in _json_lines(file)]
     if not rows:
         raise DataError(f"{file}:1: the file is empty; expected one JSON object a line")
     return rows
@@ -185,7 +184,7 @@ def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
     return [row for row in rows if len(set(row.scores)) > 1]
 
 
-def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
+def _json_lines(file: Path) -> Iterator[_Row]:
     opener = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
@@ -206,7 +205,7 @@ def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
                     raise DataError(f"{where}: JSON that can't be read ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: expected a JSON object, found {_kind(row)}")
-                yield row, where
+                yield _Row(row, where)
     except (gzip.BadGzipFile, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{file}:{number + 1}: can't be read ({error}); write the file again") from None
 
@@ -216,100 +215,102 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _string(row: Row, key: str, where: str) -> str:
-    if key not in row:
-        raise DataError(f"{where}: field {key!r} is missing; the row has {sorted(row)}")
-    value = row[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {key!r} must be a string, found {_kind(value)}")
-    if not value.strip():
-        raise DataError(f"{where}: field {key!r} is empty")
-    _check_unicode(value, f"field {key!r}", where)
-    return value
+class _Row:
+    """One JSON object of a file, and where it stands."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def require(self, fits: bool, message: str) -> None:
+        if not fits:
+            raise DataError(f"{self.where}: {message}")
+
+    def string(self, key: str) -> str:
+        self.require(key in self.values, f"field {key!r} is missing; the row has {sorted(self.values)}")
+        value = self.values[key]
+        self.require(isinstance(value, str), f"field {key!r} must be a string, found {_kind(value)}")
+        self.require(bool(value.strip()), f"field {key!r} is empty")
+        return self.characters(value, f"field {key!r}")
+
+    def characters(self, value: str, what: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.require(False, f"{what} holds half a surrogate pair, which is no character")
+        return value
 
 
-def _check_unicode(value: str, what: str, where: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {what} holds half a surrogate pair, which is no character") from None
+def _text(row: _Row) -> Text:
+    return Text(row.string("text"), row.where)
 
 
-def _text(row: Row, where: str) -> Text:
-    return Text(_string(row, "text", where), where)
+def _prompt(row: _Row) -> Prompt:
+    return Prompt(row.string("prompt"), row.where)
 
 
-def _prompt(row: Row, where: str) -> Prompt:
-    return Prompt(_string(row, "prompt", where), where)
+def _demonstration(row: _Row) -> Demonstration:
+    return Demonstration(row.string("prompt"), row.string("completion"), row.where)
 
 
-def _demonstration(row: Row, where: str) -> Demonstration:
-    return Demonstration(_string(row, "prompt", where), _string(row, "completion", where), where)
-
-
-def _comparison(row: Row, where: str) -> Comparison:
-    labeler = _string(row, "labeler", where) if "labeler" in row else ""
-    if "chosen" in row or "rejected" in row:
-        chosen, rejected = _string(row, "chosen", where), _string(row, "rejected", where)
-        if "prompt" in row:
-            prompt = _string(row, "prompt", where)
+def _comparison(row: _Row) -> Comparison:
+    labeler = row.string("labeler") if "labeler" in row.values else ""
+    if "chosen" in row.values or "rejected" in row.values:
+        chosen, rejected = row.string("chosen"), row.string("rejected")
+        if "prompt" in row.values:
+            prompt = row.string("prompt")
         else:
-            prompt, chosen, rejected = _split_dialogue(chosen, rejected, where)
-        if chosen == rejected:
-            raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, so the row prefers nothing")
-        return Comparison(prompt, (chosen, rejected), (1.0, 0.0), labeler, where)
+            prompt, chosen, rejected = _split_dialogue(row, chosen, rejected)
+        row.require(chosen != rejected, "'chosen' and 'rejected' are the same text, so the row prefers nothing")
+        return Comparison(prompt, (chosen, rejected), (1.0, 0.0), labeler, row.where)
+    prompt = row.string("prompt")
+    responses = _responses(row)
+    return Comparison(prompt, responses, _scores(row, len(responses)), labeler, row.where)
 
-    prompt = _string(row, "prompt", where)
-    responses = row.get("responses")
-    if not isinstance(responses, list):
-        raise DataError(f"{where}: field 'responses' must be a list of strings, or give 'chosen' and 'rejected'")
+
+def _responses(row: _Row) -> tuple[str, ...]:
+    responses: Any = row.values.get("responses")
+    message = "field 'responses' must be a list of strings, or give 'chosen' and 'rejected'"
+    row.require(isinstance(responses, list), message)
     for i, response in enumerate(responses):
-        if not isinstance(response, str) or not response.strip():
-            what = "an empty string" if isinstance(response, str) else _kind(response)
-            raise DataError(f"{where}: responses[{i}] must be a non-empty string, found {what}")
-        _check_unicode(response, f"responses[{i}]", where)
-    if len(responses) < 2:
-        raise DataError(f"{where}: {len(responses)} response; a comparison needs at least two")
-    if len(set(responses)) == 1:
-        raise DataError(f"{where}: all {len(responses)} responses are the same text, so the row prefers nothing")
-    if ("scores" in row) == ("ranking" in row):
-        raise DataError(f"{where}: give either 'scores' (higher is better) or 'ranking' (1 = best)")
-    key = "scores" if "scores" in row else "ranking"
-    numbers = row[key]
-    if not isinstance(numbers, list) or len(numbers) != len(responses):
-        found = f"a list of {len(numbers)}" if isinstance(numbers, list) else _kind(numbers)
-        raise DataError(f"{where}: field {key!r} must be a list of {len(responses)} numbers, found {found}")
+        found = "an empty string" if isinstance(response, str) else _kind(response)
+        fits = isinstance(response, str) and bool(response.strip())
+        row.require(fits, f"responses[{i}] must be a non-empty string, found {found}")
+        row.characters(response, f"responses[{i}]")
+    row.require(len(responses) >= 2, f"{len(responses)} response; a comparison needs at least two")
+    message = f"all {len(responses)} responses are the same text, so the row prefers nothing"
+    row.require(len(set(responses)) > 1, message)
+    return tuple(responses)
+
+
+def _scores(row: _Row, count: int) -> tuple[float, ...]:
+    one = ("scores" in row.values) != ("ranking" in row.values)
+    row.require(one, "give either 'scores' (higher is better) or 'ranking' (1 = best)")
+    key = "scores" if "scores" in row.values else "ranking"
+    numbers: Any = row.values[key]
+    found = f"a list of {len(numbers)}" if isinstance(numbers, list) else _kind(numbers)
+    fits = isinstance(numbers, list) and len(numbers) == count
+    row.require(fits, f"field {key!r} must be a list of {count} numbers, found {found}")
     for i, number in enumerate(numbers):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST_SCORE:
-            raise DataError(f"{where}: {key}[{i}] must be a finite number, found {number!r}")
-        if key == "ranking" and (number < 1 or number != int(number)):
-            raise DataError(f"{where}: ranking[{i}] must be a whole number, 1 (the best) or more, found {number!r}")
+        fits = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= LARGEST_SCORE
+        row.require(fits, f"{key}[{i}] must be a finite number, found {number!r}")
+        fits = key == "scores" or (number >= 1 and number == int(number))
+        row.require(fits, f"ranking[{i}] must be a whole number, 1 (the best) or more, found {number!r}")
     sign = 1.0 if key == "scores" else -1.0
-    return Comparison(prompt, tuple(responses), tuple(sign * float(n) for n in numbers), labeler, where)
+    return tuple(sign * float(number) for number in numbers)
 
 
-def _split_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+def _split_dialogue(row: _Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     """Cut two whole dialogues (the Anthropic HH format) into their common prompt and the two last answers."""
     start = chosen.rfind(DIALOGUE_MARK)
-    if start < 0 or not rejected.startswith(chosen[: start + len(DIALOGUE_MARK)]):
-        raise DataError(
-            f"{where}: without a 'prompt', 'chosen' and 'rejected' must be dialogues that share everything up to "
-            f"the last {DIALOGUE_MARK.strip()!r}; give the field 'prompt' instead"
-        )
     cut = start + len(DIALOGUE_MARK)
+    row.require(
+        start >= 0 and rejected.startswith(chosen[:cut]),
+        "without a 'prompt', 'chosen' and 'rejected' must be dialogues that share everything up to the last "
+        f"{DIALOGUE_MARK.strip()!r}; give the field 'prompt' instead",
+    )
     prompt = chosen[:start].strip()
     if prompt.startswith("Human:") and prompt.count("Human:") == 1:
         prompt = prompt.removeprefix("Human:").strip()
     answers = chosen[cut:].strip(), rejected[cut:].strip()
-    if not prompt or not all(answers):
-        raise DataError(f"{where}: the dialogue has an empty prompt or an empty last answer")
+    row.require(bool(prompt) and all(answers), "the dialogue has an empty prompt or an empty last answer")
     return prompt, *answers
-
-
-def write_json_lines(path: Path, rows: list[Row]) -> None:
-    """Write rows as JSON lines; a name that ends in ``.gz`` is packed, byte for byte the same each time."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    payload = text.encode("utf-8")
-    if path.suffix == ".gz":
-        payload = gzip.compress(payload, compresslevel=9, mtime=0)
-    path.write_bytes(payload)

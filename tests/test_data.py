@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minirlhf.cli import main
-from minirlhf.data import Comparison, read_folder, write_json_lines
+from minirlhf.data import Comparison, read_folder
 from minirlhf.errors import DataError
 
 ROWS = {
@@ -20,6 +20,11 @@ ROWS = {
     "comparisons": [{"prompt": f"say {i}", "responses": ["one", "two"], "scores": [1, 0]} for i in range(20)],
     "prompts": [{"prompt": f"say {i}"} for i in range(20)],
 }
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 @pytest.fixture
@@ -163,9 +168,6 @@ def test_packed_rows_are_the_same_rows(folder: Path) -> None:
     assert [row.text for row in packed.corpus] == [row.text for row in plain.corpus]
     assert [row.scores for row in packed.comparisons] == [row.scores for row in plain.comparisons]
     assert packed.prompts[0].where.startswith(str(folder / "prompts.jsonl.gz:"))
-    again = folder / "again.gz"
-    write_json_lines(again, ROWS["corpus"])
-    assert again.read_bytes() == (folder / "corpus.jsonl.gz").read_bytes()
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"

@@ -140,7 +140,8 @@ def test_ci_runs_make_test():
 
 def test_the_workflow_for_teachers_passes_a_linter_and_marks_two_lines():
     workflow = ROOT / ".github" / "workflows" / "ci.yml"
-    done = subprocess.run([Path(sys.executable).with_name("zizmor"), "--offline", "--pedantic", workflow], capture_output=True, text=True)
+    command = [Path(sys.executable).with_name("zizmor"), "--offline", "--pedantic", workflow]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = workflow.read_text(encoding="utf-8")
     assert [text.count(f"# CHANGE {number} of 2: ") for number in (1, 2)] == [1, 1]

@@ -31,8 +31,7 @@ and raises `UserError` for settings or environments that don't fit, and `Trainin
 observation is NaN or infinite.
 
 Around them: `policies` (networks for discrete and continuous actions), `rollout` (vectorised play, terminated and
-truncated told apart), `evaluation` (`evaluate`, `Evaluator`, `run_seeds`), `gradients` (`episode_gradients`: how noisy
-a gradient is), `run` (the clock and the metrics), and `tiny`, problems whose true values and gradients are known. The
+truncated told apart), `evaluation` (`evaluate`, `Evaluator`), and `run` (the clock and the metrics). The
 mathematics is that of `minirlhf.returns`, `minirlhf.losses` and `minirlhf.kl`, the same that RLHF runs on.
 
 Metric names: perf/env_steps, perf/seconds; objective/episode_return and objective/episode_length (the mean over the

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from minirlhf.control.environments import Environment, make_envs, to_environment
 from minirlhf.control.policies import Policy
-from minirlhf.control.run import Progress, Result
+from minirlhf.control.run import Progress
 from minirlhf.errors import UserError
 from minirlhf.training import generator_for
 
@@ -113,37 +112,3 @@ class Evaluator:
         returns = evaluate(progress.policy, self.env, self.episodes, greedy=self.greedy, seed=self.seed)
         self.rows.append(Evaluation(progress.env_steps, progress.seconds, float(returns.mean())))
         return self.reached is not None
-
-
-class SeedRun(NamedTuple):
-    """One seed of an experiment."""
-
-    seed: int
-    result: Result
-    evaluations: list[Evaluation]
-    reached: Evaluation | None
-
-
-def run_seeds(
-    train: Callable[..., Result],
-    env: Environment,
-    config: Any,
-    seeds: Sequence[int],
-    *,
-    every: int = 2048,
-    episodes: int = 20,
-    target: float | None = None,
-    progress: bool = False,
-) -> list[SeedRun]:
-    """The same training under several seeds, evaluated on one schedule: what a curve with a band is made of.
-
-    Example:
-        >>> runs = run_seeds(train_ppo, "CartPole-v1", PPOConfig(), range(5), target=475)  # doctest: +SKIP
-        >>> [run.reached.env_steps for run in runs if run.reached]  # doctest: +SKIP
-    """
-    runs = []
-    for seed in seeds:
-        evaluator = Evaluator(env, every=every, episodes=episodes, target=target)
-        result = train(env, config, seed=seed, callback=evaluator, progress=progress)
-        runs.append(SeedRun(seed, result, evaluator.rows, evaluator.reached))
-    return runs

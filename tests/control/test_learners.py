@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from minirlhf_course.seeds import run_seeds
 from torch.nn.utils import parameters_to_vector
 
 from minirlhf.control.actor_critic import A2CConfig, ActorCriticConfig, train_a2c, train_actor_critic
-from minirlhf.control.evaluation import Evaluator, evaluate, run_seeds
+from minirlhf.control.evaluation import Evaluator, evaluate
 from minirlhf.control.policies import make_networks
 from minirlhf.control.ppo import PPOConfig, adapted, train_ppo
 from minirlhf.control.reinforce import (
