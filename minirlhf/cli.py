@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 import tyro
 
 from minirlhf.errors import UserError, check_ranges
+from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
     from minirlhf.config import PresetName
@@ -29,7 +30,7 @@ commands:
   run        from a folder of text to an aligned model and a report
   chat       type an instruction and see a run's models answer beside each other
   evaluate   measure one policy of a run on the held-out prompts
-  world      write the small world: a folder of text whose truth is known
+  world      write a world, the small one or another: a folder of text whose truth is known
 
 minirlhf COMMAND --help explains the options of each.
 """
@@ -37,12 +38,14 @@ minirlhf COMMAND --help explains the options of each.
 
 @dataclass
 class WorldConfig:
-    """Write the small world as a folder of JSON lines."""
+    """Write a world whose truth is known as a folder of JSON lines."""
 
     out: Path
-    """Folder to write; must not exist yet."""
+    """Folder to write; must not exist yet, or be empty."""
     seed: int = 0
-    """Makes another world."""
+    """Each seed makes another world."""
+    name: str = DEFAULT_WORLD
+    """An installed world: "small", or one that another package brings."""
 
     def __post_init__(self) -> None:
         check_ranges(self, counts=("seed",), least=0)
@@ -167,10 +170,8 @@ def _preset_name(arguments: Sequence[str]) -> PresetName:
 
 def _world(arguments: list[str]) -> None:
     config = _parse(WorldConfig, "world", arguments)
-    from minirlhf_course.world import write_world
-
     try:
-        write_world(config.out, seed=config.seed)
+        find_world(config.name).write(config.out, config.seed)
     except FileExistsError as error:
         raise UserError(str(error)) from None
     print(f"wrote {config.out}")
