@@ -30,7 +30,7 @@ commands:
   run        from a folder of text to an aligned model and a report
   chat       type an instruction and see a run's models answer beside each other
   evaluate   measure one policy of a run on the held-out prompts
-  world      write a world, the small one or another: a folder of text whose truth is known
+  world      write a folder of text whose truth is known: the small world, or another that is installed
 
 minirlhf COMMAND --help explains the options of each.
 """
