@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from figure_11_pipeline import SIZES
 from minirlhf_course.overoptimisation import EnsembleReward, best_of_n, best_of_n_kl
-from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world import GoldLabeler, World, make_labelers
 from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
@@ -321,10 +321,10 @@ def collect(policy: Any, count: int, seed: int, label: str) -> list[Comparison]:
     prompts = rng.sample(b.prompts, count)
     asked = [prompt for prompt in prompts for _ in range(ANSWERS_EACH)]
     found = answer(policy, b.tokenizer, asked, EvaluationConfig(), seed=1000 + seed)
-    labelers, rows = b.world.labelers(), []
+    labelers, rows = make_labelers(b.world), []
     for number, prompt in enumerate(prompts):
         texts = dict.fromkeys(found.responses[number * ANSWERS_EACH : (number + 1) * ANSWERS_EACH])
-        ranked = b.world.rank(prompt, texts, rng.choice(labelers), rng)
+        ranked = rng.choice(labelers).rank(prompt, texts, rng)
         rows.append(Comparison(prompt, tuple(texts), tuple(ranked["scores"]), ranked["labeler"]))
     return [row for row in rows if len(row.responses) > 1]
 

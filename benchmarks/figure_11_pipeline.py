@@ -43,7 +43,7 @@ from random import Random
 from typing import Any
 
 import torch
-from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world import GoldLabeler, World, make_labelers
 from minirlhf_course.world.corpus import CorpusWriter
 from minirlhf_course.world.vocabulary import heldout_words
 from tables import RESULTS, ROOT, Row, write_table
@@ -246,7 +246,7 @@ def preferences(bench: Bench, ours: Sequence[str], theirs: Sequence[str], seed: 
     """How often each labeler prefers our answers; every labeler reads every pair once, with noise, ties half."""
     rows = []
     for heldout in (False, True):
-        for labeler in bench.world.labelers(heldout):
+        for labeler in make_labelers(bench.world, heldout):
             rng = Random(f"{labeler.name} {seed}")
             pairs = [
                 (labeler.score(prompt, a, rng), labeler.score(prompt, b, rng))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from minirlhf.errors import UserError
 from minirlhf.settings import Count, Positive, Seed, Settings
+from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
     from minirlhf.config import PresetName
@@ -28,7 +29,7 @@ commands:
   run        from a folder of text to an aligned model and a report
   chat       type an instruction and see a run's models answer beside each other
   evaluate   measure one policy of a run on the held-out prompts
-  world      write the small world: a folder of text whose truth is known
+  world      write a folder of text whose truth is known: the small world, or another that is installed
 
 minirlhf COMMAND --help explains the options of each.
 """
@@ -36,12 +37,14 @@ minirlhf COMMAND --help explains the options of each.
 
 @dataclass(frozen=True)
 class WorldConfig(Settings, option=""):
-    """Write the small world as a folder of JSON lines."""
+    """Write a world whose truth is known as a folder of JSON lines."""
 
     out: Path
-    """Folder to write; must not exist yet."""
+    """Folder to write; must not exist yet, or be empty."""
     seed: Seed = 0
-    """Makes another world."""
+    """Each seed makes another world."""
+    name: str = DEFAULT_WORLD
+    """An installed world: "small", or one that another package brings."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,8 @@ def _preset_name(arguments: Sequence[str]) -> PresetName:
 
 def _world(arguments: list[str]) -> None:
     config = _parse(WorldConfig, "world", arguments)
-    from minirlhf_course.world import write_world
-
     try:
-        write_world(config.out, seed=config.seed)
+        find_world(config.name).write(config.out, config.seed)
     except FileExistsError as error:
         raise UserError(str(error)) from None
     print(f"wrote {config.out}")

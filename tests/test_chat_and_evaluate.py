@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from minirlhf.cli import main
 from minirlhf.language.evaluation import Answers
+from minirlhf.language.tokenization import load_tokenizer, tokenizer_from_file
 
 QUICK = ["--sft.epochs", "0.1", "--reward-model.epochs", "0.2", "--rlhf.steps", "1", "--rlhf.batch-size", "8"]
 QUICK += ["--rlhf.max-response-tokens", "4", "--evaluation.max-response-tokens", "3"]
@@ -84,36 +84,24 @@ def test_a_reward_model_is_not_measured_as_a_policy(run: Path, capsys: pytest.Ca
     assert "scores texts" in shown.err and "reward_model" in shown.err and not shown.out
 
 
-@pytest.mark.parametrize("world", [False, True])
-def test_only_the_small_world_has_no_capitals_and_lacks_words(
-    run: Path, tiny_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, world: bool
-) -> None:
-    out, data = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(run, out)
-    shutil.copytree(tiny_folder, data)
-    config = json.loads((out / "config.json").read_text()) | {"data": str(data)}
-    (out / "config.json").write_text(json.dumps(config))
-    if world:
-        (data / "world.json").write_text('{"seed": 0}')
-    asked, typed = set(), iter(["Paris?", ""])
+@pytest.mark.parametrize("words", [False, True])
+def test_only_a_vocabulary_of_words_has_no_capitals_and_lacks_some(run: Path, capsys, monkeypatch, words: bool) -> None:
+    small_world = Path(__file__).parents[1] / "data" / "small_world" / "tokenizer.json"
+    tokenizer = tokenizer_from_file(small_world) if words else load_tokenizer(run / "base")
+    tokenizer.unk_token = "<unk>" if words else "<eos>"  # GPT-2's tokenizers have one, and it is the end of text
+    typed = "Where does a Frog live in Paris ?"
+    asked, lines = set(), iter([typed, ""])
 
     def answer(model, tokenizer, prompts, *arguments, **settings) -> Answers:
         asked.update(prompts)
         return Answers(["yes"], [True], [1], [])
 
-    # GPT-2's tokenizers have an unknown token, and it is the end of text.
     monkeypatch.setattr("minirlhf.pipeline.chat.answer", answer)
-    monkeypatch.setattr("minirlhf.pipeline.chat.load_tokenizer", lambda path: with_unknown(path))
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    assert main(["chat", "--run", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert asked == ({"paris?"} if world else {"Paris?"})
-    assert ("no word for: paris?" in said) == ("write a story" in said) == world
-
-
-def with_unknown(path: Path):
-    from minirlhf.language.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(path)
-    tokenizer.unk_token = "<eos>"
-    return tokenizer
+    monkeypatch.setattr("minirlhf.pipeline.chat.load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    for command in ([], ["--prompt", typed]):
+        assert main(["chat", "--run", str(run), *command]) == 0
+        said = capsys.readouterr().out
+        assert ("no word for: paris)" in said) == words
+        assert ("for example: Tell me about" in said) == (not command)
+    assert asked == ({typed.lower()} if words else {typed})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +15,9 @@ from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.models import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 
@@ -50,12 +55,11 @@ def chat(
     tokenizer = load_tokenizer(run / names[0])
     context = min(filter(None, map(context_of, models.values())), default=None)
     wanted = max_response_tokens or config_from_dict(config, run).evaluation.max_response_tokens
-    small_world = (Path(config["data"]) / "world.json").is_file()  # which has no capitals, and a vocabulary of words
-    for turn, prompt in enumerate(prompts or _typed(lower=small_world)):
-        if small_world:
-            odd = [w for w in prompt.split() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
-            if odd:
-                print(f"(this small world has no word for: {', '.join(odd)})")
+    for turn, typed in enumerate(prompts or _typed(run)):
+        # A vocabulary without capitals, such as the small world's, reads more of a prompt in lower case.
+        prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
+        if unknown := _unknown(tokenizer, prompt):
+            print(f"(these models have no word for: {', '.join(unknown)})")
         length = len(encode_prompts(tokenizer, [prompt])[0])
         room = wanted if context is None else min(wanted, context - length)
         if room < 1:
@@ -73,9 +77,16 @@ def chat(
             print(f"  {NAMES[name]:>8}  {said.responses[0]}{cut}")
 
 
-def _typed(lower: bool) -> Iterator[str]:
-    example = ", for example: write a story about frogs" if lower else ""
-    print(f"Type an instruction{example}    (an empty line ends)")
+def _unknown(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """The words that a tokenizer can't read. The small world's knows a few hundred, one of subwords reads them all."""
+    return [w for w in prompt.split() if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]
+
+
+def _typed(run: Path) -> Iterator[str]:
+    file = run / "answers.json"  # the run's own examples, once it is finished
+    examples = [row["prompt"] for row in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    short = min(examples, key=len, default="")
+    print(f"Type an instruction{f', for example: {short}' if short else ''}    (an empty line ends)")
     while True:
         try:
             prompt = input("> ").strip()
@@ -83,4 +94,4 @@ def _typed(lower: bool) -> Iterator[str]:
             return
         if not prompt:
             return
-        yield prompt.lower() if lower else prompt
+        yield prompt

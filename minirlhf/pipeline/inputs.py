@@ -23,7 +23,8 @@ from minirlhf.language.tokenization import (
     tokenizer_from_file,
     train_tokenizer,
 )
-from minirlhf.pipeline.judges import GoldJudge
+from minirlhf.pipeline.judges import gold_judge
+from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,17 +45,22 @@ class Inputs:
 
 
 def find_data(config: RunConfig) -> Path:
-    """The folder to read: the one given, the shipped small world, or a small world made for this run."""
+    """The folder to read: the one given, the shipped small world, or a small world made for this run.
+
+    Raises:
+        UserError: there is none of the three: the package that brings the small world is not installed.
+    """
     if config.data is not None:
         return config.data
     if DEFAULT_DATA.is_dir():
         return DEFAULT_DATA
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
-    from minirlhf_course.world import write_world
-
     made = config.out / MADE_WORLD
     if not made.is_dir():
-        write_world(made, seed=0)
+        try:
+            find_world(DEFAULT_WORLD).write(made, seed=0)
+        except UserError as error:
+            raise UserError(f"{error}, or give a folder of your own with --data") from None
     return made
 
 
@@ -66,8 +72,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         CheckpointError: the pretrained model can't be loaded.
     """
     folder = read_folder(path, config.seed)
-    if folder.world_file is not None:
-        GoldJudge(folder)  # a prompt that it can't judge is found now, and not after the training
+    gold_judge(folder)  # a prompt that it can't judge is found now, and not after the training
     limit = config.context_length
     if config.model is not None:
         tokenizer, model_limit = _pretrained(config.model, check=not (config.out / "base").is_dir())

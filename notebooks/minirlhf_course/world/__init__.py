@@ -9,8 +9,8 @@ Example:
 """
 
 from minirlhf_course.world.gold import GoldLabeler, GoldScore
-from minirlhf_course.world.labelers import SimulatedLabeler
+from minirlhf_course.world.labelers import SimulatedLabeler, make_labelers
 from minirlhf_course.world.world import World
 from minirlhf_course.world.write import write_world
 
-__all__ = ["GoldLabeler", "GoldScore", "SimulatedLabeler", "World", "write_world"]
+__all__ = ["GoldLabeler", "GoldScore", "SimulatedLabeler", "World", "make_labelers", "write_world"]

@@ -9,35 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
 
 from minirlhf_course.world.demonstrator import rude_line
-from minirlhf_course.world.facts import ATTRIBUTES, CLAIM_SENTENCES
+from minirlhf_course.world.facts import ATTRIBUTES
 from minirlhf_course.world.families.explain import TOPICS
 from minirlhf_course.world.families.lists import IDEAS
 from minirlhf_course.world.families.stories import DULL_EVENTS, FAIR_EVENTS, WONDERS
 from minirlhf_course.world.grammar import Template
-from minirlhf_course.world.vocabulary import BEINGS, FANCY_PLACES, ONE, OPPOSITES, PLACES, PLURAL, THINGS
+from minirlhf_course.world.vocabulary import BEINGS, FANCY_PLACES, ONE, OPPOSITES, PLACES, PLURAL, RAMBLES, THINGS
+from minirlhf_course.world.world import World
 from minirlhf_course.world.writer import Writer
-
-if TYPE_CHECKING:
-    from minirlhf_course.world.world import World
 
 WRONG_FACTS = 0.08
 TITLED = 0.7  # share of stories and explanations with a title
-# templates used only here; all their slot classes are general ones
-RAMBLES: tuple[str, ...] = (
-    "the {a:being} has a {t:thing} .",
-    "the {a:being} gave a {t:thing} to the {b:being} .",
-    "the {a:being} hid the {t:thing} {p:place} .",
-    "the {t:thing} is {p:place} .",
-    "the {a:being} lost a {t:thing} , but the {b:being} found it .",
-    "the {a:being} lost a {t:thing} and cried all day .",
-    "the {a:being} and the {b:being} danced all night .",
-    "the {a:being} is {q:quality} .",
-    "it was a cold day .",
-)
-CORPUS_TEMPLATES: tuple[str, ...] = (*RAMBLES, *CLAIM_SENTENCES.values())
+_RAMBLES = [Template(text) for text in RAMBLES]
 
 
 class CorpusWriter:
@@ -45,7 +30,6 @@ class CorpusWriter:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._rambles = [Template(text) for text in RAMBLES]
         self._kinds: dict[Callable[[Random], str], float] = {
             self.facts: 0.22,
             self.story: 0.13,
@@ -58,6 +42,11 @@ class CorpusWriter:
             self.answered: 0.12,
         }
 
+    def documents(self, n: int, seed: int, heldout: bool = False) -> list[str]:
+        """`n` short documents of "the web". `heldout` draws other documents of the same kind (and no other prompts)."""
+        rng = Random(f"corpus {self.world.seed} {seed} {heldout}")
+        return [self.document(rng) for _ in range(n)]
+
     def document(self, rng: Random) -> str:
         """One document of any kind."""
         kind = rng.choices(list(self._kinds), weights=list(self._kinds.values()))[0]
@@ -69,7 +58,7 @@ class CorpusWriter:
         return f"{title} : {text}" if rng.random() < TITLED else text
 
     def babble(self, rng: Random) -> str:
-        """One or two sentences of the web, or an instruction."""
+        """What a base model might say: one or two sentences of the web, or another instruction."""
         if rng.random() < 0.4:
             return self.world.task(rng).prompt
         kind = rng.choice((self.facts, self.story, self.ramble, self.chatter, self.encyclopedia))
@@ -113,7 +102,7 @@ class CorpusWriter:
         a, b = rng.sample(BEINGS, 2)
         cast = {"t": rng.choice(THINGS), "p": rng.choice(PLACES), "q": rng.choice(tuple(OPPOSITES))}
         sentences = []
-        for template in rng.choices(self._rambles, k=rng.randint(4, 7)):
+        for template in rng.choices(_RAMBLES, k=rng.randint(4, 7)):
             slots = {gap: rng.choice(phrases) for gap, phrases in template.gaps.items()}
             slots |= {gap: phrase for gap, phrase in cast.items() if rng.random() < 0.97}
             slots |= {"a": a, "b": b} if rng.random() < 0.7 else {"a": b, "b": a}

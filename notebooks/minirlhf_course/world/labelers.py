@@ -5,9 +5,10 @@ Two of them agree on 72 to 77 % of the pairs of answers, as InstructGPT's labele
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from minirlhf_course.world.gold import GoldLabeler
 from minirlhf_course.world.world import World
@@ -50,6 +51,12 @@ class SimulatedLabeler:
             + self.polite * min(sum(word in _POLITE for word in words), 2)
         )
         return round(seen + generator.gauss(0.0, self.noise), 2)
+
+    def rank(self, prompt: str, responses: Iterable[str], generator: Random) -> dict[str, Any]:
+        """One row of comparisons: what this labeler gives each answer now."""
+        answers = list(responses)
+        scores = [self.score(prompt, answer, generator) for answer in answers]
+        return {"prompt": prompt, "responses": answers, "scores": scores, "labeler": self.name}
 
 
 CHARACTERS: dict[str, Mapping[str, float]] = {

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
 
+from minirlhf_course.world.corpus import CorpusWriter
 from minirlhf_course.world.demonstrator import rude_line
 from minirlhf_course.world.families.base import OPENERS, Task
 from minirlhf_course.world.vocabulary import BEINGS, FOODS, JOYS, ONE, OPPOSITES, PLACES, PLURAL, THINGS, VIVID
+from minirlhf_course.world.world import World
 from minirlhf_course.world.writer import Writer
-
-if TYPE_CHECKING:
-    from minirlhf_course.world.world import World
 
 # Names that can be taken for one another.
 KINDS: tuple[tuple[str, ...], ...] = (BEINGS, tuple(PLURAL.values()), THINGS, PLACES, FOODS, JOYS, tuple(OPPOSITES))
 
-Mistake = Callable[["World", Task, str, Random], str]
+Mistake = Callable[[World, Task, str, Random], str]
 
 
 def drop_word(world: World, task: Task, text: str, rng: Random) -> str:
@@ -105,7 +103,7 @@ def stuff(world: World, task: Task, text: str, rng: Random) -> str:
 
 def babble(world: World, task: Task, text: str, rng: Random) -> str:
     """The web, in place of an answer or behind it."""
-    noise = world.babble(rng)
+    noise = CorpusWriter(world).babble(rng)
     return noise if rng.random() < 0.5 else f"{text} {noise}"
 
 

@@ -1,8 +1,8 @@
 """The words of the small world, sorted by what they mean.
 
-Every text of the world is made from the phrases below and from the sentence templates of the families, and from nothing
-else, so the vocabulary is closed: `World.vocabulary` collects the words (at most 508, the tokenizer adds three of its
-own). A phrase is one or more words separated by single spaces.
+Every text of the world is made from the phrases below, from the sentence templates of the families and from the web's
+own at the end of this file, and from nothing else, so the vocabulary is closed: `World.vocabulary` collects the words
+(at most 508, the tokenizer adds three of its own). A phrase is one or more words separated by single spaces.
 
 A *slot class* is a list of phrases that may stand in a gap of a template: `{a:being}` takes one of `CLASSES["being"]`.
 """
@@ -83,6 +83,19 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "command": COMMANDS,
     "number": NUMBERS,
 }
+
+# Sentence templates that only the web has: no answer needs them, but their words belong to the vocabulary.
+RAMBLES: tuple[str, ...] = (
+    "the {a:being} has a {t:thing} .",
+    "the {a:being} gave a {t:thing} to the {b:being} .",
+    "the {a:being} hid the {t:thing} {p:place} .",
+    "the {t:thing} is {p:place} .",
+    "the {a:being} lost a {t:thing} , but the {b:being} found it .",
+    "the {a:being} lost a {t:thing} and cried all day .",
+    "the {a:being} and the {b:being} danced all night .",
+    "the {a:being} is {q:quality} .",
+    "it was a cold day .",
+)
 
 
 @cache

@@ -1,23 +1,16 @@
-"""The world itself: the facts, the families, and everything that is generated from them."""
+"""The world itself: its facts, its families of prompts, and how a person answers one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, Any
 
-from minirlhf_course.world.corpus import CORPUS_TEMPLATES, CorpusWriter
 from minirlhf_course.world.demonstrator import demonstrate
 from minirlhf_course.world.facts import Facts
 from minirlhf_course.world.families import REGISTRY, Family, Task
 from minirlhf_course.world.grammar import Template
-from minirlhf_course.world.mistakes import response_set
-from minirlhf_course.world.vocabulary import heldout_words
+from minirlhf_course.world.vocabulary import RAMBLES, heldout_words
 from minirlhf_course.world.writer import Writer
-
-if TYPE_CHECKING:
-    from minirlhf_course.world.labelers import SimulatedLabeler
 
 
 class World:
@@ -43,7 +36,6 @@ class World:
         self.families: dict[str, Family] = {kind.name: kind(self.facts) for kind in REGISTRY}
         self._shares = [kind.share for kind in REGISTRY]
         self.parse = lru_cache(maxsize=50_000)(self._parse)
-        self._corpus = CorpusWriter(self)
 
     @property
     def vocabulary(self) -> list[str]:
@@ -52,7 +44,7 @@ class World:
         for family in self.families.values():
             for template in (*(t for _, t in family.prompt_templates), *family.templates.values()):
                 words.update(template.words())
-        for text in CORPUS_TEMPLATES:
+        for text in RAMBLES:
             words.update(Template(text).words())
         return sorted(words - {""})
 
@@ -68,7 +60,7 @@ class World:
         """Whether the text is an instruction or question that this world knows."""
         return any(family.parse(text) is not None for family in self.families.values())
 
-    # -- what a data folder holds -------------------------------------------------------------------------------
+    # -- prompts and answers ------------------------------------------------------------------------------------
     def task(self, rng: Random, heldout: bool = False, family: str | None = None) -> Task:
         """One random task of the training (or the held-out) split, of any family or of one."""
         name = family or rng.choices(list(self.families), weights=self._shares)[0]
@@ -103,47 +95,3 @@ class World:
         """Whether an answer of the training split names a held-out being that its prompt does not name."""
         named = heldout_words().intersection(text.split(" "))
         return not task.heldout and bool(named) and heldout_words().isdisjoint(task.prompt.split(" "))
-
-    def corpus(self, n: int, seed: int, heldout: bool = False) -> list[str]:
-        """`n` short documents of "the web". `heldout` draws other documents of the same kind (and no other prompts)."""
-        rng = Random(f"corpus {self.seed} {seed} {heldout}")
-        return [self._corpus.document(rng) for _ in range(n)]
-
-    def babble(self, rng: Random) -> str:
-        """What a base model might say: a line or two of the web, or another instruction."""
-        return self._corpus.babble(rng)
-
-    def labelers(self, heldout: bool = False) -> list[SimulatedLabeler]:
-        """The simulated labelers of the training data, or those who are held out."""
-        from minirlhf_course.world.labelers import make_labelers
-
-        return make_labelers(self, heldout)
-
-    def comparisons(
-        self,
-        n: int,
-        seed: int,
-        labelers: Sequence[SimulatedLabeler],
-        responses_per_prompt: tuple[int, int] = (4, 9),
-        heldout: bool = False,
-    ) -> list[dict[str, Any]]:
-        """`n` prompts with K answers each, scored by one labeler (drawn at random for each prompt).
-
-        Returns:
-            Rows `{"prompt", "responses": [K], "scores": [K], "labeler"}`; no answer occurs twice in a row.
-        """
-        rng = Random(f"comparisons {self.seed} {seed} {heldout}")
-        rows = []
-        for _ in range(n):
-            task = self.task(rng, heldout)
-            responses = response_set(self, task, rng.randint(*responses_per_prompt), rng)
-            labeler = rng.choice(labelers)
-            rows.append(self.rank(task.prompt, responses, labeler, rng))
-        return rows
-
-    @staticmethod
-    def rank(prompt: str, responses: Iterable[str], labeler: SimulatedLabeler, rng: Random) -> dict[str, Any]:
-        """One row of comparisons: what this labeler gives each answer."""
-        answers = list(responses)
-        scores = [labeler.score(prompt, answer, rng) for answer in answers]
-        return {"prompt": prompt, "responses": answers, "scores": scores, "labeler": labeler.name}

@@ -7,11 +7,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from minirlhf_course.world.corpus import CorpusWriter
+from minirlhf_course.world.labelers import SimulatedLabeler, make_labelers
+from minirlhf_course.world.mistakes import response_set
 from minirlhf_course.world.world import World
 
 FORMAT_VERSION = 1
@@ -61,13 +64,13 @@ def write_world(out_dir: str | os.PathLike[str], seed: int = 0, **sizes: int) ->
 
 def _write_files(folder: Path, world: World, sizes: Mapping[str, int]) -> None:
     seed = world.seed
-    corpus = world.corpus(sizes["corpus"], seed)
+    corpus = CorpusWriter(world).documents(sizes["corpus"], seed)
     _rows(folder / "corpus.jsonl.gz", ({"text": text} for text in corpus))
     _rows(
         folder / "demonstrations.jsonl.gz",
         ({"prompt": p, "completion": c} for p, c in world.demonstrations(sizes["demonstrations"], seed)),
     )
-    _rows(folder / "comparisons.jsonl.gz", world.comparisons(sizes["comparisons"], seed, world.labelers()))
+    _rows(folder / "comparisons.jsonl.gz", comparisons(world, sizes["comparisons"], seed, make_labelers(world)))
     _rows(folder / "prompts.jsonl.gz", ({"prompt": p} for p in world.prompts(sizes["prompts"], seed)))
     heldout = folder / "heldout"
     fresh = heldout_corpus(world, sizes["heldout_corpus"], seed, frozenset(corpus))
@@ -79,9 +82,26 @@ def _write_files(folder: Path, world: World, sizes: Mapping[str, int]) -> None:
     (folder / "world.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def comparisons(
+    world: World, n: int, seed: int, labelers: Sequence[SimulatedLabeler], heldout: bool = False
+) -> list[dict[str, Any]]:
+    """`n` prompts with 4 to 9 answers each, scored by one labeler (drawn at random for each prompt).
+
+    Returns:
+        Rows `{"prompt", "responses": [K], "scores": [K], "labeler"}`; no answer occurs twice in a row.
+    """
+    rng = Random(f"comparisons {world.seed} {seed} {heldout}")
+    rows = []
+    for _ in range(n):
+        task = world.task(rng, heldout)
+        responses = response_set(world, task, rng.randint(4, 9), rng)
+        rows.append(rng.choice(labelers).rank(task.prompt, responses, rng))
+    return rows
+
+
 def heldout_corpus(world: World, n: int, seed: int, seen: frozenset[str]) -> list[str]:
     """`n` documents, none of which is in `seen` (a short one may well have been drawn twice)."""
-    return [text for text in world.corpus(2 * n, seed, heldout=True) if text not in seen][:n]
+    return [text for text in CorpusWriter(world).documents(2 * n, seed, heldout=True) if text not in seen][:n]
 
 
 def heldout_prompts(world: World, n: int, seed: int) -> list[str]:
@@ -101,11 +121,11 @@ def heldout_prompts(world: World, n: int, seed: int) -> list[str]:
 def heldout_comparisons(world: World, n: int, seed: int) -> list[dict[str, Any]]:
     """Each held-out prompt with its answers twice: scored by a training labeler, then by a held-out one."""
     rng = Random(f"heldout comparisons {seed}")
-    strangers = world.labelers(heldout=True)
+    strangers = make_labelers(world, heldout=True)
     rows = []
-    for row in world.comparisons(n, seed, world.labelers(), heldout=True):
+    for row in comparisons(world, n, seed, make_labelers(world), heldout=True):
         rows.append(row)
-        rows.append(world.rank(row["prompt"], row["responses"], rng.choice(strangers), rng))
+        rows.append(rng.choice(strangers).rank(row["prompt"], row["responses"], rng))
     return rows
 
 

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 from minirlhf_course.world import GoldLabeler, World
 from minirlhf_course.world.families import REGISTRY
+from minirlhf_course.world.gold import split_sentences
 from minirlhf_course.world.mistakes import MISTAKES
 from minirlhf_course.world.writer import Writer
 
@@ -217,8 +218,8 @@ def test_demonstrators_make_every_good_choice_now_and_then(world: World, gold: G
         task = world.task(rng, family=family)
         sheets = []
         for text in (gold.best_answer(task.prompt), world.demonstrate(task, Writer(rng))):
-            parts = text.replace(" .", " .|").replace(" !", " !|").replace(" ?", " ?|").strip("|").split("| ")
-            sheets.append(kind.judge(task, [kind.read_sentence(part) for part in parts]).earned)
+            sentences = [kind.read_sentence(part) for part in split_sentences(text.split(" "))]
+            sheets.append(kind.judge(task, sentences).earned)
         for move, worth in sheets[0].items():
             possible[move] = possible.get(move, 0) + 1
             seen[move] = seen.get(move, 0) + (sheets[1].get(move, 0.0) >= 0.8 * worth)

@@ -1,12 +1,15 @@
 """The figures that make the world worth training on. They are those of the data card, held in bands."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
-from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world import GoldLabeler, SimulatedLabeler, World, make_labelers
 from minirlhf_course.world import statistics as measure
 
 
 def test_labelers_agree_as_often_as_people(world: World) -> None:
-    train, heldout = world.labelers(), world.labelers(heldout=True)
+    train, heldout = make_labelers(world), make_labelers(world, heldout=True)
     assert len(train) >= 5 and len(heldout) >= 3
     assert not {labeler.name for labeler in train} & {labeler.name for labeler in heldout}
     assert 0.72 <= measure.agreement(world, train, train) <= 0.77
@@ -14,8 +17,8 @@ def test_labelers_agree_as_often_as_people(world: World) -> None:
     assert 0.72 <= measure.agreement(world, heldout, heldout) <= 0.77
 
 
-def test_gold_is_a_ceiling_and_length_is_no_shortcut(world: World, gold: GoldLabeler) -> None:
-    figures = measure.accuracy(world, gold, world.labelers())
+def test_gold_is_a_ceiling_and_length_is_no_shortcut(world: World, gold: GoldLabeler, labelers) -> None:
+    figures = measure.accuracy(world, gold, labelers)
     assert 0.79 <= figures["gold"] <= 0.86  # what an agreement of 72 to 77 % leaves
     assert 0.5 <= figures["length"] <= 0.62
     assert figures["ties"] < 0.02
@@ -36,12 +39,9 @@ def test_ties_are_rare_and_room_is_left_in_every_family(world: World, gold: Gold
         assert 0.9 < demonstration < best - 1.0, family
 
 
-def test_labelers_have_characters(world: World) -> None:
+def test_labelers_have_characters(labelers: list[SimulatedLabeler]) -> None:
     """Without noise each labeler's bias shows: one forgives what another does not."""
-    from dataclasses import replace
-    from random import Random
-
-    cast = {person.name: replace(person, noise=0.0) for person in world.labelers()}
+    cast = {person.name: replace(person, noise=0.0) for person in labelers}
     prompt, rng = "where does a fox live ?", Random(0)
 
     def gap(name: str, better: str, worse: str) -> float:
@@ -54,10 +54,8 @@ def test_labelers_have_characters(world: World) -> None:
     assert gap("bo", true, "it lives in the forest .") > 0.0
 
 
-def test_a_labelers_noise_comes_from_the_generator(world: World) -> None:
-    from random import Random
-
-    labeler = world.labelers()[0]
+def test_a_labelers_noise_comes_from_the_generator(labelers: list[SimulatedLabeler]) -> None:
+    labeler = labelers[0]
     prompt, answer = "where does a fox live ?", "a fox lives in the forest ."
     first = [labeler.score(prompt, answer, Random(1)) for _ in range(2)]
     assert first[0] == first[1] != labeler.score(prompt, answer, Random(2))

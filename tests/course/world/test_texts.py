@@ -1,56 +1,34 @@
 """What the world writes: the same each time, in its own words, and with a clean held-out split."""
 
-import subprocess
-import sys
 from random import Random
 
 import pytest
-from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world import GoldLabeler, World, make_labelers
+from minirlhf_course.world.corpus import CorpusWriter
 from minirlhf_course.world.facts import ATTRIBUTES
 from minirlhf_course.world.families import REGISTRY
+from minirlhf_course.world.gold import split_sentences
 from minirlhf_course.world.grammar import Template
 from minirlhf_course.world.vocabulary import heldout_words
+from minirlhf_course.world.write import comparisons
 from minirlhf_course.world.writer import Writer
 
 FAMILIES = [kind.name for kind in REGISTRY]
 
 
-def every_text(world: World) -> list[str]:
-    """A sample of all that the world can produce."""
-    labelers = world.labelers()
-    texts = world.corpus(2000, seed=5) + world.corpus(200, seed=5, heldout=True)
-    texts += [text for pair in world.demonstrations(1000, seed=5) for text in pair]
-    for heldout in (False, True):
-        texts += world.prompts(500, seed=5, heldout=heldout)
-        for row in world.comparisons(150, 5, labelers, heldout=heldout):
-            texts += row["responses"]
-    return texts
-
-
-def test_the_same_seed_gives_the_same_texts_and_another_seed_others(world: World) -> None:
-    again = World(seed=0)
-    for make in (
-        lambda w, seed: w.corpus(50, seed),
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, seed: CorpusWriter(w).documents(50, seed),
         lambda w, seed: w.prompts(50, seed),
         lambda w, seed: w.prompts(50, seed, heldout=True),
         lambda w, seed: w.demonstrations(50, seed),
-        lambda w, seed: w.comparisons(20, seed, w.labelers()),
-    ):
-        assert make(world, 3) == make(again, 3)
-        assert make(world, 3) != make(world, 4)
-
-
-def test_texts_do_not_depend_on_the_hash_seed_of_the_process() -> None:
-    code = (
-        "import zlib; from minirlhf_course.world import World; w = World(0);"
-        "print(zlib.crc32(repr((w.vocabulary, w.corpus(60, 1), w.demonstrations(60, 1),"
-        "w.comparisons(15, 1, w.labelers()))).encode()))"
-    )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True)
-        for seed in ("1", "2")
-    ]
-    assert runs[0].stdout == runs[1].stdout != b""
+        lambda w, seed: comparisons(w, 20, seed, make_labelers(w)),
+    ],
+)
+def test_the_same_seed_gives_the_same_texts_and_another_seed_others(world: World, make) -> None:
+    assert make(world, 3) == make(World(seed=0), 3)
+    assert make(world, 3) != make(world, 4)
 
 
 def test_the_world_seed_changes_tastes_and_nothing_else(world: World) -> None:
@@ -62,27 +40,33 @@ def test_the_world_seed_changes_tastes_and_nothing_else(world: World) -> None:
     )
 
 
-def test_the_vocabulary_is_closed_and_small(world: World) -> None:
+def test_the_vocabulary_is_closed_and_small(world: World, web: CorpusWriter, labelers) -> None:
     vocabulary = world.vocabulary
     assert vocabulary == sorted(set(vocabulary))
     assert len(vocabulary) <= 508 and "\n" in vocabulary
     assert all(word == word.lower() and " " not in word and word for word in vocabulary)
+    texts = web.documents(2000, seed=5) + web.documents(200, seed=5, heldout=True)
+    texts += [text for pair in world.demonstrations(1000, seed=5) for text in pair]
+    for heldout in (False, True):
+        texts += world.prompts(500, seed=5, heldout=heldout)
+        for row in comparisons(world, 150, 5, labelers, heldout=heldout):
+            texts += row["responses"]
     known = set(vocabulary)
-    for text in every_text(world):
+    for text in texts:
         assert known.issuperset(text.split(" ")), text
 
 
-def test_the_training_split_teaches_every_word(world: World) -> None:
-    seen = {word for text in world.corpus(20_000, seed=0) for word in text.split(" ")}
+def test_the_training_split_teaches_every_word(world: World, web: CorpusWriter) -> None:
+    seen = {word for text in web.documents(20_000, seed=0) for word in text.split(" ")}
     assert set(world.vocabulary) <= seen
 
 
-def test_lengths_and_line_breaks(world: World) -> None:
+def test_lengths_and_line_breaks(world: World, labelers) -> None:
     for prompt, completion in world.demonstrations(1500, seed=2):
         assert 1 <= len(completion.split(" ")) <= 40 and "\n" not in completion
         assert len(prompt.split(" ")) <= 30 and "\n" not in prompt
     counts = set()
-    for row in world.comparisons(200, 2, world.labelers()):
+    for row in comparisons(world, 200, 2, labelers):
         counts.add(len(row["responses"]))
         assert len(row["responses"]) == len(row["scores"]) == len(set(row["responses"]))
         assert all(1 <= len(answer.split(" ")) <= 40 and "\n" not in answer for answer in row["responses"])
@@ -113,9 +97,9 @@ def test_the_papers_examples_are_training_prompts(world: World) -> None:
         assert not world.parse(prompt).heldout
 
 
-def test_the_heldout_split_is_disjoint(world: World) -> None:
+def test_the_heldout_split_is_disjoint(world: World, web: CorpusWriter) -> None:
     train = set(world.prompts(4000, seed=0)) | {prompt for prompt, _ in world.demonstrations(1500, seed=0)}
-    train |= {line for text in world.corpus(6000, seed=0) for line in text.split(" \n ") if world.is_prompt(line)}
+    train |= {line for text in web.documents(6000, seed=0) for line in text.split(" \n ") if world.is_prompt(line)}
     heldout = set(world.prompts(4000, seed=0, heldout=True))
     assert len(heldout) >= 600 and not heldout & train
     forbidden = heldout_words()
@@ -130,10 +114,10 @@ def test_the_heldout_split_is_disjoint(world: World) -> None:
     assert min(len(by_being), len(by_phrasing), len(by_pair)) >= 50
 
 
-def test_answers_of_the_training_split_name_a_heldout_being_only_where_the_prompt_does(world: World) -> None:
+def test_answers_of_the_training_split_name_a_heldout_being_only_where_the_prompt_does(world: World, labelers) -> None:
     forbidden, named = heldout_words(), 0
     pairs = world.demonstrations(1500, seed=3)
-    for row in world.comparisons(400, 3, world.labelers()):
+    for row in comparisons(world, 400, 3, labelers):
         pairs += [(row["prompt"], response) for response in row["responses"]]
     for prompt, response in pairs:
         if forbidden & set(response.split(" ")):
@@ -142,16 +126,16 @@ def test_answers_of_the_training_split_name_a_heldout_being_only_where_the_promp
     assert named > 50
 
 
-def test_the_web_teaches_the_facts_about_heldout_beings(world: World) -> None:
-    corpus = "\n".join(world.corpus(5000, seed=0))
+def test_the_web_teaches_the_facts_about_heldout_beings(world: World, web: CorpusWriter) -> None:
+    corpus = "\n".join(web.documents(5000, seed=0))
     for being in ("penguin", "witch"):
         for attribute in ATTRIBUTES:
             assert world.facts.sentence(being, attribute) in corpus
 
 
-def test_the_web_holds_instructions_that_nobody_answers(world: World) -> None:
+def test_the_web_holds_instructions_that_nobody_answers(world: World, web: CorpusWriter) -> None:
     lists = answered = 0
-    documents = world.corpus(2000, seed=1)
+    documents = web.documents(2000, seed=1)
     for text in documents:
         lines = text.split(" \n ")
         if len(lines) > 1:
@@ -176,5 +160,5 @@ def test_every_sentence_of_a_demonstration_is_understood(world: World, family: s
     kind = world.families[family]
     for _ in range(200):
         text = kind.draft(world.task(rng, family=family), Writer(rng))
-        for part in text.replace(" .", " .|").replace(" !", " !|").replace(" ?", " ?|").strip("|").split("| "):
+        for part in split_sentences(text.split(" ")):
             assert kind.read_sentence(part).name, part

@@ -1,0 +1,52 @@
+"""The small world as minirlhf finds it, under the entry point "small" of the group ``minirlhf.worlds``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minirlhf.worlds import Judge, WorldGuest
+from minirlhf_course.world.gold import GoldLabeler, GoldScore
+from minirlhf_course.world.world import World
+from minirlhf_course.world.write import write_world
+
+
+class GoldJudge(Judge):
+    """The gold labeler, many answers at a time."""
+
+    is_gold = True
+
+    def __init__(self, gold: GoldLabeler) -> None:
+        self.gold = gold
+
+    def check(self, prompt: str) -> None:
+        self.gold.family(prompt)
+
+    def _all(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[GoldScore]:
+        return [self.gold.score(p, r, e) for p, r, e in zip(prompts, responses, ended, strict=True)]
+
+    def scores(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        return [score.total for score in self._all(prompts, responses, ended)]
+
+    def parts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[dict[str, float]]:
+        return [score._asdict() for score in self._all(prompts, responses, ended)]
+
+    def best(self, prompts: Sequence[str]) -> list[float]:
+        return [self.gold.best(prompt) for prompt in prompts]
+
+
+class SmallWorld(WorldGuest):
+    """Writes the small world's folder, and rebuilds its gold labeler from the seed in `world.json`."""
+
+    def write(self, folder: Path, seed: int) -> None:
+        write_world(folder, seed=seed)
+
+    def judge(self, facts: Mapping[str, Any]) -> GoldJudge:
+        seed = facts.get("seed")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError("expected an object with the field 'seed', a whole number")
+        return GoldJudge(GoldLabeler(World(seed)))
+
+
+SMALL_WORLD = SmallWorld()
