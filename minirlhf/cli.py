@@ -141,11 +141,16 @@ def _run(arguments: list[str]) -> None:
     config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
 
     from minirlhf.pipeline import run_pipeline
-    from minirlhf.report import summary_table
+    from minirlhf.pipeline.folder import locked
+    from minirlhf.report import summary_table, write_report
 
-    report = run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
+    run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
+    page = config.out / "report.html"
+    with locked(config.out):
+        if not page.is_file():  # a page that is there shows these measurements
+            write_report(config.out)
     print(summary_table(config.out))
-    print(f"report: {report}")
+    print(f"report: {page}")
     print(f"talk to the models: minirlhf chat --run {config.out}")
 
 

@@ -12,7 +12,7 @@ from minirlhf.errors import CheckpointError
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.tokenization import load_tokenizer
-from minirlhf.pipeline.export import export_checkpoints, export_policy
+from minirlhf.pipeline.export import export_checkpoints, export_step
 from minirlhf.pipeline.folder import POLICIES, STEPS, load_policy, load_reward_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints"
@@ -59,7 +59,7 @@ def test_the_tiny_model_is_small_and_answers() -> None:
 
 
 def test_a_new_export_keeps_what_is_no_step_of_a_run(tmp_path: Path) -> None:
-    export_policy(SHIPPED, "sft", tmp_path / "out" / "other")
+    export_step(SHIPPED, "sft", tmp_path / "out" / "other")
     verify_model(tmp_path / "out" / "other")
     export_checkpoints(SHIPPED, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*STEPS, "other"}

@@ -19,7 +19,7 @@ import pytest
 
 from minirlhf.checkpoints import load_state
 from minirlhf.cli import main
-from minirlhf.pipeline.lock import locked
+from minirlhf.pipeline.folder import locked
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")

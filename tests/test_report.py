@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minirlhf import plotting
+from minirlhf.report import plotting
 from minirlhf.errors import CheckpointError
 from minirlhf.report import summary_table, write_report
 from minirlhf.report.text import duration, interval, number, parameters, percent, readable

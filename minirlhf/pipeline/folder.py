@@ -1,4 +1,4 @@
-"""A run's folder: what stands in it and how to load it.
+"""A run's folder: what is in it, how to load it, and the lock that keeps a second run out.
 
 config.json  report.json  report.html  answers.json
 base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.jsonl, TensorBoard events, summary.json
@@ -6,11 +6,14 @@ base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.j
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from minirlhf.checkpoints import verify_model
 from minirlhf.errors import CheckpointError, UserError
@@ -23,6 +26,41 @@ if TYPE_CHECKING:
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
+LOCK = "run.lock"
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this process: two runs would write over each other's files.
+
+    The operating system lets go of the lock when the process ends, however that happens, so the file that a killed run
+    leaves holds nobody up. Folders that were made for the lock and are still empty afterwards are removed again.
+
+    Args:
+        out: the run's folder; made where it isn't there.
+
+    Raises:
+        UserError: another process works in the folder.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another minirlhf run is working in {out}: wait until it is done, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+            (out / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's lock can be removed
+        lock.release()
+        for folder in made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def find_device(name: str) -> torch.device:
@@ -56,8 +94,8 @@ def read_config(run: Path) -> dict[str, Any]:
     return _read_object(file, ("data", "seed"), SECTIONS, f"delete {run} and run again")
 
 
-def check_report(run: Path) -> None:
-    """The report of a finished run must be one before it is shown again.
+def read_report(run: Path) -> dict[str, Any]:
+    """The measurements of a finished run.
 
     Raises:
         CheckpointError: report.json is damaged.
@@ -68,6 +106,7 @@ def check_report(run: Path) -> None:
     )
     if not all(isinstance(report["evaluation"].get(name), dict) for name in POLICIES):
         raise CheckpointError(f"{run / 'report.json'}: damaged (not every policy is in it); {advice}")
+    return report
 
 
 def _read_object(file: Path, keys: tuple[str, ...], objects: tuple[str, ...], advice: str) -> dict[str, Any]:

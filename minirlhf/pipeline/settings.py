@@ -15,23 +15,21 @@ from typing import Any
 from minirlhf.checkpoints import STATE
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
-from minirlhf.pipeline.folder import STEPS, read_config
-from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data
-from minirlhf.pipeline.lock import LOCK
+from minirlhf.pipeline.folder import LOCK, STEPS, read_config
+from minirlhf.pipeline.inputs import MADE_WORLD
 
 DATA_SUMS = "data_sha256"
 TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
 Differences = dict[str, tuple[Any, Any]]
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights and the report of a run, as it is written to config.json."""
+def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
+    """What decides the weights and the report of a run on a folder of data, as it is written to config.json."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
         settings.pop(key)
-    folder = find_data(config)
-    settings["data"] = str(folder.resolve())
-    settings[DATA_SUMS] = data_sums(folder)
+    settings["data"] = str(data.resolve())
+    settings[DATA_SUMS] = data_sums(data)
     return settings
 
 
@@ -106,8 +104,12 @@ def steps_of(name: str) -> tuple[str, ...]:
     return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
 
 
-def check_context(out: Path, inputs: Inputs) -> None:
+def check_context(out: Path, needed: int) -> None:
     """The settings that may still change can ask for longer sequences than a finished base model was made for.
+
+    Args:
+        out: the run's folder, with a finished base model.
+        needed: tokens of the longest sequence.
 
     Raises:
         CheckpointError: says how long they are and which options decide it.
@@ -115,10 +117,10 @@ def check_context(out: Path, inputs: Inputs) -> None:
     from transformers import AutoConfig
 
     limit = getattr(AutoConfig.from_pretrained(out / "base"), "max_position_embeddings", None)
-    if limit is not None and inputs.context_length > limit:
+    if limit is not None and needed > limit:
         raise CheckpointError(
             f"{out / 'base'}: was made for a context of {limit} tokens, and these settings need "
-            f"{inputs.context_length}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
+            f"{needed}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
             "another --out"
         )
 
