@@ -199,16 +199,14 @@ def _evaluate(arguments: list[str]) -> None:
     config = _parse(EvaluateConfig, "evaluate", arguments)
     import json
 
-    from minirlhf.config import config_from_dict
     from minirlhf.pipeline.evaluate import evaluate_checkpoint
     from minirlhf.pipeline.folder import read_config
 
     names = ("prompts", "temperature", "max_response_tokens")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    settings = replace(config_from_dict(read_config(config.run), config.run).evaluation, **given)
-    print(
-        json.dumps(evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device), indent=2)
-    )
+    settings = replace(read_config(config.run).evaluation, **given)
+    measured = evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device)
+    print(json.dumps(measured, indent=2))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import RunConfig, config_from_dict
+from minirlhf.config import RunConfig
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.pipeline.folder import hide_loading_bars, read_config
 from minirlhf.pipeline.inputs import find_data, load_inputs
@@ -79,7 +79,7 @@ def child() -> None:
     torch.set_num_threads(threads)
     hide_loading_bars()
     try:
-        config = replace(config_from_dict(read_config(run), run), save_seconds=settings["save_seconds"])
+        config = replace(read_config(run), save_seconds=settings["save_seconds"])
         inputs = load_inputs(config, find_data(config))
         train_step(step, config, inputs, progress=settings["progress"], beside=True, began=began)
     except UserError as failure:

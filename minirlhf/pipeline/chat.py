@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import config_from_dict
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.models import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
+from minirlhf.pipeline.inputs import find_data
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 
@@ -49,8 +49,8 @@ def chat(
     models = {name: load_policy(run, name, device) for name in names}
     tokenizer = load_tokenizer(run / names[0])
     context = min(filter(None, map(context_of, models.values())), default=None)
-    wanted = max_response_tokens or config_from_dict(config, run).evaluation.max_response_tokens
-    small_world = (Path(config["data"]) / "world.json").is_file()  # which has no capitals, and a vocabulary of words
+    wanted = max_response_tokens or config.evaluation.max_response_tokens
+    small_world = (find_data(config) / "world.json").is_file()  # which has no capitals, and a vocabulary of words
     for turn, prompt in enumerate(prompts or _typed(lower=small_world)):
         if small_world:
             odd = [w for w in prompt.split() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]

@@ -32,6 +32,7 @@ from minirlhf.pipeline.folder import (
     load_reward_model,
     read_config,
 )
+from minirlhf.pipeline.inputs import find_data
 from minirlhf.pipeline.judges import find_judge
 
 Row = dict[str, Any]
@@ -69,14 +70,8 @@ class Evaluator:
 
     def ask(self, name: str) -> None:
         """Have one of the models answer the prompts, and the judge score its answers."""
-        said = answer(
-            self.models[name],
-            self.tokenizer,
-            self.prompts,
-            self.settings,
-            reference=self.models["sft"],
-            seed=self.seed,
-        )
+        model, sft = self.models[name], self.models["sft"]
+        said = answer(model, self.tokenizer, self.prompts, self.settings, reference=sft, seed=self.seed)
         self.answers[name], self.scores[name] = said, self.judge.scores(self.prompts, said.responses, said.ended)
 
     def measure(self, name: str) -> Row:
@@ -183,8 +178,8 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
     folder = run / checkpoint if (run / checkpoint).is_dir() else Path(checkpoint)
     for needed in (run / "base", run / "sft", run / "reward_model", folder):
         verify_model(needed, required=needed.parent == run)
-    data = read_folder(config["data"], config["seed"])
-    evaluator = Evaluator(run, data, config["base"]["block_length"], settings, seed, device)
+    data = read_folder(find_data(config), config.seed)
+    evaluator = Evaluator(run, data, config.base.block_length, settings, seed, device)
     if load_tokenizer(folder).get_vocab() != evaluator.tokenizer.get_vocab():
         raise CheckpointError(f"{folder}: its tokenizer has another vocabulary than the run {run}")
     evaluator.models[checkpoint] = load_causal_model(folder).to(device).eval()

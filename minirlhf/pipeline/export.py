@@ -22,8 +22,6 @@ from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.tokenization import load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, STEPS, hide_loading_bars, load_policy, load_reward_model
 
-METRICS = "metrics.jsonl"
-
 
 def export_checkpoints(run: Path, out: Path) -> None:
     """Write the models of a finished run to `out`, in half precision, each with its tokenizer and checksums.
@@ -43,7 +41,7 @@ def export_checkpoints(run: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     for step in STEPS:
         # PPO's curves are few rows, and worth a look.
-        export_step(run, step, aside / step, (METRICS,) if step in ("ppo", "ppo_ptx") else ())
+        export_step(run, step, aside / step, ["metrics.jsonl"] if step in ("ppo", "ppo_ptx") else [])
     for other in out.iterdir() if out.is_dir() else ():
         if other.is_dir() and other.name not in STEPS:
             shutil.copytree(other, aside / other.name)

@@ -64,9 +64,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     settings = settings_of(config, data)
     changed = changed_settings(out, settings)
     left = [step for step in STEPS if not (out / step).is_dir()]
-    for step in STEPS:
-        if step not in left:
-            verify_model(out / step, required=True)
+    for step in [step for step in STEPS if step not in left]:
+        verify_model(out / step, required=True)
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)

@@ -15,7 +15,7 @@ from typing import Any
 from minirlhf.checkpoints import STATE
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
-from minirlhf.pipeline.folder import LOCK, STEPS, read_config
+from minirlhf.pipeline.folder import LOCK, STEPS, read_settings
 from minirlhf.pipeline.inputs import MADE_WORLD
 
 DATA_SUMS = "data_sha256"
@@ -67,7 +67,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in (MADE_WORLD, LOCK) for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = read_config(out)
+    old_settings = read_settings(out)
     if DATA_SUMS not in old_settings:  # begun by an older version: its data are known by their path alone
         settings = {key: value for key, value in settings.items() if key != DATA_SUMS}
     differences = _differences(old_settings, settings)
