@@ -46,6 +46,18 @@ def said(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return call
 
 
+@pytest.fixture
+def measured(said) -> Callable[..., dict]:
+    """What evaluate prints, as other programs read it: without NaN and Infinity."""
+
+    def call(*options: str) -> dict:
+        text = said("evaluate", "--device", "cpu", *options)
+        assert "NaN" not in text and "Infinity" not in text
+        return json.loads(text)
+
+    return call
+
+
 def report_of(run: Path) -> dict:
     return json.loads((run / "report.json").read_text())
 
@@ -61,22 +73,22 @@ def test_pretrained_model_takes_the_base_steps_place(gpt2: Path, run: Path) -> N
     assert row["policy/first_ratio_error"] < 1e-5
 
 
-def test_evaluate_repeats_the_report(run: Path, said) -> None:
-    for name, expected in report_of(run)["evaluation"].items():
-        measured = json.loads(said("evaluate", "--checkpoint", name, "--device", "cpu"))
-        assert measured.pop("checkpoint") == name and measured.pop("judge") == "reward_model"
-        assert measured.pop("headroom_closed") is expected.pop("headroom_closed") is None
-        assert measured.keys() == expected.keys()
+def test_evaluate_repeats_the_report(gpt2: Path, run: Path, measured) -> None:
+    evaluation = report_of(run)["evaluation"]
+    for checkpoint, expected in (*evaluation.items(), (str(gpt2), evaluation["base"])):
+        row = measured("--checkpoint", checkpoint)
+        assert row.pop("checkpoint") == checkpoint and row.pop("judge") == "reward_model"
+        assert row.keys() == expected.keys() and row["headroom_closed"] is None
         for key, value in expected.items():
-            assert measured[key] == pytest.approx(value, rel=1e-5), (name, key)
+            assert row[key] == (value if value is None else pytest.approx(value, rel=1e-5)), (checkpoint, key)
 
 
-def test_evaluate_measures_as_the_run_did(run: Path, said) -> None:
+def test_evaluate_measures_as_the_run_did(measured) -> None:
     given = ["--prompts", "2", "--temperature", "0.5", "--max-response-tokens", "3"]
-    measured = [json.loads(said("evaluate", *options)) for options in ([], given, ["--temperature", "4"])]
-    assert measured[0] == measured[1] != measured[2]
-    assert measured[0]["mean_length"] <= 3
-    json.loads(said("evaluate", "--prompts", "1"))  # one prompt has no standard error, and gives JSON
+    rows = [measured(*options) for options in ([], given, ["--temperature", "4"])]
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0]["mean_length"] <= 3
+    assert measured("--prompts", "1")["gold_standard_error"] == 0
 
 
 def test_chat_answers_with_every_policy_as_long_as_the_run_did(said) -> None:
@@ -88,11 +100,11 @@ def test_chat_answers_with_every_policy_as_long_as_the_run_did(said) -> None:
     assert said("chat", "--prompt", "Hi", "--greedy")
 
 
-def test_evaluate_is_bounded_by_the_context(run: Path, refused, said) -> None:
+def test_evaluate_is_bounded_by_the_context(run: Path, refused, measured) -> None:
     message = refused(["evaluate", "--run", str(run), "--max-response-tokens", str(CONTEXT)])
     assert message.startswith(f"minirlhf: error: --max-response-tokens {CONTEXT}: the models read {CONTEXT}")
     most = message.split("give ")[1].split(" ")[0]
-    assert json.loads(said("evaluate", "--max-response-tokens", most))["mean_length"] > 3
+    assert measured("--max-response-tokens", most)["mean_length"] > 3
 
 
 def test_chat_is_bounded_by_the_context(run: Path, refused, said, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minirlhf.checkpoints import load_state
 from minirlhf.cli import main
+from minirlhf.config import preset
+from minirlhf.pipeline import run_pipeline
 from minirlhf.pipeline.folder import locked
 
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
@@ -182,6 +185,14 @@ def test_other_evaluation_is_measured_again(finished: Path, run: Path, fast_run)
     assert "--evaluation.examples 3" in (run / "report.html").read_text()
     before = contents(run)
     assert main(command) == 0 and contents(run) == before
+
+
+def test_the_pipeline_measures_and_draws_nothing(finished: Path, run: Path, tiny_folder: Path) -> None:
+    (run / "report.json").unlink()
+    measured = run_pipeline(replace(preset("fast"), data=tiny_folder, out=run, device="cpu"), progress=False)
+    assert measured == read(run / "report.json") and measured["command"] == ""
+    assert measured["evaluation"] == read(finished / "report.json")["evaluation"]
+    assert not (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,13 @@ class Evaluator:
         count = min(self.settings.examples, len(self.prompts))
         # Spread over the whole list, so that every family of prompts has a chance to be shown.
         chosen = [i * len(self.prompts) // count for i in range(count)]
-        texts = [self.prompts[i] for i in chosen]
         rows: list[Row] = [
             {"prompt": self.prompts[i], "best": self.best[i] if self.best else None, "answers": {}} for i in chosen
         ]
+        prompts = [row["prompt"] for row in rows]
         for name, said in self.answers.items():
             responses, ended = [said.responses[i] for i in chosen], [said.ended[i] for i in chosen]
-            parts = self.judge.parts(texts, responses, ended)
+            parts = self.judge.parts(prompts, responses, ended)
             for row, response, end, score in zip(rows, responses, ended, parts, strict=True):
                 row["answers"][name] = {"response": response, "ended": end, "score": score}
         return rows
@@ -133,6 +133,10 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
         return judge.scores(prompts, responses, [True] * len(prompts))
 
     labelers = {row.labeler for row in data.comparisons}
+    # What a model costs in corpus loss above the base model, and the share of it that PPO-ptx takes away.
+    base = evaluation["base"]["corpus_loss"]
+    tax = {name: evaluation[name]["corpus_loss"] - base for name in ("sft", "ppo", "ppo_ptx")}
+    removed = 1 - tax["ppo_ptx"] / tax["ppo"] if tax["ppo"] > 0 else None
     measured = {
         "judge": evaluator.judge_name,
         "heldout_prompts": len(evaluator.prompts),
@@ -142,16 +146,9 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
         "reward_model": evaluate_reward_model(
             evaluator.proxy, data.heldout_comparisons, labelers, gold if judge.is_gold else None
         ),
-        "alignment_tax": _alignment_tax(evaluation),
+        "alignment_tax": tax | {"removed_by_ptx": removed},
     }
     return measured, evaluator.examples()
-
-
-def _alignment_tax(evaluation: dict[str, Row]) -> dict[str, float | None]:
-    """What a model costs in corpus loss above the base model: SFT, PPO, PPO-ptx; and the share PPO-ptx takes away."""
-    base = evaluation["base"]["corpus_loss"]
-    tax = {name: evaluation[name]["corpus_loss"] - base for name in ("sft", "ppo", "ppo_ptx")}
-    return tax | {"removed_by_ptx": 1 - tax["ppo_ptx"] / tax["ppo"] if tax["ppo"] > 0 else None}
 
 
 def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, seed: int, device_name: str) -> Row:

@@ -42,12 +42,11 @@ def data_sums(folder: Path) -> dict[str, str]:
     """
     names = [f"{part}{name}.jsonl" for part in ("", "heldout/") for name in TABLES]
     files = [folder / name for name in (*names, *(f"{name}.gz" for name in names), "tokenizer.json", "world.json")]
-    sums = {}
-    for file in files:
-        if file.is_file():
-            with file.open("rb") as stream:
-                sums[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
 
 
 def changed_settings(out: Path, settings: dict[str, Any]) -> bool:

@@ -76,8 +76,6 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     data, tokenizer = inputs.folder, inputs.tokenizer
     if step == "base" and config.model is not None:
         recorder.track({}, {})  # makes the folder
-        for _ in recorder.steps(0):
-            pass
         return load_causal_model(config.model, tokenizer).to(device).eval()
     if step == "base":
         model = tiny_llama(config.model_size, tokenizer, inputs.context_length, seed).to(device)
