@@ -59,10 +59,10 @@ from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
 from minirlhf.language.tokenization import encode_prompts, encode_responses, encode_texts, load_tokenizer
 from minirlhf.pipeline import run_pipeline
-from minirlhf.pipeline.export import export_policy
+from minirlhf.pipeline.export import export_step
 from minirlhf.pipeline.folder import STEPS, hide_loading_bars, load_policy
 from minirlhf.pipeline.inputs import find_data, load_inputs
-from minirlhf.pipeline.run import train_step
+from minirlhf.pipeline.steps import train_step
 
 RUNS = ROOT / "build" / "figure_11"
 Table = dict[str, list[float]]
@@ -122,7 +122,7 @@ def train(size: str, seed: int) -> None:
             shutil.copytree(run_of("large", seed) / step, aside)
             os.replace(aside, config.out / step)
         else:
-            train_step(step, config, inputs, torch.device("cpu"), progress=True)
+            train_step(step, config, inputs)
 
 
 def with_examples(
@@ -287,7 +287,7 @@ def main() -> None:
         for size in (size for size in SIZES if size in options.only):  # the large one first
             train(size, seed)
     if 0 in options.seeds and "tiny" in options.only:
-        export_policy(run_of("tiny", 0), "ppo_ptx", ROOT / "data" / "checkpoints" / "tiny_ppo_ptx")
+        export_step(run_of("tiny", 0), "ppo_ptx", ROOT / "data" / "checkpoints" / "tiny_ppo_ptx")
     if not options.no_measure:
         measure(options.seeds)
 

@@ -140,11 +140,16 @@ def _run(arguments: list[str]) -> None:
     config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
 
     from minirlhf.pipeline import run_pipeline
-    from minirlhf.report import summary_table
+    from minirlhf.pipeline.folder import locked
+    from minirlhf.report import summary_table, write_report
 
-    report = run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
+    run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
+    page = config.out / "report.html"
+    with locked(config.out):
+        if not page.is_file():  # a page that is there shows these measurements
+            write_report(config.out)
     print(summary_table(config.out))
-    print(f"report: {report}")
+    print(f"report: {page}")
     print(f"talk to the models: minirlhf chat --run {config.out}")
 
 
@@ -191,16 +196,14 @@ def _evaluate(arguments: list[str]) -> None:
     config = _parse(EvaluateConfig, "evaluate", arguments)
     import json
 
-    from minirlhf.config import config_from_dict
     from minirlhf.pipeline.evaluate import evaluate_checkpoint
     from minirlhf.pipeline.folder import read_config
 
     names = ("prompts", "temperature", "max_response_tokens")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    settings = replace(config_from_dict(read_config(config.run), config.run).evaluation, **given)
-    print(
-        json.dumps(evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device), indent=2)
-    )
+    settings = replace(read_config(config.run).evaluation, **given)
+    measured = evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device)
+    print(json.dumps(measured, indent=2))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

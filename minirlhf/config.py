@@ -16,6 +16,8 @@ from minirlhf.language.sft import SFTConfig
 from minirlhf.settings import NotNegative, Seed, Settings, whole
 
 PresetName = Literal["fast", "default"]
+UNSAVED = ("save_seconds", "tensorboard")
+"""Settings that change no weight: a run may go on with others, so its config.json does not hold them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class RunConfig(Settings, option=""):
 
 
 def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
-    """The settings of a run as its config.json holds them (all but `out` and `save_seconds`)."""
+    """The settings of a run as its config.json holds them: all but `out` and `UNSAVED`."""
 
     def filled(config: Any, values: dict[str, Any]) -> Any:
         changes: dict[str, Any] = {}

@@ -99,3 +99,30 @@ def make_causal(tokenizer) -> Callable:
 def causal(request, make_causal):
     """A sharp tiny model of each architecture."""
     return make_causal(request.param, seed=3, scale=8.0)
+
+
+@pytest.fixture(scope="session")
+def fast_run(tiny_folder: Path) -> Callable[..., list[str]]:
+    """The command line of a fast run on the tiny folder: ``fast_run(out, "--seed", "1")``."""
+
+    def command(out: Path, *options: str, data: Path = tiny_folder) -> list[str]:
+        return ["run", "--preset", "fast", "--data", str(data), "--out", str(out), "--device", "cpu", *options]
+
+    return command
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a command that must fail, and return its message: one line, and the only one unless something trained."""
+
+    def call(command: list[str], trained: bool = False) -> str:
+        from minirlhf.cli import main
+
+        capsys.readouterr()
+        assert main(command) == 2
+        *before, message = capsys.readouterr().err.splitlines()
+        assert message.startswith("minirlhf: error: ") and "minirlhf: error" not in "".join(before)
+        assert trained or not before
+        return message
+
+    return call

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from minirlhf.cli import main
 from minirlhf.language.evaluation import Answers
@@ -18,70 +20,119 @@ CONTEXT = 128
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_causal, tokenizer) -> Path:
+def gpt2(tmp_path_factory: pytest.TempPathFactory, make_causal, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_causal("gpt2", seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, fast_run, gpt2: Path) -> Path:
     """Of a GPT-2, whose learned positions end where its context does."""
-    folder = tmp_path_factory.mktemp("talk")
-    make_causal("gpt2", seed=5).save_pretrained(folder / "gpt2")
-    tokenizer.save_pretrained(folder / "gpt2")
-    command = ["run", "--preset", "fast", "--data", str(tiny_folder), "--out", str(folder / "run"), "--device", "cpu"]
-    assert main([*command, "--model", str(folder / "gpt2"), *QUICK]) == 0
-    return folder / "run"
+    out = tmp_path_factory.mktemp("talk") / "run"
+    assert main(fast_run(out, "--model", str(gpt2), *QUICK)) == 0
+    return out
 
 
-def test_evaluate_measures_as_the_run_did(run: Path, capsys: pytest.CaptureFixture) -> None:
-    report = json.loads((run / "report.json").read_text())["evaluation"]["ppo_ptx"]
-    plain = ["evaluate", "--run", str(run), "--device", "cpu"]
+@pytest.fixture
+def said(run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What chat or evaluate prints about that run: ``said("chat", "--prompt", "Hi")``."""
+
+    def call(command: str, *options: str) -> str:
+        assert main([command, "--run", str(run), *options]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def measured(said) -> Callable[..., dict]:
+    """What evaluate prints, as other programs read it: without NaN and Infinity."""
+
+    def call(*options: str) -> dict:
+        text = said("evaluate", "--device", "cpu", *options)
+        assert "NaN" not in text and "Infinity" not in text
+        return json.loads(text)
+
+    return call
+
+
+def report_of(run: Path) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+def test_pretrained_model_takes_the_base_steps_place(gpt2: Path, run: Path) -> None:
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (run / "base", gpt2)]
+    base, given = (model.state_dict() for model in models)
+    assert all((base[key] == given[key]).all() for key in given)
+    assert json.loads((run / "ppo_ptx" / "config.json").read_text())["model_type"] == "gpt2"
+    assert (run / "report.html").is_file()
+    assert report_of(run)["parameters"] == sum(p.numel() for p in models[1].parameters())
+    row = json.loads((run / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["policy/first_ratio_error"] < 1e-5
+
+
+def test_evaluate_repeats_the_report(gpt2: Path, run: Path, measured) -> None:
+    evaluation = report_of(run)["evaluation"]
+    for checkpoint, expected in (*evaluation.items(), (str(gpt2), evaluation["base"])):
+        row = measured("--checkpoint", checkpoint)
+        assert row.pop("checkpoint") == checkpoint and row.pop("judge") == "reward_model"
+        assert row.keys() == expected.keys() and row["headroom_closed"] is None
+        for key, value in expected.items():
+            assert row[key] == (value if value is None else pytest.approx(value, rel=1e-5)), (checkpoint, key)
+
+
+def test_evaluate_measures_as_the_run_did(measured) -> None:
     given = ["--prompts", "2", "--temperature", "0.5", "--max-response-tokens", "3"]
-    said = []
-    for command in (plain, [*plain, *given], [*plain, "--temperature", "4"]):
-        assert main(command) == 0
-        said.append(json.loads(capsys.readouterr().out))
-    assert said[0] == said[1] != said[2]
-    assert said[0]["mean_length"] == report["mean_length"] <= 3
-    assert said[0]["kl_to_sft"] == pytest.approx(report["kl_to_sft"], rel=1e-5)
+    rows = [measured(*options) for options in ([], given, ["--temperature", "4"])]
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0]["mean_length"] <= 3
+    assert measured("--prompts", "1")["gold_standard_error"] == 0
 
 
-def test_chat_answers_as_long_as_the_run_did(run: Path, capsys: pytest.CaptureFixture) -> None:
-    said = []
-    for options in ([], ["--max-response-tokens", "3"], ["--max-response-tokens", "9"]):
-        assert main(["chat", "--run", str(run), "--prompt", "Hi", *options]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
+def test_chat_answers_with_every_policy_as_long_as_the_run_did(said) -> None:
+    answers = [said("chat", "--prompt", "Hi", *o) for o in ([], ["--max-response-tokens", "3"])]
+    for name in ("base", "SFT", "PPO", "PPO-ptx"):
+        assert any(line.split()[:1] == [name] for line in answers[0].splitlines()), answers[0]
+    assert answers[0] == answers[1]  # the same seed says the same, and the run's own limit is 3
+    assert said("chat", "--prompt", "Hi", "--max-response-tokens", "9") != answers[0]
+    assert said("chat", "--prompt", "Hi", "--greedy")
 
 
-def test_evaluate_is_bounded_by_the_context(run: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["evaluate", "--run", str(run), "--max-response-tokens"]
-    assert main([*command, str(CONTEXT)]) == 2
-    message = capsys.readouterr().err
+def test_evaluate_is_bounded_by_the_context(run: Path, refused, measured) -> None:
+    message = refused(["evaluate", "--run", str(run), "--max-response-tokens", str(CONTEXT)])
     assert message.startswith(f"minirlhf: error: --max-response-tokens {CONTEXT}: the models read {CONTEXT}")
     most = message.split("give ")[1].split(" ")[0]
-    assert main([*command, most]) == 0
-    assert json.loads(capsys.readouterr().out)["mean_length"] > 3
+    assert measured("--max-response-tokens", most)["mean_length"] > 3
 
 
-def test_chat_is_bounded_by_the_context(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["chat", "--run", str(run), "--prompt", "Hi", "--max-response-tokens", "1000"]) == 0
-    assert f"the models read {CONTEXT}" in capsys.readouterr().out
+def test_chat_is_bounded_by_the_context(run: Path, refused, said, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"the models read {CONTEXT}" in said("chat", "--prompt", "Hi", "--max-response-tokens", "1000")
     endless = "Tell me about the otter. " * CONTEXT
-    assert main(["chat", "--run", str(run), "--prompt", endless]) == 2
-    assert f"the models read {CONTEXT}" in capsys.readouterr().err
+    assert f"the models read {CONTEXT}" in refused(["chat", "--run", str(run), "--prompt", endless])
     typed = iter([endless, "hello", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    assert main(["chat", "--run", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "shorten it" in said and said.count("PPO-ptx") == 1
+    answers = said("chat")
+    assert "shorten it" in answers and answers.count("PPO-ptx") == 1
 
 
-@pytest.mark.parametrize("option", ["--greedy", "--temperature=0.1"])
-def test_an_answer_that_nobody_can_give(run: Path, option: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["chat", "--run", str(run), "--prompt", "Hi", option, "--temperature", "0"]) == 2
-    assert "--temperature 0" in capsys.readouterr().err
-
-
-def test_a_reward_model_is_not_measured_as_a_policy(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["evaluate", "--run", str(run), "--checkpoint", "reward_model"]) == 2
-    shown = capsys.readouterr()
-    assert "scores texts" in shown.err and "reward_model" in shown.err and not shown.out
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (["evaluate", "--checkpoint", "nonsense"], "nonsense"),
+        (["evaluate", "--checkpoint", "reward_model"], "scores texts"),
+        (["evaluate", "--device", "toaster"], "toaster"),
+        (["evaluate", "--run", "no_run"], "no_run"),
+        (["chat", "--run", "no_run", "--prompt", "a"], "no_run"),
+        (["chat", "--prompt", "Hi", "--greedy", "--temperature", "0"], "--temperature 0"),
+        (["chat", "--prompt", "Hi", "--temperature=0.1", "--temperature", "0"], "--temperature 0"),
+    ],
+)
+def test_mistakes(run: Path, refused, capsys: pytest.CaptureFixture[str], command: list[str], word: str) -> None:
+    message = refused([command[0], "--run", str(run), *command[1:]])
+    assert word in message and ("reward_model" in message) == ("reward_model" in command)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [False, True])

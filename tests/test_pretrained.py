@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minirlhf.cli import main
 from minirlhf.errors import CheckpointError
 from minirlhf.language.models import load_causal_model, load_scalar_model, scalar_model_from
 from minirlhf.language.supported import check_model
-
-Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +22,17 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_causal, tokenizer) -> Pa
     return folder
 
 
-def refused(model: Path, data: Path, out: Path, said: Said, *options: str) -> str:
-    command = ["run", "--preset", "fast", "--data", str(data), "--out", str(out), "--device", "cpu"]
-    assert main([*command, "--model", str(model), *options]) == 2
-    message = said.readouterr().err.splitlines()[-1]
-    assert message.startswith("minirlhf: error: --") and str(model) in message
-    assert not out.exists()
-    return message
+@pytest.fixture
+def message(fast_run, refused, tmp_path: Path) -> Callable[..., str]:
+    """What a run says to a model that it refuses."""
+
+    def call(model: Path, *options: str) -> str:
+        said = refused(fast_run(tmp_path / "run", "--model", str(model), *options))
+        assert said.startswith("minirlhf: error: --") and str(model) in said
+        assert not (tmp_path / "run").exists()
+        return said
+
+    return call
 
 
 def missing(folder: Path) -> None:
@@ -68,26 +69,31 @@ def damaged_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [missing, truncated, one_weight_less, other_shapes, damaged_config, damaged_tokenizer]
 )
-def test_damaged(damage: Callable, made: Path, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+def test_damaged(damage: Callable, made: Path, message, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "model")
     damage(tmp_path / "model")
-    message = refused(tmp_path / "model", tiny_folder, tmp_path / "run", capsys)
-    assert ("up_proj" in message) == (damage is one_weight_less)
+    assert ("up_proj" in message(tmp_path / "model")) == (damage is one_weight_less)
 
 
-def test_a_kind_without_a_scalar_head(tokenizer, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+def test_no_model_and_a_context_that_is_too_long(made: Path, message, tmp_path: Path) -> None:
+    (tmp_path / "no_model").mkdir()
+    message(tmp_path / "no_model")
+    assert "128" in message(made, "--context-length", "4000")
+
+
+def test_a_kind_without_a_scalar_head(tokenizer, message, tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     size = {"vocab_size": len(tokenizer), "hidden_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
     MambaForCausalLM(MambaConfig(**size, eos_token_id=1)).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
-    assert "reward model" in refused(tmp_path / "mamba", tiny_folder, tmp_path / "run", capsys)
+    assert "reward model" in message(tmp_path / "mamba")
 
 
-def test_a_reward_model_is_no_policy(make_causal, tokenizer, tiny_folder: Path, tmp_path: Path, capsys: Said) -> None:
+def test_a_reward_model_is_no_policy(make_causal, tokenizer, message, tmp_path: Path) -> None:
     scalar_model_from(make_causal(), seed=0).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    assert "scores texts" in refused(tmp_path / "rm", tiny_folder, tmp_path / "run", capsys)
+    assert "scores texts" in message(tmp_path / "rm")
     load_scalar_model(tmp_path / "rm")
 
 
@@ -121,11 +127,8 @@ def test_the_check_takes_no_second_copy_and_changes_nothing(causal) -> None:
 @pytest.mark.parametrize(
     ("option", "value"), [("--model-size.layers", "3"), ("--base.steps", "7"), ("--base.lr", "0.1")]
 )
-def test_settings_that_would_do_nothing(
-    option: str, value: str, made: Path, tiny_folder: Path, tmp_path: Path, capsys: Said
-) -> None:
-    message = refused(made, tiny_folder, tmp_path / "run", capsys, option, value)
-    assert f"{option} {value}: not used together with --model" in message
+def test_settings_that_would_do_nothing(option: str, value: str, made: Path, message) -> None:
+    assert f"{option} {value}: not used together with --model" in message(made, option, value)
 
 
 def test_load_names_the_folder(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from minirlhf import plotting
 from minirlhf.errors import CheckpointError
-from minirlhf.report import summary_table, write_report
-from minirlhf.report.text import duration, interval, number, parameters, percent, readable
+from minirlhf.report import plotting, summary_table, write_report
+from minirlhf.report.read import load_run
+from minirlhf.report.text import duration, findings, headline, interval, number, parameters, percent, readable
 
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 PHASES = ("preparation", "base", "sft", "reward_model", "ppo", "ppo_ptx", "evaluation", "total")
@@ -26,20 +26,12 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 def policy(gold: float, base: float, sft: float, proxy: float, loss: float) -> dict[str, Any]:
     """One entry of report.json's evaluation, with every key that evaluate.py writes."""
-    return {
-        "gold_mean": gold,
-        "gold_standard_error": 0.046,
-        "headroom_closed": (gold + 0.87) / 4.33,
-        "win_rate_vs_sft": sft,
-        "win_rate_vs_sft_interval": [max(0.0, sft - 0.034), min(1.0, sft + 0.034)],
-        "win_rate_vs_base": base,
-        "win_rate_vs_base_interval": [max(0.0, base - 0.021), min(1.0, base + 0.021)],
-        "kl_to_sft": 6.78,
-        "mean_length": 13.4,
-        "ended_fraction": 0.987,
-        "proxy_mean": proxy,
-        "corpus_loss": loss,
-    }
+    row: dict[str, Any] = {"gold_mean": gold, "gold_standard_error": 0.046, "headroom_closed": (gold + 0.87) / 4.33}
+    for other, rate, half in (("sft", sft, 0.034), ("base", base, 0.021)):
+        row[f"win_rate_vs_{other}"] = rate
+        row[f"win_rate_vs_{other}_interval"] = [max(0.0, rate - half), min(1.0, rate + half)]
+    row |= {"kl_to_sft": 6.78, "mean_length": 13.4, "ended_fraction": 0.987}
+    return row | {"proxy_mean": proxy, "corpus_loss": loss}
 
 
 REPORT: dict[str, Any] = {
@@ -95,17 +87,14 @@ def build(
         "ppo": "sure ! a penguin lives in the snow , i hope this helps !",
         "ppo_ptx": 'an "owl" & a <b>bee</b> .',
     }
+    totals = {"base": -1.25, "sft": -2.6, "ppo": 2.01, "ppo_ptx": 1.11}
     answers = {
-        name: {
-            "response": text[name],
-            "ended": name != "base",
-            "score": parts | {"total": {"base": -1.25, "sft": -2.6, "ppo": 2.01, "ppo_ptx": 1.11}[name]},
-        }
+        name: {"response": text[name], "ended": name != "base", "score": parts | {"total": totals[name]}}
         for name in POLICIES
     }
-    (folder / "answers.json").write_text(
-        json.dumps([{"prompt": "where does a <penguin> live ?", "best": best, "answers": answers}])
-    )
+    example = {"prompt": "where does a <penguin> live ?", "best": best, "answers": answers}
+    (folder / "answers.json").write_text(json.dumps([example]))
+    gold = {"objective/gold": 1.0} if report["judge"] == "gold" else {}
     rows: dict[str, list[dict[str, float]]] = {
         "base": [{"step": i, "base/loss": 0.8 + 5 / (i + 1)} for i in range(450)] if with_base else [],
         "sft": [{"step": i, "sft/loss": 0.9 + 1 / (i + 1)} for i in range(20)],
@@ -118,7 +107,6 @@ def build(
             {
                 "step": i,
                 "objective/score": 0.1 * i,
-                "objective/gold": 1 + 0.05 * i,
                 "objective/kl": 0.4 * i,
                 "objective/beta": 0.1,
                 "objective/entropy": 11 - 0.2 * i,
@@ -127,12 +115,10 @@ def build(
                 "policy/clip_fraction": 0.1,
                 "policy/approx_kl": 0.01,
                 "value/explained_variance": -20.0 if i == 0 else 0.6,
+                **{key: start + 0.05 * i for key, start in gold.items()},
             }
             for i in range(20)
         ]
-        if report["judge"] != "gold":
-            for row in rows[name]:
-                del row["objective/gold"]
     for name, lines in rows.items():
         (folder / name).mkdir()
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -209,38 +195,35 @@ def proxy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_headline_and_findings_are_the_numbers(read: Reader) -> None:
-    assert (
-        "A model of 0.38 million parameters learned to follow instructions in 3 min 41 s: its PPO answers are "
-        "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen." in read.text
-    )
-    assert "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)" in read.text
-    assert "PPO loses 0.401 nats a token more than the base model (0.226 of them were lost in SFT already)" in read.text
-    assert "PPO-ptx wins 93 % of it back" in read.text
-    assert "exploited: PPO" not in read.text
-
-
 @pytest.mark.parametrize(
-    "shown", ["−0.87", "± 0.05", "67 %", "74 %", "[71, 77]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"]
+    "shown",
+    [
+        # headline and findings
+        "A model of 0.38 million parameters learned to follow instructions in 3 min 41 s: its PPO answers are "
+        "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen.",
+        "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)",
+        "PPO loses 0.401 nats a token more than the base model (0.226 of them were lost in SFT already)",
+        "PPO-ptx wins 93 % of it back",
+        # results, with every kind of number
+        *("−0.87", "± 0.05", "67 %", "74 %", "[71, 77]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"),
+        "600 held-out prompts (480 of them distinct)",
+        # reward model
+        *("84.7 %", "56.1 %", "87.1 %", "82.8 %", "6,312", "2,104", "3.1 points"),
+        # answers beside each other
+        "Sure! A penguin lives in the snow, I hope this helps!",
+        *("(said nothing)", "best reachable: 3.50", "2.01", "−2.60"),
+        *("helpful", "+2.31", "truthful", "−0.80", "well formed"),
+        # settings
+        *("minirlhf run --seed 7", "2.13.0", "71.2 s", "rlhf.beta", "0.1234", "minirlhf chat --run good"),
+    ],
 )
-def test_results_show_every_kind_of_number(read: Reader, shown: str) -> None:
+def test_page_shows(read: Reader, shown: str) -> None:
     assert shown in read.text
 
 
-def test_reward_model_and_settings(read: Reader) -> None:
-    for shown in ("84.7 %", "56.1 %", "87.1 %", "82.8 %", "6,312", "2,104", "3.1 points"):
-        assert shown in read.text
-    for shown in ("minirlhf run --seed 7", "2.13.0", "71.2 s", "rlhf.beta", "0.1234", "minirlhf chat --run good"):
-        assert shown in read.text
-    assert "/secret/place" not in read.text
-
-
-def test_answers_beside_each_other(read: Reader) -> None:
-    assert "Sure! A penguin lives in the snow, I hope this helps!" in read.text
+def test_page_does_not_show(read: Reader) -> None:
+    assert "exploited: PPO" not in read.text and "/secret/place" not in read.text
     assert read.text.count("did not end") == 1
-    assert "(said nothing)" in read.text
-    for shown in ("helpful", "+2.31", "truthful", "−0.80", "well formed", "best reachable: 3.50", "2.01", "−2.60"):
-        assert shown in read.text
 
 
 def test_answers_are_escaped(page: str, read: Reader) -> None:
@@ -279,16 +262,13 @@ def test_written_twice_gives_equal_bytes(good: Path, page: str) -> None:
 
 
 def test_a_write_that_fails_leaves_the_old_page(good: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minirlhf import checkpoints
-    from minirlhf.report import page as module
-
-    monkeypatch.setattr(module, "render", lambda run: "half")
+    monkeypatch.setattr("minirlhf.report.page.render", lambda run: "half")
 
     def fail(source: Path, target: Path) -> None:
         assert Path(source).read_text() == "half" and Path(source).parent == good
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(checkpoints.os, "replace", fail)
+    monkeypatch.setattr("minirlhf.checkpoints.os.replace", fail)
     with pytest.raises(OSError, match="full"):
         write_report(good)
     assert (good / "report.html").read_text(encoding="utf-8") == page
@@ -307,9 +287,6 @@ def test_says_so_when_ppo_is_worse(tmp_path: Path) -> None:
 
 
 def test_says_so_when_nothing_is_sure(tmp_path: Path) -> None:
-    from minirlhf.report.read import load_run
-    from minirlhf.report.text import findings, headline
-
     report = copy.deepcopy(REPORT)
     for name in ("ppo", "ppo_ptx"):
         report["evaluation"][name] |= {"win_rate_vs_sft": 0.52, "win_rate_vs_sft_interval": [0.48, 0.56]}
@@ -320,10 +297,6 @@ def test_says_so_when_nothing_is_sure(tmp_path: Path) -> None:
     told = " ".join(findings(run))
     assert "SFT model is worse than its base" in told and "PPO can’t be told from SFT" in told
     assert "PPO-ptx loses more still" in told
-
-
-def test_prompts_that_repeat_are_told(page: str) -> None:
-    assert "600 held-out prompts (480 of them distinct)" in page
 
 
 def test_a_proxy_is_called_a_proxy(proxy_run: Path) -> None:
@@ -365,14 +338,8 @@ def test_unfinished_or_damaged_run(tmp_path: Path) -> None:
 
 
 def test_numbers_as_read() -> None:
-    assert [number(x) for x in (None, math.nan, math.inf, -0.001, -1.5, 1234.0)] == [
-        "–",
-        "–",
-        "–",
-        "0.00",
-        "−1.50",
-        "1,234.00",
-    ]
+    shown = ["–", "–", "–", "0.00", "−1.50", "1,234.00"]
+    assert [number(x) for x in (None, math.nan, math.inf, -0.001, -1.5, 1234.0)] == shown
     assert percent(None) == "–" and percent(0.744, 1) == "74.4 %"
     assert interval([0.7, 1.0]) == "[70, 100]" and interval(None) == interval([math.nan, 1.0]) == ""
     assert duration(59.94) == "59.9 s" and duration(3725) == "1 h 2 min" and duration(119.7) == "2 min 0 s"
@@ -396,7 +363,6 @@ def test_drawing_leaves_no_global_state() -> None:
         assert plotting.healthy_range(axes[0], "no/such") is None
         plotting.level(axes[1], 0.5, "coin")
     assert bounds == plotting.Range(3.0, 13.0)
-    assert plotting.to_png(figure) == plotting.to_png(figure)
     svg = plotting.to_svg(figure, "demo", 'a "quoted" <alt>')
     assert 'aria-label="a &quot;quoted&quot; &lt;alt&gt;"' in svg and "coin</text>" in svg and "<metadata" not in svg
     assert dict(matplotlib.rcParams) == before

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minirlhf.config import config_from_dict
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.models import context_of
@@ -54,7 +53,7 @@ def chat(
     models = {name: load_policy(run, name, device) for name in names}
     tokenizer = load_tokenizer(run / names[0])
     context = min(filter(None, map(context_of, models.values())), default=None)
-    wanted = max_response_tokens or config_from_dict(config, run).evaluation.max_response_tokens
+    wanted = max_response_tokens or config.evaluation.max_response_tokens
     for turn, typed in enumerate(prompts or _typed(run)):
         # A vocabulary without capitals, such as the small world's, reads more of a prompt in lower case.
         prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))

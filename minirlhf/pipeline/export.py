@@ -4,7 +4,7 @@
 
 The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's:
 `load_policy(Path("data/checkpoints"), "sft", device)`. Beside the run's five models it may hold others, made by
-`export_policy`, such as data/checkpoints/tiny_ppo_ptx.
+`export_step`, such as data/checkpoints/tiny_ppo_ptx.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,15 +22,13 @@ from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.tokenization import load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, STEPS, hide_loading_bars, load_policy, load_reward_model
 
-METRICS = "metrics.jsonl"
-
 
 def export_checkpoints(run: Path, out: Path) -> None:
     """Write the models of a finished run to `out`, in half precision, each with its tokenizer and checksums.
 
     Args:
         run: a folder made by `minirlhf run`.
-        out: the folder to make; one that stands there already is replaced, whole, but models in it that are no
+        out: the folder to make; one that is there already is replaced, whole, but models in it that are no
             step of a run are kept.
 
     Raises:
@@ -40,15 +39,9 @@ def export_checkpoints(run: Path, out: Path) -> None:
         raise CheckpointError(f"{run}: has no {', '.join(missing)}; finish it first with: minirlhf run --out {run}")
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    cpu = torch.device("cpu")
     for step in STEPS:
-        model = load_policy(run, step, cpu) if step in POLICIES else load_reward_model(run, cpu)[0]
-        partial = aside / f"{step}.partial"
-        partial.mkdir()
-        if step in ("ppo", "ppo_ptx"):  # their curves are few rows, and worth a look
-            shutil.copyfile(run / step / METRICS, partial / METRICS)
-        save_model(aside / step, model.half(), load_tokenizer(run / step), aside=partial)
+        # PPO's curves are few rows, and worth a look.
+        export_step(run, step, aside / step, ["metrics.jsonl"] if step in ("ppo", "ppo_ptx") else [])
     for other in out.iterdir() if out.is_dir() else ():
         if other.is_dir() and other.name not in STEPS:
             shutil.copytree(other, aside / other.name)
@@ -56,21 +49,25 @@ def export_checkpoints(run: Path, out: Path) -> None:
     os.replace(aside, out)
 
 
-def export_policy(run: Path, step: str, folder: Path) -> None:
-    """Write one policy of a run to a folder, in half precision, with its tokenizer and checksums.
+def export_step(run: Path, step: str, folder: Path, files: Sequence[str] = ()) -> None:
+    """Write one model of a run to a folder, in half precision, with its tokenizer and checksums.
 
     Args:
         run: a run's folder.
-        step: one of `POLICIES`.
-        folder: the folder to make; one that stands there already is replaced.
+        step: one of `STEPS`.
+        folder: the folder to make; one that is there already is replaced.
+        files: names of other files of the step to bring along.
 
     Raises:
-        CheckpointError: the policy is missing or damaged.
+        CheckpointError: the model is missing or damaged.
     """
-    model = load_policy(run, step, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    model = load_policy(run, step, cpu) if step in POLICIES else load_reward_model(run, cpu)[0]
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    for name in files:
+        shutil.copyfile(run / step / name, aside / name)
     shutil.rmtree(folder, ignore_errors=True)
     save_model(folder, model.half(), load_tokenizer(run / step), aside=aside)
 

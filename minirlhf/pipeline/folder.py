@@ -1,18 +1,22 @@
-"""A run's folder: what stands in it and how to load it.
+"""A run's folder: what is in it, how to load it, and the lock that keeps a second run out.
 
 config.json  report.json  report.html  answers.json
-base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.jsonl, TensorBoard events, summary.json
+base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.jsonl and summary.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from minirlhf.checkpoints import verify_model
+from minirlhf.config import RunConfig, config_from_dict
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.models import load_causal_model, load_scalar_model
 from minirlhf.language.tokenization import load_tokenizer
@@ -23,6 +27,41 @@ if TYPE_CHECKING:
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
+LOCK = "run.lock"
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this process: two runs would write over each other's files.
+
+    The operating system lets go of the lock when the process ends, however that happens, so the file that a killed run
+    leaves holds nobody up. Folders that were made for the lock and are still empty afterwards are removed again.
+
+    Args:
+        out: the run's folder; made where it isn't there.
+
+    Raises:
+        UserError: another process works in the folder.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another minirlhf run is working in {out}: wait until it is done, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+            (out / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's lock can be removed
+        lock.release()
+        for folder in made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def find_device(name: str) -> torch.device:
@@ -44,8 +83,17 @@ def hide_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The settings that a run was started with.
+def read_config(run: Path) -> RunConfig:
+    """The settings that a run was started with; its `data` is the folder that was found.
+
+    Raises:
+        CheckpointError: the folder is no run of minirlhf, or its config.json is damaged.
+    """
+    return config_from_dict(read_settings(run), run)
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The content of a run's config.json: its settings and the checksums of its data.
 
     Raises:
         CheckpointError: the folder is no run of minirlhf, or its config.json is damaged.
@@ -53,33 +101,34 @@ def read_config(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}")
-    return _read_object(file, ("data", "seed"), SECTIONS, f"delete {run} and run again")
+    kinds = {"data": str, "seed": int} | dict.fromkeys(SECTIONS, dict)
+    return _read_object(file, kinds, f"delete {run} and run again")
 
 
-def check_report(run: Path) -> None:
-    """The report of a finished run must be one before it is shown again.
+def read_report(run: Path) -> dict[str, Any]:
+    """The measurements of a finished run.
 
     Raises:
         CheckpointError: report.json is damaged.
     """
     advice = "delete it and run the same command again"
-    report = _read_object(
-        run / "report.json", ("judge", "parameters"), ("evaluation", "reward_model", "seconds"), advice
-    )
+    kinds = {"judge": str, "parameters": int, "evaluation": dict, "reward_model": dict, "seconds": dict}
+    report = _read_object(run / "report.json", kinds, advice)
     if not all(isinstance(report["evaluation"].get(name), dict) for name in POLICIES):
         raise CheckpointError(f"{run / 'report.json'}: damaged (not every policy is in it); {advice}")
+    return report
 
 
-def _read_object(file: Path, keys: tuple[str, ...], objects: tuple[str, ...], advice: str) -> dict[str, Any]:
-    """Read a JSON file that must be an object with these keys, some of which hold objects too."""
+def _read_object(file: Path, kinds: Mapping[str, type], advice: str) -> dict[str, Any]:
+    """Read a JSON file that must be an object with these keys, each of its kind."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise CheckpointError(f"{file}: damaged (not JSON); {advice}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: damaged (not a JSON object); {advice}")
-    for key in (*keys, *objects):
-        if key not in value or (key in objects and not isinstance(value[key], dict)):
+    for key, kind in kinds.items():
+        if not isinstance(value.get(key), kind):
             raise CheckpointError(f"{file}: damaged (no {key} in it that can be read); {advice}")
     return value
 

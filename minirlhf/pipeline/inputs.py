@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -41,7 +41,6 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     corpus_blocks: Tensor
-    heldout_blocks: Tensor
 
 
 def find_data(config: RunConfig) -> Path:
@@ -84,15 +83,24 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     else:
         tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
 
-    longest = max(config.base.block_length, _longest_row(folder, tokenizer, config, limit))
-    blocks = []
+    longest = block_length = config.base.block_length
+    room = max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
+    for what, where, length in _sequences(folder, tokenizer, room):
+        if limit is not None and length > limit:
+            raise DataError(
+                f"{where}: {what} takes {length} tokens, the context holds {limit}; shorten the row, "
+                "or give a longer --context-length where the model allows it"
+            )
+        longest = max(longest, length)
+    if limit is not None and block_length > limit:
+        raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
+    blocks = {}
     for name, rows in (("corpus", folder.corpus), ("held-out corpus", folder.heldout_corpus)):
         try:
-            blocks.append(blocks_of(encode_texts(tokenizer, [r.text for r in rows]), config.base.block_length))
+            blocks[name] = blocks_of(encode_texts(tokenizer, [row.text for row in rows]), block_length)
         except ValueError as error:
             raise DataError(f"{path}: {name}: {error}") from None
-    context = limit or -(-longest // 64) * 64
-    return Inputs(folder, tokenizer, context, blocks[0], blocks[1][: config.evaluation.corpus_blocks])
+    return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
 
 
 def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -122,44 +130,23 @@ def _from_file(file: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _longest_row(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, config: RunConfig, limit: int | None) -> int:
-    """Tokens of the longest sequence that any step will see; raises DataError where one exceeds the limit."""
-    longest = 0
+def _sequences(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[tuple[str, str, int]]:
+    """Every sequence that a step will see: what it is, its file and line, its tokens.
 
-    def check(what: str, wheres: Iterable[str], lengths: Iterable[int]) -> None:
-        nonlocal longest
-        for where, length in zip(wheres, lengths, strict=True):
-            if limit is not None and length > limit:
-                raise DataError(
-                    f"{where}: {what} takes {length} tokens, the context holds {limit}; shorten the row, "
-                    "or give a longer --context-length where the model allows it"
-                )
-            longest = max(longest, length)
-
-    def lengths(prompts: list[str], answers: list[str]) -> list[int]:
-        pairs = zip(encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers), strict=True)
-        return [len(prompt) + len(answer) for prompt, answer in pairs]
-
-    rows: Any = folder.demonstrations
-    check(
-        "prompt and completion",
-        [row.where for row in rows],
-        lengths([row.prompt for row in rows], [row.completion for row in rows]),
-    )
-    for rows in (folder.comparisons, folder.heldout_comparisons):
-        flat = [(row, text) for row in rows for text in row.responses]
-        check(
-            "prompt and response",
-            [row.where for row, _ in flat],
-            lengths([row.prompt for row, _ in flat], [text for _, text in flat]),
-        )
-    room = max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
-    for rows in (folder.prompts, folder.heldout_prompts):
-        check(
-            f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)",
-            [row.where for row in rows],
-            (len(ids) + room for ids in encode_prompts(tokenizer, [row.text for row in rows])),
-        )
-    if limit is not None and config.base.block_length > limit:
-        raise UserError(f"--base.block-length {config.base.block_length} is longer than the context of {limit}")
-    return longest
+    Args:
+        folder: the data.
+        tokenizer: of the models.
+        room: tokens of the longest answer that is sampled.
+    """
+    comparisons = (*folder.comparisons, *folder.heldout_comparisons)
+    for what, rows in (
+        ("prompt and completion", [(row.where, row.prompt, row.completion) for row in folder.demonstrations]),
+        ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),
+    ):
+        wheres, prompts, answers = zip(*rows, strict=True)
+        encoded = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers)
+        for where, prompt, answer in zip(wheres, *encoded, strict=True):
+            yield what, where, len(prompt) + len(answer)
+    asked = (*folder.prompts, *folder.heldout_prompts)
+    for row, ids in zip(asked, encode_prompts(tokenizer, [row.text for row in asked]), strict=True):
+        yield f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)", row.where, len(ids) + room

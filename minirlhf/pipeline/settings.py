@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.checkpoints import STATE
-from minirlhf.config import RunConfig
+from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.errors import CheckpointError
-from minirlhf.pipeline.folder import STEPS, read_config
-from minirlhf.pipeline.inputs import MADE_WORLD, Inputs, find_data
-from minirlhf.pipeline.lock import LOCK
+from minirlhf.pipeline.folder import LOCK, STEPS, read_settings
+from minirlhf.pipeline.inputs import MADE_WORLD
 
 DATA_SUMS = "data_sha256"
 TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
 Differences = dict[str, tuple[Any, Any]]
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights and the report of a run, as it is written to config.json."""
+def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
+    """What decides the weights and the report of a run on a folder of data, as it is written to config.json."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    for key in ("out", "save_seconds"):  # where it stands and how often it is saved change no weight
+    for key in ("out", *UNSAVED):
         settings.pop(key)
-    folder = find_data(config)
-    settings["data"] = str(folder.resolve())
-    settings[DATA_SUMS] = data_sums(folder)
+    settings["data"] = str(data.resolve())
+    settings[DATA_SUMS] = data_sums(data)
     return settings
 
 
@@ -44,12 +42,11 @@ def data_sums(folder: Path) -> dict[str, str]:
     """
     names = [f"{part}{name}.jsonl" for part in ("", "heldout/") for name in TABLES]
     files = [folder / name for name in (*names, *(f"{name}.gz" for name in names), "tokenizer.json", "world.json")]
-    sums = {}
-    for file in files:
-        if file.is_file():
-            with file.open("rb") as stream:
-                sums[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
 
 
 def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
@@ -69,7 +66,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in (MADE_WORLD, LOCK) for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = read_config(out)
+    old_settings = read_settings(out)
     if DATA_SUMS not in old_settings:  # begun by an older version: its data are known by their path alone
         settings = {key: value for key, value in settings.items() if key != DATA_SUMS}
     differences = _differences(old_settings, settings)
@@ -106,8 +103,12 @@ def steps_of(name: str) -> tuple[str, ...]:
     return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
 
 
-def check_context(out: Path, inputs: Inputs) -> None:
+def check_context(out: Path, needed: int) -> None:
     """The settings that may still change can ask for longer sequences than a finished base model was made for.
+
+    Args:
+        out: the run's folder, with a finished base model.
+        needed: tokens of the longest sequence.
 
     Raises:
         CheckpointError: says how long they are and which options decide it.
@@ -115,10 +116,10 @@ def check_context(out: Path, inputs: Inputs) -> None:
     from transformers import AutoConfig
 
     limit = getattr(AutoConfig.from_pretrained(out / "base"), "max_position_embeddings", None)
-    if limit is not None and inputs.context_length > limit:
+    if limit is not None and needed > limit:
         raise CheckpointError(
             f"{out / 'base'}: was made for a context of {limit} tokens, and these settings need "
-            f"{inputs.context_length}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
+            f"{needed}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
             "another --out"
         )
 

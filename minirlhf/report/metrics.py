@@ -6,73 +6,62 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """How a metric of PPO is shown."""
+    """How a metric is shown."""
 
-    key: str
     title: str
     unit: str
     caption: str
 
 
-PPO_METRICS = (
-    Metric(
-        "objective/score",
+PPO_METRICS = {
+    "objective/score": Metric(
         "Score by the reward model (proxy)",
         "proxy score",
         "What PPO is paid for. It should rise; that it rises says nothing yet about the answers.",
     ),
-    Metric(
-        "objective/gold",
+    "objective/gold": Metric(
         "Gold score of the same answers",
         "gold score",
         "What we want, and what PPO never sees. If it bends down while the proxy climbs, the reward is exploited.",
     ),
-    Metric(
-        "objective/kl",
+    "objective/kl": Metric(
         "KL to the SFT model",
         "nats an answer",
         "How far the policy has walked from its parent: log-ratio summed over an answer. It grows, then slows.",
     ),
-    Metric(
-        "policy/clip_fraction",
+    "policy/clip_fraction": Metric(
         "Clip fraction",
         "share of tokens",
         "Tokens whose update hit the clip. Always 0: the steps are timid. Above a quarter: too large.",
     ),
-    Metric(
-        "policy/approx_kl",
+    "policy/approx_kl": Metric(
         "KL of one update (approx_kl)",
         "nats a token",
         "How far a single batch moves the policy. Spikes here come before a collapse.",
     ),
-    Metric(
-        "value/explained_variance",
+    "value/explained_variance": Metric(
         "Explained variance of the value network",
         "1 = perfect, 0 = a constant",
         "How much of the returns the critic foresees. It should climb above zero soon and stay there.",
     ),
-    Metric(
-        "objective/entropy",
+    "objective/entropy": Metric(
         "Entropy",
         "nats an answer",
         "How varied the answers are. A fall is expected; a fall to nothing means one answer for all.",
     ),
-    Metric(
-        "objective/response_length",
+    "objective/response_length": Metric(
         "Response length",
         "tokens",
         "Longer is not better. A steady climb often means that the reward model likes length.",
     ),
-    Metric(
-        "objective/ended_fraction",
+    "objective/ended_fraction": Metric(
         "Answers that ended",
         "share of answers",
         "Answers that stopped by themselves, before the limit of tokens.",
     ),
-    Metric(
-        "objective/beta",
+    "objective/beta": Metric(
         "KL coefficient beta",
         "score a nat",
         "The price of a nat of KL. Flat unless a target KL steers it.",
     ),
-)
+}

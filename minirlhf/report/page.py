@@ -6,8 +6,8 @@ import re
 from html import escape
 from pathlib import Path
 
-from minirlhf.report.answers import answers_html
-from minirlhf.report.parts import facts, ladder, next_steps, results
+from minirlhf.report import plots
+from minirlhf.report.parts import answers, facts, ladder, next_steps, results
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import Run, load_run
 from minirlhf.report.style import CSS
@@ -44,21 +44,23 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page as a string."""
-    title = "What this run learned"
-    sections = [
-        _opening(run),
-        _section("steps", "The five steps", ladder(run)),
-        _section("results", "Results", results(run) + _plots_of(run, "results")),
-        _section("training", "How it trained", _training(run)),
-        _section("answers", "The same prompts, four answers", _answers(run)),
-        _section("settings", "Settings and numbers", facts(run)),
-        _section("next", "How to go on", next_steps(run)),
-    ]
+    sections = {  # each with its short name for the links, its heading and its body
+        "steps": ("The five steps", "The five steps", ladder(run)),
+        "results": ("Results", "Results", results(run) + _figures(plots.win_plot(run), plots.tax_plot(run))),
+        "training": ("Training", "How it trained", _training(run)),
+        "answers": ("Answers", "The same prompts, four answers", answers(run)),
+        "settings": ("Settings", "Settings and numbers", facts(run)),
+        "next": ("How to go on", "How to go on", next_steps(run)),
+    }
+    links = " ".join(f'<a href="#{name}">{short}</a>' for name, (short, _, _) in sections.items())
+    parts = [_opening(run, links)]
+    for name, (_, heading, body) in sections.items():
+        parts.append(f'<section id="{name}">\n<h2>{heading}</h2>\n{body}\n</section>')
     return _unbroken(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title} · minirlhf</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
+        f"<title>What this run learned · minirlhf</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
         + "\n<footer>Written by minirlhf. The method is that of InstructGPT: Ouyang et al. 2022, “Training language "
         "models to follow instructions with human feedback”, arXiv 2203.02155.</footer>\n</main>\n</body>\n</html>\n"
     )
@@ -74,60 +76,37 @@ def _prose(text: str) -> str:
     return escape(text).replace(NAMES["ppo_ptx"], f'<span class="whole">{NAMES["ppo_ptx"]}</span>')
 
 
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}">\n<h2>{title}</h2>\n{body}\n</section>'
-
-
-def _opening(run: Run) -> str:
+def _opening(run: Run, links: str) -> str:
     caveat = "" if run.is_gold else f'<p class="caveat">{CAVEAT}</p>'
     listed = "".join(f"<li>{_prose(sentence)}</li>" for sentence in findings(run))
-    links = {
-        "steps": "The five steps",
-        "results": "Results",
-        "training": "Training",
-        "answers": "Answers",
-        "settings": "Settings",
-        "next": "How to go on",
-    }
-    nav = " ".join(f'<a href="#{name}">{text}</a>' for name, text in links.items())
     return (
         f"<header>\n<h1>A run of minirlhf on {escape(str(run.report['data']))}</h1>\n"
         f'<p class="headline">{_prose(headline(run))}</p>\n{caveat}\n<ul class="findings">{listed}</ul>\n'
-        f'<nav aria-label="Sections">{nav}</nav>\n</header>'
+        f'<nav aria-label="Sections">{links}</nav>\n</header>'
     )
 
 
-def _plots_of(run: Run, where: str) -> str:
-    """The plots of one place in the page, as figures with captions."""
-    from minirlhf.report import plots
-
-    chosen = {
-        "results": lambda: [plots.win_plot(run), plots.tax_plot(run)],
-        "base": lambda: [plots.loss_plot(run, "base")],
-        "sft": lambda: [plots.loss_plot(run, "sft")],
-        "reward_model": lambda: [*plots.reward_model_plots(run), plots.reward_model_bars(run)],
-        "ppo": lambda: [*plots.ppo_plots(run), plots.over_optimisation_plot(run)],
-    }[where]()
+def _figures(*drawn: plots.Plot | None) -> str:
+    """Plots with their titles and captions, as many beside each other as there is room for."""
     figures = "\n".join(
-        f"<figure><h4>{escape(plot.title)}</h4>{plots.themed(plot.svg)}<figcaption>{escape(plot.caption)}</figcaption>"
-        "</figure>"
-        for plot in chosen
+        f"<figure><h4>{escape(plot.title)}</h4>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot in drawn
         if plot is not None
     )
     return f'<div class="plots">{figures}</div>' if figures else ""
 
 
 def _training(run: Run) -> str:
-    nothing = "<p>The base model was given, not trained here, so it has no curve.</p>"
-    base, sft = _plots_of(run, "base"), _plots_of(run, "sft")
-    both = f"{base}{sft}".replace('</div><div class="plots">', "\n") if base and sft else None
-    start = both if both is not None else (base or nothing) + sft
+    base, sft = plots.loss_plot(run, "base"), plots.loss_plot(run, "sft")
+    nothing = "" if base else "<p>The base model was given, not trained here, so it has no curve.</p>"
+    reward_model = _figures(*plots.reward_model_plots(run), plots.reward_model_bars(run))
     return (
         "<p>Thin lines are single batches, thick ones their moving average. A green band is where a healthy run stays: "
         "a rule of thumb, and the place to look first when an answer disappoints.</p>\n"
         "<h3>Base model, then step 1: supervised fine-tuning</h3>\n"
-        f"{start}\n<h3>Step 2: the reward model</h3>\n{_reward_model(run)}{_plots_of(run, 'reward_model')}\n"
-        f"<h3>Step 3: PPO, plain and with pretraining mixed in</h3>\n{_plots_of(run, 'ppo')}"
+        f"{nothing}{_figures(base, sft)}\n<h3>Step 2: the reward model</h3>\n{_reward_model(run)}{reward_model}\n"
+        "<h3>Step 3: PPO, plain and with pretraining mixed in</h3>\n"
+        f"{_figures(*plots.ppo_plots(run), plots.over_optimisation_plot(run))}"
     )
 
 
@@ -148,18 +127,3 @@ def _reward_model(run: Run) -> str:
     if row["calibration_error"] is not None:
         text += f" Its stated probabilities are off by {number(100 * row['calibration_error'], 1)} points on average."
     return f"<p>{text}</p>"
-
-
-def _answers(run: Run) -> str:
-    if not run.answers:
-        return "<p>No examples were kept.</p>"
-    told = (
-        "Each answer is scored by the gold labeler, which knows the truth of this world: helpful (did what was asked), "
-        "truthful, harmless, well formed. Bars grow right for good and left for bad."
-        if run.is_gold
-        else "Each score is the reward model’s, a proxy: read the answers and see whether you agree."
-    )
-    return (
-        f"<p>{len(run.answers)} prompts that no model saw in training, one sampled answer each, not picked by hand. "
-        f"{told}</p>\n{answers_html(run)}"
-    )

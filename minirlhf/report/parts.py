@@ -1,16 +1,16 @@
-"""Parts of the page: the ladder, the table of results, the facts and the next steps."""
+"""Parts of the page: the ladder, the table of results, the answers, the facts and the next steps."""
 
 from __future__ import annotations
 
-import math
 import shlex
+from collections.abc import Collection
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Row, Run
-from minirlhf.report.text import duration, interval, number, percent
+from minirlhf.report.table import cells
+from minirlhf.report.text import NOTHING, number, percent, readable, times
 
 RISE = 120  # pixels of the highest stair
 STORY = {
@@ -20,6 +20,7 @@ STORY = {
     "ppo": "Tried answers of its own and kept what the judge liked.",
     "ppo_ptx": "The same, reading some corpus on the way so as not to forget it.",
 }
+FULL = 3.5  # a part of a score that fills its half of the bar
 
 
 def ladder(run: Run) -> str:
@@ -82,7 +83,7 @@ def results(run: Run) -> str:
     """The table of results, and what each column means."""
     columns = _columns(run)
     head = "".join(f'<th scope="col"><abbr title="{escape(t)}">{escape(c)}</abbr></th>' for c, t in columns.items())
-    body = "\n".join(_row(name, run.policy(name), run.is_gold) for name in POLICIES)
+    body = "\n".join(_row(name, run) for name in POLICIES)
     notes = "".join(f"<div><dt>{escape(c)}:</dt> <dd>{escape(t)}</dd></div>" for c, t in columns.items())
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Results"><table>\n'
@@ -91,32 +92,68 @@ def results(run: Run) -> str:
     )
 
 
-def _row(name: str, row: Row, is_gold: bool) -> str:
-    error = row["gold_standard_error"]
-    mean = number(row["gold_mean"]) + (f"<small>± {number(error)}</small>" if _known(error) else "")
-    cells = [
-        mean,
-        percent(row["headroom_closed"]),
-        _wins(row, "base") if name != "base" else number(None),
-        _wins(row, "sft") if name != "sft" else number(None),
-        *([number(row["proxy_mean"])] if is_gold else []),
-        number(row["kl_to_sft"]),
-        number(row["corpus_loss"], 3),
-        number(row["mean_length"], 1),
-        percent(row["ended_fraction"]),
-    ]
-    css = name.replace("_", "-")
-    dot = f'<span class="dot {css}"></span>'
-    return f'<tr><th scope="row">{dot}{NAMES[name]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _row(name: str, run: Run) -> str:
+    dot = f'<span class="dot {name.replace("_", "-")}"></span>'
+    row = "".join(
+        f"<td>{value}{f'<small>{small}</small>' if small else ''}</td>"
+        for value, small in cells(run, name, proxy=run.is_gold)
+    )
+    return f'<tr><th scope="row">{dot}{NAMES[name]}</th>{row}</tr>'
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def answers(run: Run) -> str:
+    """Every example prompt with the answers beside each other: the part where a reader sees the difference."""
+    if not run.answers:
+        return "<p>No examples were kept.</p>"
+    told = (
+        "Each answer is scored by the gold labeler, which knows the truth of this world: helpful (did what was asked), "
+        "truthful, harmless, well formed. Bars grow right for good and left for bad."
+        if run.is_gold
+        else "Each score is the reward model’s, a proxy: read the answers and see whether you agree."
+    )
+    examples = "\n".join(_example(row, run.is_gold) for row in run.answers)
+    return (
+        f"<p>{len(run.answers)} prompts that no model saw in training, one sampled answer each, not picked by hand. "
+        f"{told}</p>\n{examples}"
+    )
 
 
-def _wins(row: Row, other: str) -> str:
-    bounds = interval(row[f"win_rate_vs_{other}_interval"])
-    return percent(row[f"win_rate_vs_{other}"]) + (f"<small>{bounds}</small>" if bounds else "")
+def _example(row: Row, is_gold: bool) -> str:
+    totals = {name: row["answers"][name]["score"]["total"] for name in POLICIES if name in row["answers"]}
+    top = max(totals.values())
+    winners = [name for name, total in totals.items() if total == top]
+    best = f'<span class="best">best reachable: {number(row["best"])}</span>' if row.get("best") is not None else ""
+    cards = "".join(_card(name, row["answers"][name], is_gold, won=winners == [name]) for name in totals)
+    return (
+        f'<article class="example"><h3><q>{escape(readable(row["prompt"]))}</q>{best}</h3>'
+        f'<div class="answers">{cards}</div></article>'
+    )
+
+
+def _card(name: str, answer: Row, is_gold: bool, *, won: bool) -> str:
+    score: dict[str, float] = answer["score"]
+    text = escape(readable(answer["response"])) or '<span class="none">(said nothing)</span>'
+    cut = "" if answer["ended"] else ' <span class="cut" title="It ran into the limit of tokens.">… did not end</span>'
+    called = "gold" if is_gold else "reward model score (proxy)"
+    crown = '<span class="won">highest</span>' if won else ""
+    parts = "".join(_part(part, value) for part, value in score.items() if part != "total")
+    return (
+        f'<div class="answer {name.replace("_", "-")}{" first" if won else ""}"><h4>{NAMES[name]}{crown}</h4>'
+        f'<blockquote>{text}{cut}</blockquote><p class="total">{called} <b>{number(score["total"])}</b></p>'
+        + (f'<dl class="parts">{parts}</dl>' if parts else "")
+        + "</div>"
+    )
+
+
+def _part(part: str, value: float) -> str:
+    """A number and a bar that grows from the middle: right is good, left is bad."""
+    share = 50 * min(abs(value) / FULL, 1.0)
+    left, kind = (50.0, "plus") if value >= 0 else (50.0 - share, "minus")
+    bar = f'<i class="{kind}" style="left:{left:.1f}%;width:{share:.1f}%"></i>' if share else ""
+    return (
+        f"<div><dt>{escape(part.replace('_', ' '))}</dt>"
+        f'<dd><span class="bar">{bar}</span><b>{number(value, sign=True)}</b></dd></div>'
+    )
 
 
 def facts(run: Run) -> str:
@@ -124,42 +161,34 @@ def facts(run: Run) -> str:
     report = run.report
     machine = report["machine"]
     rows = {
-        "command": f"<code>{escape(report['command'] or 'called from Python')}</code>",
-        "preset": escape(str(report["preset"])),
-        "seed": escape(str(report["seed"])),
-        "data": escape(str(report["data"])),
+        "command": report["command"] or "called from Python",
+        "preset": report["preset"],
+        "seed": report["seed"],
+        "data": report["data"],
         "size": f"{report['parameters']:,} parameters",
-        "machine": escape(f"{machine['device']}, {machine['threads']} threads, {machine['platform']}"),
-        "versions": escape(", ".join(f"{name} {version}" for name, version in report["versions"].items())),
-        "time": escape(_seconds(report["seconds"], report.get("side_by_side", False))),
+        "machine": f"{machine['device']}, {machine['threads']} threads, {machine['platform']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "time": times(report, 1),
     }
-    return _facts_table(rows) + _settings(run.config)
+    return _facts_table(rows, code=["command"]) + _settings(run.config)
 
 
-def _seconds(seconds: dict[str, float], side_by_side: bool) -> str:
-    parts = ", ".join(f"{NAMES.get(k, k)} {number(v, 1)} s" for k, v in seconds.items() if k != "total")
-    beside = "; PPO and PPO-ptx at the same time" if side_by_side else ""
-    return f"{duration(seconds['total'])} ({parts}{beside})"
-
-
-def _facts_table(rows: dict[str, str]) -> str:
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{cell}</td></tr>' for name, cell in rows.items())
+def _facts_table(rows: Row, code: Collection[str]) -> str:
+    told = {name: f"<code>{escape(str(x))}</code>" if name in code else escape(str(x)) for name, x in rows.items()}
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{cell}</td></tr>' for name, cell in told.items())
     return f'<table class="facts"><tbody>{body}</tbody></table>'
 
 
-def _settings(config: dict[str, Any]) -> str:
-    flat: dict[str, Any] = {}
+def _settings(config: Row) -> str:
+    flat: Row = {}
     for group, value in config.items():
-        if group == "data_sha256":  # what the data were, and no setting
+        if group in ("data", "data_sha256"):  # a path of this machine and what was there: no settings
             continue
-        if isinstance(value, dict):
-            flat |= {f"{group}.{name}": setting for name, setting in value.items()}
-        elif group != "data":  # a path of this machine, and its name stands above
-            flat[group] = value
+        flat |= {f"{group}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {group: value}
     if not flat:
         return ""
-    rows = {name: f"<code>{escape('–' if value is None else str(value))}</code>" for name, value in flat.items()}
-    return f"<details><summary>All {len(flat)} settings</summary>{_facts_table(rows)}</details>"
+    rows = {name: NOTHING if value is None else value for name, value in flat.items()}
+    return f"<details><summary>All {len(flat)} settings</summary>{_facts_table(rows, code=rows)}</details>"
 
 
 def next_steps(run: Run) -> str:

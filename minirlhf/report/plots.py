@@ -29,9 +29,17 @@ from minirlhf.report.text import interval, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LONGEST = 300  # points of a curve: more can't be seen at this size and only make the page heavy
+THEMED = {
+    INK: "ink",
+    QUIET: "quiet",
+    GRID: "grid",
+    PAPER: "card",
+    HEALTHY_COLOUR: "healthy",
+    **{colour: f"c-{name.replace('_', '-')}" for name, colour in COLOURS.items() if name != "gold"},
+    COLOURS["gold"]: "c-truth",
+}
 
 
 class Plot(NamedTuple):
@@ -42,18 +50,20 @@ class Plot(NamedTuple):
     caption: str
 
 
-def _draw(name: str, title: str, alt: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
+def _draw(
+    name: str, title: str, caption: str, draw: Callable[[Axes], str], height: float = 3.2, left: float = 0.15
+) -> Plot:
+    """A plot; `draw` draws its curves and returns what a reader who can't see them should know."""
     with style():
         figure, axes = panels(height=height, constrained=False)
-        _fix_margins(figure, height)
+        # Equal frames for all plots, so that steps are below each other on the page; and quicker than a layout.
+        figure.subplots_adjust(left=left, right=0.975, top=1 - 0.15 / height, bottom=0.52 / height)
         axes.yaxis.set_label_coords(-0.125, 0.5)
-        draw(axes)
-        return Plot(title, to_svg(figure, name, f"{title}. {alt}"), caption)
-
-
-def _fix_margins(figure: Figure, height: float) -> None:
-    """Equal frames for all plots, so that steps stand below each other on the page; and quicker than a layout."""
-    figure.subplots_adjust(left=0.15, right=0.975, top=1 - 0.15 / height, bottom=0.52 / height)
+        told = draw(axes)
+        svg = to_svg(figure, name, f"{title}. {told}")
+    for colour, variable in THEMED.items():  # so that a plot follows the light and the dark theme
+        svg = svg.replace(f": {colour}", f": var(--{variable})")
+    return Plot(title, svg, caption)
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
@@ -64,21 +74,21 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _curves(axes: Axes, run: Run, steps: Sequence[str], key: str) -> dict[str, tuple[float, float]]:
-    """Draw a metric of some steps; gives first and last smoothed value of each."""
-    ends = {}
+def _curves(axes: Axes, run: Run, steps: Sequence[str], key: str) -> dict[str, list[float]]:
+    """Draw a metric of some steps; returns their smoothed curves."""
+    curves = {}
     for name in steps:
         x, y = _series(run.metrics[name], key)
         if y:
-            line = smooth(y)
-            curve(axes, x, line, name, raw=y)
-            ends[name] = (line[0], line[-1])
-    return ends
+            curves[name] = smooth(y)
+            curve(axes, x, curves[name], name, raw=y)
+    return curves
 
 
-def _from_to(ends: dict[str, tuple[float, float]], digits: int = 2) -> str:
-    parts = [f"{NAMES[name]} from {number(a, digits)} to {number(b, digits)}" for name, (a, b) in ends.items()]
-    return "; ".join(parts) + "."
+def _from_to(curves: dict[str, list[float]], digits: int = 2) -> str:
+    """Where each curve begins and ends, in words."""
+    ends = ((NAMES[name], number(y[0], digits), number(y[-1], digits)) for name, y in curves.items())
+    return "; ".join(f"{name} from {first} to {last}" for name, first, last in ends) + "."
 
 
 def _has(run: Run, steps: Sequence[str], key: str) -> bool:
@@ -90,15 +100,15 @@ def loss_plot(run: Run, step: str) -> Plot | None:
     key, what = f"{step}/loss", {"base": "corpus text", "sft": "demonstrations"}[step]
     if not _has(run, [step], key):
         return None
-    ends: dict[str, tuple[float, float]] = {}
 
-    def draw(axes: Axes) -> None:
-        ends.update(_curves(axes, run, [step], key))
+    def draw(axes: Axes) -> str:
+        curves = _curves(axes, run, [step], key)
         if step == "base" and (held_out := run.policy("base")["corpus_loss"]) is not None:
             level(axes, held_out, f"held-out text {number(held_out, 3)}", above=False)
             bottom, top = axes.get_ylim()
             axes.set_ylim(min(bottom, held_out - 0.1 * (top - bottom)), top)  # room for the name below its line
         label_axes(axes, "optimizer step", "loss, nats a token")
+        return f"{step} loss {_from_to(curves)}"
 
     caption = {
         "base": "Surprise at the next word of the corpus. It falls fast (which words exist), then slowly (what follows "
@@ -106,58 +116,37 @@ def loss_plot(run: Run, step: str) -> Plot | None:
         "sft": "The same surprise, on the words of the demonstrators’ answers alone. The start shows how little "
         "a base model knows of answering.",
     }[step]
-    plot = _draw(f"{step}-loss", f"Loss on {what}", "", caption, draw)
-    return _with_alt(plot, f"{step} loss {_from_to(ends)}")
-
-
-def _with_alt(plot: Plot, alt: str) -> Plot:
-    """The numbers of the alt text are known only once the curves are drawn."""
-    import html
-
-    return plot._replace(svg=plot.svg.replace('aria-label="', f'aria-label="{html.escape(alt)} ', 1))
+    return _draw(f"{step}-loss", f"Loss on {what}", caption, draw)
 
 
 def reward_model_plots(run: Run) -> list[Plot]:
     """Loss and accuracy while the reward model trains, with what to compare them to."""
     row, plots = run.report["reward_model"], []
+
+    def draw_loss(axes: Axes) -> str:
+        curves = _curves(axes, run, ["reward_model"], "reward_model/loss")
+        level(axes, math.log(2), "a coin toss: ln 2")
+        label_axes(axes, "optimizer step", "ranking loss, nats a pair")
+        return f"Loss {_from_to(curves)}"
+
+    def draw_accuracy(axes: Axes) -> str:
+        _curves(axes, run, ["reward_model"], "reward_model/accuracy")
+        if row["ceiling"] is not None:
+            level(axes, row["ceiling"], f"ceiling: gold itself {percent(row['ceiling'])}", COLOURS["gold"])
+        if row["length_baseline"] is not None:
+            level(axes, row["length_baseline"], f"longer answer wins {percent(row['length_baseline'])}")
+        label_axes(axes, "optimizer step", "pairs ordered as the labeler did")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.45), max(high, 0.95))
+        return f"Held-out accuracy {percent(row['accuracy'])}, length alone {percent(row['length_baseline'])}."
+
     if _has(run, ["reward_model"], "reward_model/loss"):
-        ends: dict[str, tuple[float, float]] = {}
-
-        def draw_loss(axes: Axes) -> None:
-            ends.update(_curves(axes, run, ["reward_model"], "reward_model/loss"))
-            level(axes, math.log(2), "a coin toss: ln 2")
-            label_axes(axes, "optimizer step", "ranking loss, nats a pair")
-
-        plot = _draw(
-            "reward-loss",
-            "Ranking loss",
-            "",
-            "Surprise at which of two answers a labeler preferred. Noise in the labels keeps it from zero.",
-            draw_loss,
-        )
-        plots.append(_with_alt(plot, f"Loss {_from_to(ends)}"))
+        caption = "Surprise at which of two answers a labeler preferred. Noise in the labels keeps it from zero."
+        plots.append(_draw("reward-loss", "Ranking loss", caption, draw_loss))
     if _has(run, ["reward_model"], "reward_model/accuracy"):
-
-        def draw_accuracy(axes: Axes) -> None:
-            _curves(axes, run, ["reward_model"], "reward_model/accuracy")
-            if row["ceiling"] is not None:
-                level(axes, row["ceiling"], f"ceiling: gold itself {percent(row['ceiling'])}", COLOURS["gold"])
-            if row["length_baseline"] is not None:
-                level(axes, row["length_baseline"], f"longer answer wins {percent(row['length_baseline'])}")
-            label_axes(axes, "optimizer step", "pairs ordered as the labeler did")
-            low, high = axes.get_ylim()
-            axes.set_ylim(min(low, 0.45), max(high, 0.95))
-
-        plots.append(
-            _draw(
-                "reward-accuracy",
-                "Accuracy on the batch",
-                f"Held-out accuracy {percent(row['accuracy'])}, length alone {percent(row['length_baseline'])}.",
-                "Each batch is measured before it is learned from, so in the first epoch these are unseen pairs."
-                + (" No model can pass the ceiling: labelers disagree." if row["ceiling"] is not None else ""),
-                draw_accuracy,
-            )
-        )
+        caption = "Each batch is measured before it is learned from, so in the first epoch these are unseen pairs."
+        caption += " No model can pass the ceiling: labelers disagree." if row["ceiling"] is not None else ""
+        plots.append(_draw("reward-accuracy", "Accuracy on the batch", caption, draw_accuracy))
     return plots
 
 
@@ -169,7 +158,7 @@ def reward_model_bars(run: Run) -> Plot | None:
     if not groups:
         return None
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> str:
         for place, (_, suffix) in enumerate(groups):
             value = row[f"accuracy{suffix}"]
             axes.barh(place, value, height=0.5, color=COLOURS["reward_model"])
@@ -189,45 +178,38 @@ def reward_model_bars(run: Run) -> Plot | None:
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.5, len(groups) - 0.35)
         axes.grid(visible=False, axis="y")
-        axes.figure.subplots_adjust(left=0.215)
         label_axes(axes, "share of held-out pairs ordered as the labeler did", "")
+        accuracies = ", ".join(f"{name} {percent(row[f'accuracy{suffix}'])}" for name, suffix in groups)
+        return f"Accuracy: {accuracies}."
 
-    accuracies = ", ".join(f"{name} {percent(row[f'accuracy{suffix}'])}" for name, suffix in groups)
-    return _draw(
-        "reward-bars",
-        "Accuracy on held-out comparisons",
-        f"Accuracy: {accuracies}.",
-        "The bar should end well right of “length” (a model that only counts words)"
-        + (" and left of the ceiling, which is as far as label noise lets anyone go." if row["ceiling"] else "."),
-        draw,
-        height=2.3,
-    )
+    caption = "The bar should end well right of “length” (a model that only counts words)"
+    caption += " and left of the ceiling, which is as far as label noise lets anyone go." if row["ceiling"] else "."
+    return _draw("reward-bars", "Accuracy on held-out comparisons", caption, draw, height=2.3, left=0.215)
 
 
 def ppo_plots(run: Run) -> list[Plot]:
     """The curves of PPO and PPO-ptx in one frame each."""
-    return [plot for metric in PPO_METRICS if (plot := _ppo_plot(run, metric)) is not None]
+    return [plot for key, metric in PPO_METRICS.items() if (plot := _ppo_plot(run, key, metric)) is not None]
 
 
-def _ppo_plot(run: Run, metric: Metric) -> Plot | None:
+def _ppo_plot(run: Run, key: str, metric: Metric) -> Plot | None:
     names = ("ppo", "ppo_ptx")
-    if not _has(run, names, metric.key):
+    if not _has(run, names, key):
         return None
-    ends: dict[str, tuple[float, float]] = {}
 
-    def draw(axes: Axes) -> None:
-        ends.update(_curves(axes, run, names, metric.key))
-        if metric.key == "value/explained_variance":
+    def draw(axes: Axes) -> str:
+        curves = _curves(axes, run, names, key)
+        if key == "value/explained_variance":
             # An untrained critic can begin at -20 and would flatten all the rest.
             axes.set_ylim(max(-1.2, axes.get_ylim()[0]), 1.03)
-        healthy_range(axes, metric.key, start=next(iter(ends.values()))[0])
-        if metric.key in ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta"):
+        healthy_range(axes, key, start=next(iter(curves.values()))[0])
+        if key in ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta"):
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         label_axes(axes, "PPO step", metric.unit)
         axes.legend(loc="best", ncols=2, handlelength=2.4)
+        return _from_to(curves, 3)
 
-    plot = _draw(metric.key.replace("/", "-"), metric.title, "", metric.caption, draw)
-    return _with_alt(plot, _from_to(ends, 3))
+    return _draw(key.replace("/", "-"), metric.title, metric.caption, draw)
 
 
 def over_optimisation_plot(run: Run) -> Plot | None:
@@ -244,22 +226,20 @@ def over_optimisation_plot(run: Run) -> Plot | None:
     if not paths:
         return None
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> str:
         for name, (x, y) in paths.items():
             curve(axes, x, y, name)
             axes.plot(x[-1:], y[-1:], "o", color=COLOURS[name], markersize=7)
             axes.plot(x[:1], y[:1], "s", color=COLOURS["sft"], markersize=7)
         label_axes(axes, "score by the reward model (proxy)", "gold score")
         axes.legend(loc="best", handlelength=2.4)
+        return "Paths of PPO and PPO-ptx from the SFT model to their end."
 
-    return _draw(
-        "gold-proxy",
-        "Gold against proxy",
-        "Paths of PPO and PPO-ptx from the SFT model to their end.",
+    caption = (
         "Each line is one training, from the blue square (SFT) to the dot. Up and right: the proxy can be trusted. "
-        "Right and down: it is being exploited.",
-        draw,
+        "Right and down: it is being exploited."
     )
+    return _draw("gold-proxy", "Gold against proxy", caption, draw)
 
 
 def tax_plot(run: Run) -> Plot:
@@ -268,7 +248,7 @@ def tax_plot(run: Run) -> Plot:
     base = run.policy("base")["corpus_loss"]
     taxes = [run.policy(name)["corpus_loss"] - base for name in names]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> str:
         axes.barh([NAMES[n] for n in names], taxes, height=0.55, color=[COLOURS[n] for n in names])
         for place, value in enumerate(taxes):
             axes.annotate(
@@ -279,12 +259,12 @@ def tax_plot(run: Run) -> Plot:
         axes.invert_yaxis()
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
-        axes.figure.subplots_adjust(left=0.16)
         label_axes(axes, f"loss on held-out text above base ({number(base, 3)}), nats a token", "")
+        told = ", ".join(f"{NAMES[n]} {number(t, 3, sign=True)}" for n, t in zip(names, taxes, strict=True))
+        return f"{told} nats a token."
 
-    alt = ", ".join(f"{NAMES[n]} {number(t, 3, sign=True)}" for n, t in zip(names, taxes, strict=True))
     caption = "How much of plain language each policy forgot. PPO-ptx mixes the corpus back in and should be shortest."
-    return _draw("tax", "Alignment tax", alt + " nats a token.", caption, draw, height=2.3)
+    return _draw("tax", "Alignment tax", caption, draw, height=2.3, left=0.16)
 
 
 def win_plot(run: Run) -> Plot | None:
@@ -295,7 +275,7 @@ def win_plot(run: Run) -> Plot | None:
         return None
     rows = [run.policy(who) for who, _ in duels]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> str:
         for place, ((who, other), row) in enumerate(zip(duels, rows, strict=True)):
             rate = row[f"win_rate_vs_{other}"]
             low, high = row[f"win_rate_vs_{other}_interval"]
@@ -308,30 +288,12 @@ def win_plot(run: Run) -> Plot | None:
         axes.set_xlim(0, 1.02)
         axes.set_ylim(len(duels) - 0.5, -0.7)
         axes.grid(visible=False, axis="y")
-        axes.figure.subplots_adjust(left=0.235)
         label_axes(axes, "share of prompts won (a tie counts half)", "")
+        rates = [
+            f"{NAMES[who]} against {NAMES[other]} {percent(row[f'win_rate_vs_{other}'])}"
+            for (who, other), row in zip(duels, rows, strict=True)
+        ]
+        return ", ".join(rates) + "."
 
-    alt = ", ".join(
-        f"{NAMES[who]} against {NAMES[other]} {percent(row[f'win_rate_vs_{other}'])}"
-        for (who, other), row in zip(duels, rows, strict=True)
-    )
     caption = "Right of the dashed line the first of the two wins more often. Bars are 95 % intervals."
-    return _draw("wins", "Win rates", alt + ".", caption, draw, height=3.0)
-
-
-THEMED = {
-    INK: "ink",
-    QUIET: "quiet",
-    GRID: "grid",
-    PAPER: "card",
-    HEALTHY_COLOUR: "healthy",
-    **{colour: f"c-{name.replace('_', '-')}" for name, colour in COLOURS.items() if name != "gold"},
-    COLOURS["gold"]: "c-truth",
-}
-
-
-def themed(svg: str) -> str:
-    """Put the page's variables in place of fixed colours, so that a plot follows the light and the dark theme."""
-    for colour, variable in THEMED.items():
-        svg = svg.replace(f": {colour}", f": var(--{variable})")
-    return svg
+    return _draw("wins", "Win rates", caption, draw, height=3.0, left=0.235)

@@ -93,12 +93,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def panels(
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    width: float = 5.4,
-    height: float = 3.2,
-    constrained: bool = True,
+    rows: int = 1, columns: int = 1, *, width: float = 5.4, height: float = 3.2, constrained: bool = True
 ) -> tuple[Figure, Any]:
     """A figure and its axes: one Axes, or an array [rows, columns] of them (a row alone: [columns]).
 
@@ -184,28 +179,23 @@ def healthy_range(axes: Axes, metric: str, start: float | None = None) -> Range 
     # At the right, inside of the band, at its upper edge unless the curves end there.
     ends = [y for line in axes.get_lines() for y in np.asarray(line.get_ydata(), dtype=float)[-25:]]
     below = any(y > low + 0.7 * (high - low) for y in ends if y <= high)
-    axes.annotate(
-        f"healthy: {low:.3g} to {high:.3g}",
-        (1, low if below else high),
-        xycoords=("axes fraction", "data"),
-        xytext=(-5, 4 if below else -4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom" if below else "top",
-        color=HEALTHY_COLOUR,
-        fontsize=8.5,
-    )
+    _note(axes, low if below else high, f"healthy: {low:.3g} to {high:.3g}", HEALTHY_COLOUR, above=below, gap=4)
     return Range(low, high)
 
 
 def level(axes: Axes, y: float, text: str, colour: str = QUIET, *, above: bool = True) -> None:
     """A dashed horizontal line with its name: a ceiling, a baseline, a parent's score."""
     axes.axhline(y, color=colour, linewidth=1.1, linestyle=(0, (2, 2)))
+    _note(axes, y, text, colour, above=above, gap=3)
+
+
+def _note(axes: Axes, y: float, text: str, colour: str, *, above: bool, gap: int) -> None:
+    """A text at the right end of a horizontal line, so many points above or below it."""
     axes.annotate(
         text,
         (1, y),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 3 if above else -3),
+        xytext=(-1 - gap, gap if above else -gap),
         textcoords="offset points",
         ha="right",
         va="bottom" if above else "top",

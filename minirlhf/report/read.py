@@ -29,12 +29,11 @@ class Run:
     @property
     def is_gold(self) -> bool:
         """Whether the judge knows the truth (else it is the reward model itself)."""
-        return bool(self.report["judge"] == "gold")
+        return self.report["judge"] == "gold"
 
     def policy(self, name: str) -> Row:
         """The measurements of one policy."""
-        row: Row = self.report["evaluation"][name]
-        return row
+        return self.report["evaluation"][name]
 
 
 def load_run(folder: Path) -> Run:
@@ -43,18 +42,22 @@ def load_run(folder: Path) -> Run:
     Raises:
         CheckpointError: report.json is missing or damaged.
     """
-    report = _json(folder / "report.json", folder)
-    answers = _json(folder / "answers.json", folder) if (folder / "answers.json").is_file() else []
-    config = _json(folder / "config.json", folder) if (folder / "config.json").is_file() else {}
-    metrics = {step: _rows(folder / step / "metrics.jsonl") for step in STEPS}
-    return Run(folder, report, answers, metrics, config)
+    if not (folder / "report.json").is_file():
+        raise CheckpointError(f"{folder}: no report.json; finish the run first: minirlhf run --out {folder}")
+    return Run(
+        folder,
+        report=_json(folder / "report.json"),
+        answers=_json(folder / "answers.json", missing=[]),
+        metrics={step: _rows(folder / step / "metrics.jsonl") for step in STEPS},
+        config=_json(folder / "config.json", missing={}),
+    )
 
 
-def _json(file: Path, folder: Path) -> Any:
+def _json(file: Path, missing: Any = None) -> Any:
+    if not file.is_file():
+        return missing
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {file.name}; finish the run first: minirlhf run --out {folder}") from None
     except ValueError:
         raise CheckpointError(f"{file}: damaged (not JSON); delete it and run the same command again") from None
 

@@ -33,8 +33,7 @@ code, pre { font: 14px/1.5 var(--mono); }
 pre { padding: 14px 16px; overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; }
 .headline { margin: 12px 0 20px; max-width: 26em; font-size: clamp(25px, 4vw, 38px); line-height: 1.25;
-  font-weight: 500;
-  text-wrap: pretty; }
+  font-weight: 500; text-wrap: pretty; }
 .whole { white-space: nowrap; }
 .findings { padding-left: 1.1em; }
 .findings li { margin: 6px 0; }
@@ -47,8 +46,7 @@ nav a:hover { text-decoration: underline; }
   padding: 0; list-style: none; max-width: none; }
 .ladder li { position: relative; font: 14px/1.45 var(--sans); }
 .ladder .rung { padding: 12px 14px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px 10px 0 0;
-  border-top: 4px solid var(--colour); }
+  border-radius: 10px 10px 0 0; border-top: 4px solid var(--colour); }
 .ladder .stair { height: var(--rise); background: var(--colour); opacity: .85; border-radius: 0 0 4px 4px; }
 .ladder .judge .rung { border: 1.5px dashed var(--colour); border-radius: 10px; margin-bottom: 34px; }
 @media (min-width: 901px) { .ladder .rung { min-height: 158px; } } /* equal, so that only the stairs differ */
@@ -64,8 +62,7 @@ table { border-collapse: collapse; font: 15px/1.4 var(--sans); font-variant-nume
 th, td { padding: 9px 13px; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 thead th { vertical-align: bottom; color: var(--quiet); font-weight: 500; font-size: 13px;
-  border-bottom-color: var(--quiet);
-  white-space: normal; min-width: 5.4em; }
+  border-bottom-color: var(--quiet); white-space: normal; min-width: 5.4em; }
 tbody th, th:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 td small { display: block; color: var(--quiet); font-size: 12.5px; }
 th .dot { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 50%;
@@ -86,13 +83,11 @@ figcaption { margin-top: 4px; font: 14px/1.5 var(--sans); color: var(--quiet); }
 
 .example { margin: 34px 0 0; }
 .example h3 { display: flex; flex-wrap: wrap; gap: 2px 18px; align-items: baseline; margin: 0 0 10px;
-  white-space: pre-line;
-  break-after: avoid; }
+  white-space: pre-line; break-after: avoid; }
 .best { font: 13px/1.4 var(--sans); color: var(--quiet); }
 .answers { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; }
 .answer { display: flex; flex-direction: column; padding: 12px 14px; background: var(--card);
-  border: 1px solid var(--line);
-  border-top: 3px solid var(--colour); border-radius: 8px; break-inside: avoid; }
+  border: 1px solid var(--line); border-top: 3px solid var(--colour); border-radius: 8px; break-inside: avoid; }
 .answer h4 { display: flex; justify-content: space-between; margin: 0; font: 600 13px/1.4 var(--sans); }
 .won { font-weight: 500; color: var(--good); }
 .won::before { content: "★ "; }
@@ -101,8 +96,7 @@ blockquote { flex: 1; margin: 8px 0 12px; font-size: 16px; line-height: 1.45; wh
 .cut { font: 600 13px/1.4 var(--sans); color: var(--bad); white-space: nowrap; }
 .none { color: var(--quiet); font-style: italic; }
 .total { display: flex; justify-content: space-between; gap: 8px; margin: 0; padding-top: 8px;
-  font: 13px/1.4 var(--sans);
-  border-top: 1px solid var(--line); }
+  font: 13px/1.4 var(--sans); border-top: 1px solid var(--line); }
 .total b, .parts { font-variant-numeric: tabular-nums; }
 .parts { margin: 4px 0 0; font: 12.5px/1.6 var(--sans); color: var(--quiet); }
 .parts div { display: flex; justify-content: space-between; gap: 6px; }

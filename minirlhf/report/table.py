@@ -1,12 +1,41 @@
-"""The table that ``minirlhf run`` prints at its end."""
+"""The table of results: its numbers, which the page shows as well, and the one that ``minirlhf run`` prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from minirlhf.report.plotting import NAMES
-from minirlhf.report.read import POLICIES, Row, Run, load_run
-from minirlhf.report.text import duration, interval, number, percent, plus_minus
+from minirlhf.report.read import POLICIES, Run, load_run
+from minirlhf.report.text import NOTHING, interval, number, percent, times
+
+
+def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
+    """A policy's row of the table: each number, and its error or interval where it has one.
+
+    Args:
+        run: a finished run.
+        name: of the policy.
+        proxy: whether the row has the mean score by the reward model too.
+    """
+    row = run.policy(name)
+    error = number(row["gold_standard_error"])
+
+    def wins(other: str) -> tuple[str, str]:
+        if name == other:  # a model against itself says nothing
+            return NOTHING, ""
+        return percent(row[f"win_rate_vs_{other}"]), interval(row[f"win_rate_vs_{other}_interval"])
+
+    return [
+        (number(row["gold_mean"]), "" if error == NOTHING else f"± {error}"),
+        (percent(row["headroom_closed"]), ""),
+        wins("base"),
+        wins("sft"),
+        *([(number(row["proxy_mean"]), "")] if proxy else []),
+        (number(row["kl_to_sft"]), ""),
+        (number(row["corpus_loss"], 3), ""),
+        (number(row["mean_length"], 1), ""),
+        (percent(row["ended_fraction"]), ""),
+    ]
 
 
 def summary_table(run: Path) -> str:
@@ -20,41 +49,16 @@ def summary_table(run: Path) -> str:
     """
     loaded = load_run(run)
     score = "gold ± s.e." if loaded.is_gold else "proxy ± s.e."
-    head = ["", score, "headroom", "wins vs base", "wins vs SFT", "KL", "corpus loss", "length", "ended"]
-    rows = [head, *(_row(name, loaded.policy(name)) for name in POLICIES)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [_line(row, widths) for row in rows]
+    rows = [["", score, "headroom", "wins vs base", "wins vs SFT", "KL", "corpus loss", "length", "ended"]]
+    for name in POLICIES:
+        rows.append([NAMES[name], *(" ".join(cell).rstrip() for cell in cells(loaded, name, proxy=False))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     if not loaded.is_gold:
         lines.append("The judge is the reward model that PPO was trained against: a proxy, not the truth.")
-    return "\n".join(line.rstrip() for line in [*lines, "", _reward_model(loaded), _time(loaded)])
-
-
-def _row(name: str, row: Row) -> list[str]:
-    return [
-        NAMES[name],
-        plus_minus(row["gold_mean"], row["gold_standard_error"]),
-        percent(row["headroom_closed"]),
-        # A model against itself says nothing.
-        "–" if name == "base" else _wins(row, "base"),
-        "–" if name == "sft" else _wins(row, "sft"),
-        number(row["kl_to_sft"]),
-        number(row["corpus_loss"], 3),
-        number(row["mean_length"], 1),
-        percent(row["ended_fraction"]),
-    ]
-
-
-def _wins(row: Row, other: str) -> str:
-    return f"{percent(row[f'win_rate_vs_{other}'])} {interval(row[f'win_rate_vs_{other}_interval'])}".strip()
-
-
-def _line(row: list[str], widths: list[int]) -> str:
-    first, *rest = (
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return "  ".join([first, *rest])
+    lines += ["", _reward_model(loaded), f"time: {times(loaded.report, 0)}"]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _reward_model(run: Run) -> str:
@@ -66,11 +70,3 @@ def _reward_model(run: Run) -> str:
     if row.get("pairs_heldout_labelers"):
         text += f"; held-out labelers {percent(row['accuracy_heldout_labelers'])}"
     return text
-
-
-def _time(run: Run) -> str:
-    seconds = dict(run.report["seconds"])
-    total = seconds.pop("total")
-    parts = ", ".join(f"{NAMES.get(name, name)} {number(value, 0)} s" for name, value in seconds.items())
-    beside = "; PPO and PPO-ptx at the same time" if run.report.get("side_by_side") else ""
-    return f"time: {duration(total)} ({parts}{beside})"

@@ -35,13 +35,6 @@ def percent(value: float | None, digits: int = 0) -> str:
     return NOTHING if value is None or not math.isfinite(value) else f"{number(100 * value, digits)} %"
 
 
-def plus_minus(mean: float | None, error: float | None, digits: int = 2) -> str:
-    """A mean and its standard error."""
-    if mean is None or error is None or not math.isfinite(error):
-        return number(mean, digits)
-    return f"{number(mean, digits)} ± {number(error, digits)}"
-
-
 def interval(bounds: Sequence[float | None] | None) -> str:
     """A 95 % interval of a share, in brackets.
 
@@ -67,6 +60,17 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def times(report: Row, digits: int) -> str:
+    """How long the run took, and each part of it."""
+    parts = ", ".join(
+        f"{NAMES.get(part, part)} {number(seconds, digits)} s"
+        for part, seconds in report["seconds"].items()
+        if part != "total"
+    )
+    beside = "; PPO and PPO-ptx at the same time" if report.get("side_by_side") else ""
+    return f"{duration(report['seconds']['total'])} ({parts}{beside})"
 
 
 def parameters(count: int | None) -> str:
@@ -103,8 +107,7 @@ def readable(text: str) -> str:
 def verdict(row: Row, other: str) -> str:
     """Whether a policy is preferred to another: better, worse, or unclear where the interval holds one half."""
     rate, bounds = row[f"win_rate_vs_{other}"], row[f"win_rate_vs_{other}_interval"]
-    finite = rate is not None and all(b is not None and math.isfinite(b) for b in bounds)
-    if not finite or bounds[0] <= 0.5 <= bounds[1]:
+    if rate is None or not interval(bounds) or bounds[0] <= 0.5 <= bounds[1]:
         return "unclear"
     return "better" if bounds[0] > 0.5 else "worse"
 
@@ -144,15 +147,14 @@ def findings(run: Run) -> list[str]:
 
 
 def _preset(run: Run) -> str:
-    if run.report["preset"] != "fast":
-        return ""
-    return (
+    told = (
         "This is the fast preset: it shows that everything runs, and is too short to learn much. Leave it out for more."
     )
+    return told if run.report["preset"] == "fast" else ""
 
 
-def _judged(run: Run) -> str:
-    return "gold score" if run.is_gold else "reward model score"
+def _wins(row: Row, other: str) -> str:
+    return f"{percent(row[f'win_rate_vs_{other}'])} {interval(row[f'win_rate_vs_{other}_interval'])}"
 
 
 def _sft(run: Run) -> str:
@@ -163,46 +165,33 @@ def _sft(run: Run) -> str:
         "unclear": "Demonstrations made no clear difference",
     }[verdict(sft, "base")]
     told += "" if run.is_gold else ", as far as the reward model can tell"
-    return (
-        f"{told}. Mean {_judged(run)}: base {number(base['gold_mean'])}, SFT {number(sft['gold_mean'])}; "
-        f"SFT wins {percent(sft['win_rate_vs_base'])} {interval(sft['win_rate_vs_base_interval'])} against base."
-    )
+    judged = "gold score" if run.is_gold else "reward model score"
+    means = f"base {number(base['gold_mean'])}, SFT {number(sft['gold_mean'])}"
+    return f"{told}. Mean {judged}: {means}; SFT wins {_wins(sft, 'base')} against base."
 
 
 def _ppo(run: Run) -> str:
+    outcomes = {"better": "is better than", "worse": "is worse than", "unclear": "can’t be told from"}
     parts = []
     for name in ("ppo", "ppo_ptx"):
         row = run.policy(name)
-        told = {
-            "better": "is better than SFT",
-            "worse": "is worse than SFT",
-            "unclear": "can’t be told from SFT",
-        }[verdict(row, "sft")]
-        parts.append(
-            f"{NAMES[name]} {told} (it wins {percent(row['win_rate_vs_sft'])} "
-            f"{interval(row['win_rate_vs_sft_interval'])}, mean {number(row['gold_mean'])})"
-        )
+        told = f"{NAMES[name]} {outcomes[verdict(row, 'sft')]} SFT"
+        parts.append(f"{told} (it wins {_wins(row, 'sft')}, mean {number(row['gold_mean'])})")
     return ("" if run.is_gold else "By the reward model’s score, ") + "; ".join(parts) + "."
 
 
 def _proxy(run: Run) -> str:
     """The signature of over-optimisation: the proxy rises while the truth falls."""
-    if not run.is_gold:
-        return ""
     sft = run.policy("sft")
-    hacked = [
-        name
-        for name in ("ppo", "ppo_ptx")
-        if run.policy(name)["proxy_mean"] > sft["proxy_mean"] and run.policy(name)["gold_mean"] < sft["gold_mean"]
-    ]
-    if not hacked:
-        return ""
-    row = run.policy(hacked[0])
-    return (
-        f"The reward model was exploited: {NAMES[hacked[0]]} raised its score from {number(sft['proxy_mean'])} to "
-        f"{number(row['proxy_mean'])} while the true score fell from {number(sft['gold_mean'])} to "
-        f"{number(row['gold_mean'])}. Try a larger beta, fewer steps or more comparisons."
-    )
+    for name in ("ppo", "ppo_ptx"):
+        row = run.policy(name)
+        if run.is_gold and row["proxy_mean"] > sft["proxy_mean"] and row["gold_mean"] < sft["gold_mean"]:
+            return (
+                f"The reward model was exploited: {NAMES[name]} raised its score from {number(sft['proxy_mean'])} to "
+                f"{number(row['proxy_mean'])} while the true score fell from {number(sft['gold_mean'])} to "
+                f"{number(row['gold_mean'])}. Try a larger beta, fewer steps or more comparisons."
+            )
+    return ""
 
 
 def _tax(run: Run) -> str:
