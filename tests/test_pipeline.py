@@ -63,7 +63,7 @@ def count(file: Path) -> int:
 def finished(tmp_path_factory: pytest.TempPathFactory, fast_run) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("pipeline") / "run"
-    assert main(fast_run(out)) == 0
+    assert main(fast_run(out, "--tensorboard")) == 0
     return out
 
 
