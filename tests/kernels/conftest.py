@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 if not GPU and "triton" not in sys.modules:
@@ -20,12 +19,6 @@ if not GPU and "triton" not in sys.modules:
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not GPU:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
 @pytest.fixture(scope="module", params=["reference", "triton"])
@@ -52,8 +45,8 @@ def small_blocks(backend):
             patch.setattr("minirlhf_kernels.fused.logprobs.SHORT", (16, 1))
             patch.setattr("minirlhf_kernels.fused.logprobs.LONG", (1024, 4))
             patch.setattr("minirlhf_kernels.fused.ppo.BLOCK", 16)
-            slabs = lambda rows, vocabulary, chunk: (max(1, min(rows, chunk or 4)), 21)  # noqa: E731
-            patch.setattr("minirlhf_kernels.fused.linear.plan", slabs)
+            plan = "minirlhf_kernels.fused.linear.plan"
+            patch.setattr(plan, lambda rows, vocabulary, chunk: (max(1, min(rows, chunk or 4)), 21))
         yield
 
 
@@ -92,21 +85,3 @@ def within_float32():
         assert near.logical_or(got == exact.float()).all(), (got, exact)
 
     return check
-
-
-class LargestMade(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation inside makes (not the interpreter's, of bytes)."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if torch.is_tensor(x) and x.dtype != torch.uint8:
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
-@pytest.fixture
-def largest_made():
-    return LargestMade()

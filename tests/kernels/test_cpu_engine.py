@@ -76,21 +76,27 @@ def test_the_room_that_is_kept_is_nobody_else_s():
     """Calls under inference_mode or another default device, compiled ones and other threads' leave this thread's later
     calls as they were."""
     torch.manual_seed(8)
-    logits, tokens = torch.randn(40, 301), torch.randint(301, (40,))
-    for rooms in (rows.scratch.kept, rows.scratch.last):
-        rooms.clear()
-    with torch.device("meta"):
-        results = [token_logprobs(logits, tokens, return_entropy=True)]
-    expected = token_logprobs(logits, tokens, return_entropy=True)
-    compiled = torch.compile(lambda z: token_logprobs(z, tokens, return_entropy=True), backend="aot_eager")
+    logits, tokens = torch.randn(16, 200, 301), torch.randint(301, (16, 200))
+
+    def both(i):
+        return torch.stack(token_logprobs(logits[i].clone(), tokens[i], return_entropy=True))
+
+    results = []
+    for elsewhere in (torch.inference_mode(), torch.device("meta")):
+        rows.scratch.kept.clear()
+        rows.scratch.last.clear()
+        with elsewhere:
+            results.append(both(0))
+        expected = torch.stack([both(i) for i in range(16)])
     with torch.inference_mode():
-        results += [compiled(logits), token_logprobs(logits, tokens, return_entropy=True)]
-    with ThreadPoolExecutor(4) as threads:
-        results += threads.map(lambda _: token_logprobs(logits.clone(), tokens, return_entropy=True), range(16))
-    first, second = (logits.clone().requires_grad_() for _ in range(2))
-    outs = [token_logprobs(x, tokens, return_entropy=True) for x in (first, second * 2)]  # both, then both backwards
-    sum(y.sum() for out in outs for y in out).backward()
-    (alone,) = torch.autograd.grad(sum(token_logprobs(first, tokens, return_entropy=True)).sum(), first)
-    torch.testing.assert_close(first.grad, alone, rtol=0, atol=0)
+        results += [torch.compile(both, backend="aot_eager")(0), both(0)]
     for result in results:
-        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(result, expected[0])
+    with ThreadPoolExecutor(4) as threads:
+        for i, result in enumerate(threads.map(both, list(range(16)) * 16)):
+            torch.testing.assert_close(result, expected[i % 16])
+    first, second = (logits[0].clone().requires_grad_() for _ in range(2))
+    outs = [token_logprobs(x, tokens[0], return_entropy=True) for x in (first, second * 2)]  # then both backwards
+    sum(y.sum() for out in outs for y in out).backward()
+    (alone,) = torch.autograd.grad(sum(token_logprobs(first, tokens[0], return_entropy=True)).sum(), first)
+    torch.testing.assert_close(first.grad, alone, rtol=0, atol=0)

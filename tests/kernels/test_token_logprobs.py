@@ -1,7 +1,6 @@
 """token_logprobs, and what it shares with linear_token_logprobs, on the rows that break other kernels."""
 
 import gc
-import math
 
 import pytest
 import torch
@@ -63,30 +62,11 @@ def test_every_vocabulary_size(check_against_oracle, vocabulary, temperature):
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, 10.0, 15.0, 17.0, 20.0, 25.0, 40.0, 60.0, 80.0])
 def test_near_one_the_relative_accuracy_holds(check_against_oracle, margin):
-    """Whether the token leads or another one does. At a margin of 25 nats log_softmax in float32 gives exactly 0."""
+    """Whether the token leads or another one does. From a margin of 25 nats on log_softmax in float32 gives exactly 0."""
     logits = torch.zeros(2, 1500)
     logits[:, 1200] = margin
     check_against_oracle(logits, torch.tensor([1200, 8]))
-    if margin == 25.0:
-        assert logits.log_softmax(-1)[0, 1200] == 0.0
-        got = token_logprobs(logits, torch.tensor([1200, 8]))[0]
-        assert got.item() == pytest.approx(-1499 * math.exp(-25), rel=1e-6)
-
-
-def test_far_below_the_leader_the_probability_underflows_and_its_logarithm_does_not():
-    logits = torch.tensor([[0.0, -60.0, -100.0, -5000.0]])
-    for token, expected in enumerate([-8.756510763e-27, -60.0, -100.0, -5000.0]):
-        got = token_logprobs(logits, torch.tensor([token]))
-        torch.testing.assert_close(got, torch.tensor([expected]), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("offset", [1e4, -1e4, 1000.0])
-def test_adding_a_constant_to_a_row_changes_nothing(offset):
-    torch.manual_seed(0)
-    logits = torch.randint(-64, 64, (5, 300)) / 8  # exact in float32 at every offset
-    tokens = torch.randint(300, (5,))
-    plain, moved = (token_logprobs(z, tokens, return_entropy=True) for z in (logits, logits + offset))
-    torch.testing.assert_close(plain, moved, rtol=0, atol=0)
+    assert margin < 25.0 or logits.log_softmax(-1)[0, 1200] == 0.0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-3, 1e-10, 1e-38])
@@ -120,19 +100,12 @@ def test_a_temperature_may_be_a_tensor_and_learns_nothing(linear):
     torch.testing.assert_close(got, call(x, weight, tokens, linear, temperature=0.7))
 
 
-@pytest.mark.parametrize("case", ["first block", "one", "all but the token", "all but one"])
+@pytest.mark.parametrize("case", ["first block", "one", "all but one", "all but the token"])
 def test_minus_infinity_is_a_token_that_cannot_be_drawn(check_against_oracle, case):
     torch.manual_seed(1)
-    logits, tokens = torch.randn(3, 2000), torch.tensor([1500, 1999, 1024])
-    if case == "first block":
-        logits[:, :1024] = -INF
-    elif case == "one":
-        logits[:, 3] = -INF
-    else:
-        kept = logits.gather(1, tokens[:, None])
-        logits = torch.full_like(logits, -INF).scatter_(1, tokens[:, None], kept)
-        if case == "all but one":
-            logits[:, 5] = 0.25
+    logits, tokens, at = torch.randn(3, 2000), torch.tensor([1500, 1999, 1024]), torch.arange(2000)
+    barred = {"first block": at < 1024, "one": at == 3, "all but one": at != 5, "all but the token": at >= 0}[case]
+    logits = logits.masked_fill(barred & (at != tokens[:, None]), -INF)
     check_against_oracle(logits, tokens)
     if case == "all but the token":
         logprobs, entropy = token_logprobs(logits, tokens, return_entropy=True)

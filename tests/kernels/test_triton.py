@@ -16,9 +16,6 @@ pytestmark = [
 ]
 
 
-# ---------------------------------------------------------------- dispatch
-
-
 def test_the_reference_runs_on_the_cpu_unless_triton_is_forced(monkeypatch):
     x = torch.zeros(2, 3, device="cpu")
     assert path_for(x) == "triton"  # this module forces it
@@ -45,13 +42,8 @@ def test_a_forced_path_that_cannot_run_says_why(monkeypatch):
 
 @pytest.mark.parametrize("name", fused.__all__)
 def test_both_halves_have_the_same_signature(name):
-    ours, theirs = (inspect.signature(getattr(half, name)).parameters for half in (fused, reference))
-    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
-        (p.name, p.default, p.kind) for p in theirs.values()
-    ]
-
-
-# ---------------------------------------------------------------- registration
+    ours, theirs = (inspect.signature(getattr(half, name)).parameters.values() for half in (fused, reference))
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
 
 
 def rows(dtype=torch.float32, vocabulary=5):
@@ -78,9 +70,6 @@ def test_opcheck_linear_token_logprobs():
     with torch.no_grad():
         out, h, stats = linear.forward_op(hidden, weight, tokens, mask, 0.7, True, 2)
         opcheck(linear.backward_op, (hidden, weight, tokens, mask, h, stats, out, h, 0.7, 2, True, True))
-
-
-# ---------------------------------------------------------------- torch.compile
 
 
 @pytest.mark.parametrize("name", fused.__all__)
@@ -122,9 +111,6 @@ def test_compile_with_inductor():
     step(x).backward()
     torch.compile(step, fullgraph=True)(y).backward()
     torch.testing.assert_close(x.grad, y.grad)
-
-
-# ---------------------------------------------------------------- corners
 
 
 def test_the_gradient_begins_its_rows_where_a_causal_model_s_logits_do():

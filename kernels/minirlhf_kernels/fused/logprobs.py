@@ -327,7 +327,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        grad = launch_backward(*ctx.saved_tensors, grads[0], grads[1], ctx.temperature)
+        logits, tokens, mask, entropy, stats = ctx.saved_tensors
+        grad = launch_backward(logits, tokens, mask, entropy, stats, grads[0], grads[1], ctx.temperature)
         return grad, None, None, None, None
 
 
