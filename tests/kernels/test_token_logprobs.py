@@ -62,7 +62,7 @@ def test_every_vocabulary_size(check_against_oracle, vocabulary, temperature):
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, 10.0, 15.0, 17.0, 20.0, 25.0, 40.0, 60.0, 80.0])
 def test_near_one_the_relative_accuracy_holds(check_against_oracle, margin):
-    """Whether the token leads or another one does. From a margin of 25 nats on log_softmax in float32 gives exactly 0."""
+    """Whether the token leads or another does. From a margin of 25 nats on log_softmax in float32 gives exactly 0."""
     logits = torch.zeros(2, 1500)
     logits[:, 1200] = margin
     check_against_oracle(logits, torch.tensor([1200, 8]))
