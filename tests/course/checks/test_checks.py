@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SOLUTIONS = {path.name[:2]: path for path in sorted((ROOT / "notebooks" / "solutions").glob("[0-9]*.py"))}
 LESSONS = {
     path.stem.removeprefix("lesson"): importlib.import_module(f"minirlhf_course.checks.{path.stem}")
-    for path in sorted((ROOT / "minirlhf" / "checks").glob("lesson*.py"))
+    for path in sorted((ROOT / "notebooks" / "minirlhf_course" / "checks").glob("lesson*.py"))
 }
 
 

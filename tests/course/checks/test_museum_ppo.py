@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from minirlhf_course.checks import lesson09, text_failure_lab
+from minirlhf_course import text_failure_lab
+from minirlhf_course.checks import lesson09
 
 from minirlhf.errors import UserError
 from minirlhf.language import rlhf
