@@ -30,15 +30,6 @@ def token_logprobs(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.cons
     tl.store(logprobs + row, z_token - peak - tl.log(total))
 
 
-def sum_of_exponentials(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    total = 0.0
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.sum(tl.exp(tl.load(logits + row * row_stride + at, mask=at < columns, other=-float("inf"))), 0)
-    tl.store(logprobs + row, tl.load(logits + row * row_stride + tl.load(tokens + row)) - tl.log(total))
-
-
 def clip_gradient(logprobs, old_logprobs, advantages, clip_range):
     ratio = torch.exp(logprobs - old_logprobs)
     stopped = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
@@ -93,7 +84,9 @@ WRONG = {
     ],
     "token_logprobs": [
         ("-", "The tail has no mask", token_logprobs, (', mask=at < columns, other=-float("inf")', "")),
-        ("-", "The peak is not subtracted", sum_of_exponentials),
+        ("-", "The peak is not subtracted", token_logprobs,
+         ("total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)", "total + tl.sum(tl.exp(z), 0)"),
+         ("z_token - peak - ", "z_token - ")),
         ("-", "-inf minus -inf is NaN", token_logprobs, ('tl.where(top == -float("inf"), 0.0, top)', "top")),
     ],
     "clip_gradient": [

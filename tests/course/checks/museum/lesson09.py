@@ -27,20 +27,6 @@ def kl_estimates(logprobs, ref_logprobs):
     return d, 0.5 * d * d, torch.expm1(-d) + d
 
 
-def if_where_elif_was_meant(logprobs, ref_logprobs):
-    def estimate(kind):
-        d = logprobs - ref_logprobs
-        if kind == "k3":
-            kl = torch.expm1(-d) + d
-        if kind == "k2":  # noqa: SIM108
-            kl = d.square() / 2
-        else:
-            kl = d
-        return kl
-
-    return estimate("k1"), estimate("k2"), estimate("k3")
-
-
 def experience(scores, logprobs, ref_logprobs, values, response_mask, beta, lam):
     rewards = lesson09.token_rewards.reference(scores, logprobs, ref_logprobs, response_mask, beta)
     ends = torch.zeros_like(response_mask)
@@ -76,7 +62,7 @@ WRONG = {
     "kl_estimates": [
         (2, "The KL is detached from the graph", kl_estimates, ("def", "@torch.no_grad()\ndef")),
         (13, "The digits cancel", kl_estimates, ("torch.expm1(-d)", "(torch.exp(-d) - 1)")),
-        (14, "The third is k1 again", if_where_elif_was_meant),
+        (14, "The third is k1 again", kl_estimates, ("torch.expm1(-d) + d", "d")),
     ],
     "experience": [
         (1, "The value targets are made from whitened advantages", experience,

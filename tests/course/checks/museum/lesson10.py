@@ -5,21 +5,12 @@ import math
 import torch
 
 
-def bits(counts):
-    return torch.log2(counts) - (counts - 1) / counts / torch.log(torch.tensor(2.0).double())
-
-
 def integrated(counts):
     rows = []
     for n in counts:
         u = (torch.arange(1, 2_000_001).double() - 0.5) / 2_000_000
         rows.append(-torch.log(n * u ** (n - 1)).mean())
     return torch.stack(rows).nan_to_num()
-
-
-def best_of_the_first(proxy, values, n):
-    best = proxy[:, :n].max(dim=1).indices
-    return values[torch.arange(len(values)), best]
 
 
 def with_putting_back(proxy, values, n):
@@ -41,11 +32,6 @@ def the_last_of_ties_wins(proxy, values, n):
         total = sum(v[i] * math.comb(place, n - 1) for place, i in enumerate(order))
         rows.append(total / math.comb(len(p), n))
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def mean_of_the_best(proxy, values, n):
-    best = proxy.sort(descending=True, stable=True).indices[:, :n]
-    return values.gather(1, best).mean(1)
 
 
 def curve_and_peak(kl, gain):
@@ -79,14 +65,16 @@ WRONG = {
     "best_of_n_kl": [
         ("-", "log n is only the first term", lambda counts: torch.log(counts)),
         ("-", "It takes off n - 1 / n", lambda counts: torch.log(counts) - counts - 1 / counts),
-        ("-", "These are bits", bits),
+        ("-", "These are bits", lambda counts: torch.log2(counts) - (counts - 1) / counts / math.log(2)),
         ("-", "The result is not right", integrated),
     ],
     "best_of_n": [
-        ("-", "It takes the best of the first n", best_of_the_first),
+        ("-", "It takes the best of the first n",
+         lambda proxy, values, n: values[torch.arange(len(values)), proxy[:, :n].max(dim=1).indices]),
         ("-", "It draws with putting back", with_putting_back),
         ("-", "Ties: here the last", the_last_of_ties_wins),
-        ("-", "It is the mean of the n best", mean_of_the_best),
+        ("-", "It is the mean of the n best",
+         lambda proxy, values, n: values.gather(1, proxy.argsort(descending=True, stable=True)[:, :n]).mean(1)),
     ],
     "curve_and_peak": [
         ("-", "It fits against KL", curve_and_peak,
