@@ -13,6 +13,12 @@ def baseline_losses(logprobs, values, returns):
     return -(advantages * logprobs).mean(), ((returns - values) ** 2).mean() / 2
 
 
+def towards_whitened_advantages(logprobs, values, returns):
+    advantages = (returns - values).detach()
+    white = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()
+    return -(advantages * logprobs).mean(), ((white + values.detach() - values) ** 2).mean() / 2
+
+
 WRONG = {
     "baseline_advantages": [
         (7, "This is r - V", lambda rewards, values, ends, gamma: (rewards - values).detach()),
@@ -23,9 +29,7 @@ WRONG = {
          ("(returns - values).detach()", "returns - values")),
         ("-", "The baseline is trained on whitened returns", baseline_losses,
          ("((returns - values) **", "(((returns - returns.mean()) / (returns.std(correction=0) + 1e-8) - values) **")),
-        (1, "The baseline is trained on whitened advantages plus V", baseline_losses,
-         ("    return ", "    white = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()\n"
-          "    return "), ("((returns - values)", "((white + values.detach() - values)")),
+        (1, "The baseline is trained on whitened advantages plus V", towards_whitened_advantages),
         (6, "The minus sign of the policy's loss is missing", baseline_losses, ("return -", "return ")),
     ],
 }  # fmt: skip
