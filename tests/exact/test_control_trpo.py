@@ -5,19 +5,14 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from minirlhf.control.policies import make_networks
-from minirlhf.control.trpo import (
-    TRPOConfig,
-    conjugate_gradient,
-    fisher_product,
-    flat_gradient,
-    trust_region_step,
-)
+from minirlhf.control.trpo import TRPOConfig, conjugate_gradient, fisher_product, flat_gradient, trust_region_step
 
 F64 = torch.float64
+close = torch.testing.assert_close
 
 
-def small(env, seed=0, rows=40):
-    """A policy that is not near uniform, observations, and actions drawn from it; all float64."""
+def small(env="CartPole-v1", seed=0, rows=40):
+    """A policy that is not near uniform, observations, actions drawn from it, and advantages; all float64."""
     policy = make_networks(env, hidden=(5,), seed=seed).policy.double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -29,9 +24,9 @@ def small(env, seed=0, rows=40):
     return policy, observations, actions, torch.randn(rows, generator=generator, dtype=F64)
 
 
-def mean_kl_of(policy, observations):
+def fisher(policy, observations, damping=0.0):
     old = policy(observations).detach()
-    return lambda: policy.kl(old, policy(observations)).mean()
+    return fisher_product(lambda: policy.kl(old, policy(observations)).mean(), list(policy.parameters()), damping)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
@@ -49,30 +44,29 @@ def test_fisher_vector_product_is_the_dense_hessian_of_the_kl(env):
 
     theta = parameters_to_vector(parameters).detach()
     dense = torch.autograd.functional.hessian(kl_at, theta)
-    product = fisher_product(mean_kl_of(policy, observations), parameters, damping=0.0)
+    product = fisher(policy, observations)
     identity = torch.eye(len(theta), dtype=F64)
     mine = torch.stack([product(column) for column in identity], 1)
-    torch.testing.assert_close(mine, dense, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(mine, mine.T, rtol=1e-9, atol=1e-11)
+    close(mine, dense, rtol=1e-9, atol=1e-11)
+    close(mine, mine.T, rtol=1e-9, atol=1e-11)
     assert float(torch.linalg.eigvalsh(mine).min()) > -1e-10  # Fisher information is never negative
-    damped = fisher_product(mean_kl_of(policy, observations), parameters, damping=0.3)
-    torch.testing.assert_close(damped(identity[0]), dense[:, 0] + 0.3 * identity[0], rtol=1e-9, atol=1e-11)
+    damped = fisher(policy, observations, damping=0.3)(identity[0])
+    close(damped, dense[:, 0] + 0.3 * identity[0], rtol=1e-9, atol=1e-11)
 
 
 def test_the_hessian_is_also_the_covariance_of_the_score():
     """The other definition of the Fisher matrix: E[grad log pi grad log pi^T], summed over both actions."""
-    policy, observations, *_ = small("CartPole-v1", rows=6)
+    policy, observations, *_ = small(rows=6)
     parameters = list(policy.parameters())
     log_p = policy(observations).log_softmax(-1)
     size = sum(p.numel() for p in parameters)
-    fisher = torch.zeros(size, size, dtype=F64)
+    covariance = torch.zeros(size, size, dtype=F64)
     for row in range(6):
         for action in range(2):
             score = flat_gradient(log_p[row, action], parameters, create_graph=True).detach()
-            fisher += log_p[row, action].exp().detach() / 6 * torch.outer(score, score)
-    product = fisher_product(mean_kl_of(policy, observations), parameters, damping=0.0)
+            covariance += log_p[row, action].exp().detach() / 6 * torch.outer(score, score)
     v = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=F64)
-    torch.testing.assert_close(product(v), fisher @ v, rtol=1e-9, atol=1e-11)
+    close(fisher(policy, observations)(v), covariance @ v, rtol=1e-9, atol=1e-11)
 
 
 def test_conjugate_gradient_solves_in_as_many_steps_as_dimensions():
@@ -80,7 +74,7 @@ def test_conjugate_gradient_solves_in_as_many_steps_as_dimensions():
     root = torch.randn(8, 8, generator=generator, dtype=F64)
     matrix, b = root @ root.T + torch.eye(8, dtype=F64), torch.randn(8, generator=generator, dtype=F64)
     solution = conjugate_gradient(lambda v: matrix @ v, b, iterations=8, tolerance=0.0)
-    torch.testing.assert_close(solution, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
+    close(solution, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
     few = conjugate_gradient(lambda v: matrix @ v, b, iterations=2)
     assert float((matrix @ few - b).norm()) > float((matrix @ solution - b).norm())
 
@@ -99,35 +93,27 @@ def test_an_accepted_step_holds_the_bound_and_gains(env, max_kl):
         assert float(metrics["policy/accepted"]) == 1.0
         assert 0.0 < float(kl) <= max_kl
         assert float(gain) > 0.0
-        torch.testing.assert_close(metrics["policy/kl"], kl)
-        torch.testing.assert_close(metrics["policy/surrogate_gain"], gain)
+        close(metrics["policy/kl"], kl)
+        close(metrics["policy/surrogate_gain"], gain)
 
 
 def test_a_small_step_ends_where_the_quadratic_said():
     """For a small bound the KL really is 1/2 s^T F s: the full step, damping apart, lands on the bound."""
-    policy, observations, actions, advantages = small("CartPole-v1")
-    config = TRPOConfig(max_kl=1e-10, cg_damping=1e-9, cg_iterations=60)
-    metrics = trust_region_step(policy, observations, actions, advantages, config)
-    assert float(metrics["policy/kl"]) * 0.5 ** (-2 * float(metrics["policy/backtracks"])) == pytest.approx(
-        1e-10, rel=1e-2
-    )
+    metrics = trust_region_step(*small(), TRPOConfig(max_kl=1e-10, cg_damping=1e-9, cg_iterations=60))
+    full = float(metrics["policy/kl"]) * 4 ** float(metrics["policy/backtracks"])
+    assert full == pytest.approx(1e-10, rel=1e-2)
 
 
 def test_where_no_step_gains_the_policy_stays_as_it_was():
-    policy, observations, actions, advantages = small("CartPole-v1")
+    policy, observations, actions, advantages = small()
     before = parameters_to_vector(policy.parameters()).clone()
-    # A bound far beyond where the quadratic is true, and no backtracking: the KL can't hold.
-    config = TRPOConfig(max_kl=20.0, backtracks=0)
-    metrics = trust_region_step(policy, observations, actions, advantages, config)
-    assert float(metrics["policy/accepted"]) == 0.0 and float(metrics["policy/kl"]) == 0.0
-    assert torch.equal(before, parameters_to_vector(policy.parameters()))
-    assert float(metrics["policy/backtracks"]) == 0.0
-    metrics = trust_region_step(policy, observations, actions, torch.zeros_like(advantages), TRPOConfig())
-    assert float(metrics["policy/accepted"]) == 0.0
-    assert torch.equal(before, parameters_to_vector(policy.parameters()))
+    # A bound far beyond where the quadratic is true, and no backtracking: the KL can't hold. Then nothing to gain.
+    for weight, config in ((1.0, TRPOConfig(max_kl=20.0, backtracks=0)), (0.0, TRPOConfig())):
+        metrics = trust_region_step(policy, observations, actions, weight * advantages, config)
+        assert all(float(metrics[f"policy/{key}"]) == 0.0 for key in ("accepted", "kl", "backtracks"))
+        assert torch.equal(before, parameters_to_vector(policy.parameters()))
 
 
 def test_the_line_search_finds_the_bound_where_the_quadratic_is_wrong():
-    policy, observations, actions, advantages = small("CartPole-v1")
-    metrics = trust_region_step(policy, observations, actions, advantages, TRPOConfig(max_kl=20.0, backtracks=10))
+    metrics = trust_region_step(*small(), TRPOConfig(max_kl=20.0, backtracks=10))
     assert float(metrics["policy/accepted"]) == 1.0 and float(metrics["policy/backtracks"]) >= 1.0

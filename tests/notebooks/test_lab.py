@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from minirlhf_course.checks import Exercise
+from minirlhf_course.checks import Exercise, lesson01
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-LESSON = next(name for name in ("01_reinforce", "00_map_and_setup") if (NOTEBOOKS / f"{name}.ipynb").is_file())
+LESSON = "01_reinforce"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 RUN_MS = 150_000
 """The longest a lesson may take, and a click may wait for it."""
@@ -36,11 +35,6 @@ def chromium() -> str:
     if found is None:
         pytest.skip(f"no Chromium here (looked for {', '.join(BROWSERS)}): .ci/run installs one")
     return found
-
-
-def first_exercise() -> Exercise:
-    module = importlib.import_module(f"minirlhf_course.checks.lesson{LESSON[:2]}")
-    return next(item for item in vars(module).values() if isinstance(item, Exercise))
 
 
 def solution(name: str) -> str:
@@ -79,11 +73,8 @@ def jupyter_lab(folder: Path) -> Iterator[tuple[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    own = {
-        name: str(folder / ".jupyter" / name)
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
-    }
-    own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / ".jupyter" / "workspaces"), "OMP_NUM_THREADS": "1"}
+    kinds = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")
+    own = {f"{kind}_DIR": str(folder / ".jupyter" / f"{kind}_DIR") for kind in kinds} | {"OMP_NUM_THREADS": "1"}
     settings = folder / ".jupyter" / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -98,7 +89,7 @@ def jupyter_lab(folder: Path) -> Iterator[tuple[str, str]]:
             time.sleep(0.2)
         yield address, token
     finally:
-        server.send_signal(signal.SIGTERM)
+        server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
@@ -126,7 +117,7 @@ def test_a_lesson_runs_and_an_exercise_can_be_solved_in_jupyterlab(tmp_path):
     for folder in ("docs", "data"):  # what lessons may read beside them
         shutil.copytree(ROOT / folder, tmp_path / folder)
     without_outputs(tmp_path / "notebooks" / f"{LESSON}.ipynb")
-    item = first_exercise()
+    item = next(item for item in vars(lesson01).values() if isinstance(item, Exercise))
 
     with jupyter_lab(tmp_path) as (address, token), sync_playwright() as playwright:
         options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []

@@ -19,8 +19,6 @@ NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
-TO_COME: set[str] = set()
-"""Numbers between lessons that stand already."""
 
 
 @pytest.fixture(params=LESSONS, ids=lambda path: path.stem)
@@ -39,8 +37,14 @@ def text_of(lesson: Any, kind: str) -> list[str]:
     return [cell.source for cell in lesson.cells if cell.cell_type == kind]
 
 
-def headings(lesson: Any) -> list[str]:
-    return re.findall(r"^## (.+)$", "\n\n".join(text_of(lesson, "markdown")), flags=re.M)
+def prose(lesson: Any, pattern: str) -> list[str]:
+    """All places in the Markdown where the pattern matches."""
+    return re.findall(pattern, "\n\n".join(text_of(lesson, "markdown")), flags=re.M)
+
+
+def execute(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(NOTEBOOKS / "execute.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def outputs(lesson: Any) -> list[Any]:
@@ -54,9 +58,7 @@ def exercises(path: Path) -> list[Exercise]:
 
 def test_there_are_lessons():
     assert LESSONS and LESSONS[0].name == "00_map_and_setup.ipynb"
-    numbers = {path.name[:2] for path in LESSONS}
-    assert not numbers & TO_COME, "take it out of TO_COME: it is here"
-    assert sorted(numbers | TO_COME) == [f"{index:02d}" for index in range(len(numbers | TO_COME))], "one is missing"
+    assert [path.name[:2] for path in LESSONS] == [f"{index:02d}" for index in range(len(LESSONS))], "one is missing"
 
 
 def test_is_small(path):
@@ -88,23 +90,21 @@ def test_begins_with_its_title_and_the_question_and_ends_with_what_to_remember(p
     title = lesson.cells[0]
     assert title.cell_type == "markdown" and title.source.startswith(f"# {path.name[:2]} · ")
     assert len(title.source.splitlines()) >= 3, "after the title: what you will hold in your hands, how long it takes"
-    assert headings(lesson)[0] == "The question"
-    assert headings(lesson)[-1] == "What to remember"
-    assert len(re.findall(r"^# ", "\n\n".join(text_of(lesson, "markdown")), flags=re.M)) == 1, "one title"
+    headings = prose(lesson, r"^## (.+)$")
+    assert (headings[0], headings[-1]) == ("The question", "What to remember")
+    assert len(prose(lesson, r"^# ")) == 1, "one title"
 
 
 def test_asks_for_a_prediction(lesson):
-    assert any("**Predict first.**" in text for text in text_of(lesson, "markdown"))
+    assert prose(lesson, r"\*\*Predict first\.\*\*")
 
 
 def test_has_exercises_as_the_checks_declare_them(path, lesson):
     declared = exercises(path)
     shown = [item for item in declared if any(cell.source == item.header for cell in lesson.cells)]
     assert len(shown) == 1 if path.name.startswith("00") else 3 <= len(shown) <= 6
-    titles = [
-        line for text in text_of(lesson, "markdown") for line in re.findall(r"^### Exercise .*", text, flags=re.M)
-    ]
-    assert titles == [item.header.splitlines()[0] for item in shown], "in the order of their numbers, and no other"
+    titles = [item.header.splitlines()[0] for item in shown]
+    assert prose(lesson, r"^### Exercise .*") == titles, "in the order of their numbers, and no other"
     for item in shown:
         at = next(index for index, cell in enumerate(lesson.cells) if cell.source == item.header)
         four = lesson.cells[at : at + 4]
@@ -150,18 +150,14 @@ def test_lines_fit_the_page(lesson):
 
 
 def test_links_lead_to_files_that_are_there(lesson):
-    for text in text_of(lesson, "markdown"):
-        for link in re.findall(r"\]\(([^)#]+)\)", text):
-            if "://" in link:
-                continue
-            assert (NOTEBOOKS / link).exists(), link
+    for link in prose(lesson, r"\]\(([^)#]+)\)"):
+        assert "://" in link or (NOTEBOOKS / link).exists(), link
 
 
 def test_the_script_that_runs_them_leaves_a_clean_lesson_as_it_is(path, tmp_path):
     copy = tmp_path / path.name
     copy.write_bytes(path.read_bytes())
-    command = [sys.executable, str(NOTEBOOKS / "execute.py"), "--clean", str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = execute("--clean", copy)
     assert done.returncode == 0, done.stderr
     assert copy.read_bytes() == path.read_bytes(), "run `make notebooks`"
 
@@ -171,7 +167,6 @@ def test_the_script_stops_at_a_cell_that_fails_and_keeps_the_file(tmp_path):
     cells = [nbformat.v4.new_code_cell("print('before')"), nbformat.v4.new_code_cell("1 / 0")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), bad)
     before = bad.read_bytes()
-    command = [sys.executable, str(NOTEBOOKS / "execute.py"), str(bad)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = execute(bad)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert bad.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == [bad.name]

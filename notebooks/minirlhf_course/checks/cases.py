@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from minirlhf_course.checks.exercise import Case
 
 F64 = torch.float64
 
@@ -16,6 +19,19 @@ SIZES = ((1, 1), (1, 3), (3, 1), (2, 5), (5, 4), (4, 17))
 def generators(count: int = len(SIZES)) -> Iterator[torch.Generator]:
     """`count` generators, seeded 0, 1, ..."""
     return (torch.Generator().manual_seed(seed) for seed in range(count))
+
+
+def random_cases(
+    make: Callable[[torch.Generator, tuple[int, int]], tuple[Any, ...]], sizes: Sequence[tuple[int, int]] = SIZES
+) -> list[Case]:
+    """A case of each size, with the arguments that make(generator, size) draws."""
+    seeded = zip(sizes, generators(len(sizes)), strict=True)
+    return [Case(f"random, of shape {size}", make(generator, size)) for size, generator in seeded]
+
+
+def two_logprobs() -> list[Case]:
+    """Cases of two policies' log-probabilities."""
+    return random_cases(lambda g, size: (-normal(g, *size).abs(), -normal(g, *size).abs()))
 
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -36,3 +52,13 @@ def tensor(*rows: object, dtype: torch.dtype = torch.float32) -> Tensor:
 def bools(*rows: object) -> Tensor:
     """The rows (of 0 and 1) as a bool tensor."""
     return torch.tensor(rows, dtype=torch.bool)
+
+
+def row(*numbers: object) -> Tensor:
+    """The numbers, or rows of them, in float64."""
+    return tensor(*numbers, dtype=F64)
+
+
+def ids(*numbers: object) -> Tensor:
+    """The numbers, or rows of them, as int64: tokens, and what else is counted."""
+    return tensor(*numbers, dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from minirlhf import losses, returns
-from minirlhf_course.checks.cases import SIZES, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.cases import bools, flags, generators, normal, random_cases, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 1.1 -----------------------------------------------------------------------------------------------------------------
@@ -171,10 +171,7 @@ def _returns_cases() -> list[Case]:
         Case("an episode ends at the second step", (tensor([1, 1, 1]), bools([0, 1, 0]), 0.5), tensor([1.5, 1.0, 1.0])),
         Case("two rows", (tensor([0, 1], [3, 0]), bools([0, 1], [1, 1]), 0.9), tensor([0.9, 1.0], [3.0, 0.0])),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        rewards, ends = normal(generator, *size), flags(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (rewards, ends, 0.97)))
-    return cases
+    return cases + random_cases(lambda g, size: (normal(g, *size), flags(g, *size), 0.97))
 
 
 def _returns_with(bug: str, rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
@@ -291,10 +288,7 @@ def _loss_cases() -> list[Case]:
         Case("one episode of two steps", two, tensor(3.0)[0]),
         Case("two episodes", (tensor([-1, -2], [-1, -1]), tensor([4, 2], [0, 4]), 0.5), tensor(2.0)[0]),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        logprobs, theirs = -normal(generator, *size).abs(), normal(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (logprobs, theirs, 0.9)))
-    return cases
+    return cases + random_cases(lambda g, size: (-normal(g, *size).abs(), normal(g, *size), 0.9))
 
 
 @exercise(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minirlhf import losses, returns
 from minirlhf.returns import whiten as _whiten
-from minirlhf_course.checks.cases import SIZES, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.cases import SIZES, bools, flags, generators, normal, random_cases, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 2.1 -----------------------------------------------------------------------------------------------------------------
@@ -21,10 +21,7 @@ def _advantage_cases() -> list[Case]:
         Case("one step", (tensor([2]), tensor([0.5]), bools([1]), 0.5), tensor([1.5])),
         Case("two steps", (tensor([1, 2]), tensor([0.5, 3]), bools([0, 1]), 0.5), tensor([1.5, -1.0])),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        rewards, values, ends = normal(generator, *size), normal(generator, *size), flags(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (rewards, values, ends, 0.97)))
-    return cases
+    return cases + random_cases(lambda g, size: (normal(g, *size), normal(g, *size), flags(g, *size), 0.97))
 
 
 def _g(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
@@ -78,10 +75,7 @@ def _loss_cases() -> list[Case]:
         Case("one step", (tensor([-1]), tensor([1]), tensor([3])), (tensor(2.0)[0], tensor(2.0)[0])),
         Case("two steps", (tensor([-1, -2]), tensor([1, 0]), tensor([3, -1])), (tensor(0.0)[0], tensor(1.25)[0])),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        x = [normal(generator, *size) for _ in range(3)]
-        cases.append(Case(f"random, of shape {size}", (-x[0].abs(), x[1], x[2])))
-    return cases
+    return cases + random_cases(lambda g, size: (-normal(g, *size).abs(), normal(g, *size), normal(g, *size)))
 
 
 def _losses(
@@ -214,9 +208,7 @@ def _explained_cases() -> list[Case]:
         Case("right but for a constant", (tensor([3, 4]), tensor([1, 2])), tensor(1.0)[0]),
         Case("twice too large", (tensor([2, 4, 6]), tensor([1, 2, 3])), tensor(0.0)[0]),
     ]
-    for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
-        cases.append(Case(f"random, of shape {size}", (normal(generator, *size), normal(generator, *size))))
-    return cases
+    return cases + random_cases(lambda g, size: (normal(g, *size), normal(g, *size)), SIZES[1:])
 
 
 @exercise(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from minirlhf import losses
-from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, random_cases, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 3.1 -----------------------------------------------------------------------------------------------------------------
@@ -108,10 +108,9 @@ def _loss_cases() -> list[Case]:
         Case("one step in mid-episode", (*step, bools([0]), 0.5), (tensor(2.0)[0], tensor(2.0)[0])),
         Case("one step that ends the episode", (*step, bools([1]), 0.5), (tensor(-1.0)[0], tensor(0.5)[0])),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        x = [normal(generator, *size) for _ in range(4)]
-        cases.append(Case(f"random, of shape {size}", (-x[0].abs(), *x[1:], flags(generator, *size), 0.97)))
-    return cases
+    return cases + random_cases(
+        lambda g, size: (-normal(g, *size).abs(), *(normal(g, *size) for _ in range(3)), flags(g, *size), 0.97)
+    )
 
 
 def _losses_with(

@@ -10,7 +10,7 @@ from torch import Tensor
 from minirlhf import returns
 from minirlhf.returns import gae as _gae
 from minirlhf.returns import whiten as _whiten
-from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, random_cases, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 4.1 -----------------------------------------------------------------------------------------------------------------
@@ -63,11 +63,9 @@ def advantages_from_q(q_values: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def _trajectories(*rest: float) -> list[Case]:
-    cases = []
-    for size, generator in zip(SIZES, generators(), strict=True):
-        rewards, values, ends = normal(generator, *size), normal(generator, *size), flags(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (rewards, values, ends, normal(generator, size[0]), *rest)))
-    return cases
+    return random_cases(
+        lambda g, size: (normal(g, *size), normal(g, *size), flags(g, *size), normal(g, size[0]), *rest)
+    )
 
 
 def _next_values(values: Tensor, last_values: Tensor) -> Tensor:

@@ -11,18 +11,10 @@ from torch import Tensor
 from minirlhf import losses
 from minirlhf.control import trpo
 from minirlhf.kl import exact_kl, kl_k3
-from minirlhf_course.checks.cases import F64, SIZES, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, SIZES, generators, normal, tensor, two_logprobs
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 5.1 -----------------------------------------------------------------------------------------------------------------
-
-
-def _two_logprobs() -> list[Case]:
-    cases = []
-    for size, generator in zip(SIZES, generators(), strict=True):
-        new, old = -normal(generator, *size).abs(), -normal(generator, *size).abs()
-        cases.append(Case(f"random, of shape {size}", (new, old)))
-    return cases
 
 
 def _ratio_cases() -> list[Case]:
@@ -30,7 +22,7 @@ def _ratio_cases() -> list[Case]:
         Case("the same policy", (tensor([-1]), tensor([-1])), tensor([1.0])),
         Case("probabilities 1/2 now and 1/4 before", (tensor([0.5]).log(), tensor([0.25]).log()), tensor([2.0])),
     ]
-    return cases + _two_logprobs()
+    return cases + two_logprobs()
 
 
 @exercise(
@@ -345,7 +337,7 @@ def _kl_cases() -> list[Case]:
         Case("log-ratio log 2", (tensor([0.5]).log(), tensor([0.25]).log()), tensor([0.30685282])),
         Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
     ]
-    return cases + _two_logprobs()
+    return cases + two_logprobs()
 
 
 @exercise(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf import losses
-from minirlhf_course.checks.cases import F64, bools, flags, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, bools, flags, generators, ids, normal, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 # 8.1 -----------------------------------------------------------------------------------------------------------------
@@ -248,27 +248,23 @@ def ranking_loss(rewards: Tensor, scores: Tensor) -> Tensor:
 # 8.3 -----------------------------------------------------------------------------------------------------------------
 
 
-def _ids(*rows: object) -> Tensor:
-    return tensor(*rows, dtype=torch.int64)
-
-
 def _usable_cases() -> list[Case]:
     cases = [
         Case(
             "two answers, the second is better",
-            (_ids([[5, 6], [5, 7]]), tensor([1, 2])),
+            (ids([[5, 6], [5, 7]]), tensor([1, 2])),
             bools([[0, 0], [1, 0]]),
         ),
-        Case("tied", (_ids([[5, 6], [5, 7]]), tensor([1, 1])), bools([[0, 0], [0, 0]])),
+        Case("tied", (ids([[5, 6], [5, 7]]), tensor([1, 1])), bools([[0, 0], [0, 0]])),
         Case(
             "alike after truncation, and scored apart",
-            (_ids([[5, 6], [5, 6]]), tensor([1, 2])),
+            (ids([[5, 6], [5, 6]]), tensor([1, 2])),
             bools([[0, 0], [0, 0]]),
         ),
-        Case("different in the first token alone", (_ids([[4, 6], [5, 6]]), tensor([2, 1])), bools([[0, 1], [0, 0]])),
+        Case("different in the first token alone", (ids([[4, 6], [5, 6]]), tensor([2, 1])), bools([[0, 1], [0, 0]])),
         Case(
             "one is the beginning of the other (0 is padding)",
-            (_ids([[5, 6, 0], [5, 6, 7]]), tensor([2, 1])),
+            (ids([[5, 6, 0], [5, 6, 7]]), tensor([2, 1])),
             bools([[0, 1], [0, 0]]),
         ),
     ]

@@ -11,7 +11,7 @@ from minirlhf import kl
 from minirlhf.kl import kl_rewards
 from minirlhf.losses import sft_loss
 from minirlhf.returns import gae, whiten
-from minirlhf_course.checks.cases import SIZES, bools, generators, normal, tensor
+from minirlhf_course.checks.cases import SIZES, bools, generators, normal, random_cases, tensor, two_logprobs
 from minirlhf_course.checks.exercise import Case, exercise
 
 
@@ -36,9 +36,7 @@ def _mask_cases() -> list[Case]:
         Case("two words, EOS, padding", (tensor([7, 8, 1, 0], dtype=torch.long), 1), bools([1, 1, 1, 0])),
         Case("a second EOS after the first", (tensor([7, 1, 8, 1], dtype=torch.long), 1), bools([1, 1, 0, 0])),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        cases.append(Case(f"random, of shape {size}", (torch.randint(0, 6, size, generator=generator), 1)))
-    return cases
+    return cases + random_cases(lambda g, size: (torch.randint(0, 6, size, generator=g), 1))
 
 
 def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
@@ -341,10 +339,7 @@ def _kl_cases() -> list[Case]:
         ),
         Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        new, ref = -normal(generator, *size).abs(), -normal(generator, *size).abs()
-        cases.append(Case(f"random, of shape {size}", (new, ref)))
-    return cases
+    return cases + two_logprobs()
 
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -418,10 +413,7 @@ def _ptx_cases() -> list[Case]:
         Case("one token", (tensor(2)[0], tensor([-3]), 0.5), tensor(3.5)[0]),
         Case("two tokens", (tensor(2)[0], tensor([-3, -1]), 0.5), tensor(3.0)[0]),
     ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        args = (normal(generator, 1)[0], -normal(generator, *size).abs(), 0.3)
-        cases.append(Case(f"random, of shape {size}", args))
-    return cases
+    return cases + random_cases(lambda g, size: (normal(g, 1)[0], -normal(g, *size).abs(), 0.3))
 
 
 def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) -> Tensor:

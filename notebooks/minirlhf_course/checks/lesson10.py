@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from minirlhf_course import overoptimisation
-from minirlhf_course.checks.cases import F64, bools, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, bools, generators, ids, normal, row
 from minirlhf_course.checks.exercise import Case, exercise
 from minirlhf_course.overoptimisation import HOW
 
 INT = torch.int64
-
-
-def _row(*numbers: object) -> Tensor:
-    return tensor(*numbers, dtype=F64)
 
 
 # 10.1 ----------------------------------------------------------------------------------------------------------------
@@ -26,9 +22,9 @@ def _row(*numbers: object) -> Tensor:
 def _kl_cases() -> list[Case]:
     ln2 = math.log(2)
     cases = [
-        Case("one answer: no choice", (_row(1),), _row(0)),
-        Case("the better of two", (_row(2),), _row(ln2 - 0.5)),
-        Case("the best of 1, 4 and 128", (_row(1, 4, 128),), _row(0, 2 * ln2 - 0.75, 7 * ln2 - 127 / 128)),
+        Case("one answer: no choice", (row(1),), row(0)),
+        Case("the better of two", (row(2),), row(ln2 - 0.5)),
+        Case("the best of 1, 4 and 128", (row(1, 4, 128),), row(0, 2 * ln2 - 0.75, 7 * ln2 - 127 / 128)),
     ]
     for size, generator in zip((2, 5, 12), generators(3), strict=True):
         counts = torch.randint(1, 1000, (size,), generator=generator).double()
@@ -91,13 +87,13 @@ def best_of_n_kl(counts: Tensor) -> Tensor:
 
 def _best_cases() -> list[Case]:
     cases = [
-        Case("two answers, the better one", (_row([0, 1]), _row([5, 7]), 2), _row(7)),
-        Case("two answers, one drawn", (_row([1, 0]), _row([5, 7]), 1), _row(6)),
-        Case("two answers that tie", (_row([1, 1]), _row([5, 7]), 2), _row(6)),
-        Case("three answers, the better of two", (_row([0, 1, 2]), _row([5, 7, 3]), 2), _row(13 / 3)),
-        Case("three answers, two of them tie", (_row([1, 0, 1]), _row([3, 9, 5]), 2), _row(4)),
+        Case("two answers, the better one", (row([0, 1]), row([5, 7]), 2), row(7)),
+        Case("two answers, one drawn", (row([1, 0]), row([5, 7]), 1), row(6)),
+        Case("two answers that tie", (row([1, 1]), row([5, 7]), 2), row(6)),
+        Case("three answers, the better of two", (row([0, 1, 2]), row([5, 7, 3]), 2), row(13 / 3)),
+        Case("three answers, two of them tie", (row([1, 0, 1]), row([3, 9, 5]), 2), row(4)),
         Case("four answers, the best of three, two prompts",
-             (_row([0, 1, 2, 3], [3, 2, 1, 0]), _row([9, 9, 4, 8], [9, 9, 4, 8]), 3), _row(7, 9)),
+             (row([0, 1, 2, 3], [3, 2, 1, 0]), row([9, 9, 4, 8], [9, 9, 4, 8]), 3), row(7, 9)),
     ]  # fmt: skip
     for (rows, pool, n), generator in zip(((2, 6, 3), (3, 9, 2), (5, 16, 8)), generators(3), strict=True):
         proxy, values = normal(generator, 2, rows, pool)
@@ -195,9 +191,9 @@ def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
 def _curve_cases() -> list[Case]:
     rtol = 1e-6  # however the equations are solved
     cases = [
-        Case("two points: d = 1 and 2, alpha = 2, beta = 1/2", (_row(1, 4), _row(1.5, 2)), _row(2, 0.5, 4), rtol),
-        Case("the start is a point as well", (_row(0, 1, 9), _row(0, 2, 0)), _row(3, 1, 2.25), rtol),
-        Case("four points, alpha = 1, beta = 1/4", (_row(0, 1, 4, 9), _row(0, 0.75, 1, 0.75)), _row(1, 0.25, 4), rtol),
+        Case("two points: d = 1 and 2, alpha = 2, beta = 1/2", (row(1, 4), row(1.5, 2)), row(2, 0.5, 4), rtol),
+        Case("the start is a point as well", (row(0, 1, 9), row(0, 2, 0)), row(3, 1, 2.25), rtol),
+        Case("four points, alpha = 1, beta = 1/4", (row(0, 1, 4, 9), row(0, 0.75, 1, 0.75)), row(1, 0.25, 4), rtol),
     ]
     for size, generator in zip((5, 9, 20), generators(3), strict=True):
         d = torch.linspace(0, 3, size, dtype=F64)
@@ -278,7 +274,7 @@ def curve_and_peak(kl: Tensor, gain: Tensor) -> Tensor:
 
 def _stop_cases() -> list[Case]:
     def case(name: str, proxy: object, validation: object, gold: object, kl: object, budget: float, to: object) -> Case:
-        return Case(name, (*(_row(x) for x in (proxy, validation, gold, kl)), budget), _row(to))
+        return Case(name, (*(row(x) for x in (proxy, validation, gold, kl)), budget), row(to))
 
     cases = [
         case("two measurements, within the budget", [0, 3], [1, 0], [5, 7], [0, 4], 9.0, 5),
@@ -287,8 +283,8 @@ def _stop_cases() -> list[Case]:
         case("two are equally good: the earlier", [0, 1, 2], [0, 1, 1], [5, 7, 9], [0, 2, 3], 4.0, 7),
         case("it comes back into the budget", [0, 1, 2], [0, 9, 1], [5, 7, 9], [0, 6, 3], 4.0, 9),
         Case("two runs, each stopped for itself",
-             (_row([0, 2, 4], [0, 2, 4]), _row([0, 2, -3], [0, 0.5, 1]), _row([5, 6, 1], [5, 7, 9]),
-              _row([0, 1, 2], [0, 1, 2]), 9.0), _row(6, 9)),
+             (row([0, 2, 4], [0, 2, 4]), row([0, 2, -3], [0, 0.5, 1]), row([5, 6, 1], [5, 7, 9]),
+              row([0, 1, 2], [0, 1, 2]), 9.0), row(6, 9)),
     ]  # fmt: skip
     for (runs, steps), generator in zip(((1, 5), (3, 7), (4, 20)), generators(3), strict=True):
         kl = torch.cat((torch.zeros(runs, 1, dtype=F64), normal(generator, runs, steps - 1).abs().cumsum(1)), 1)
@@ -388,15 +384,15 @@ def gold_where_stopped(proxy: Tensor, validation: Tensor, gold: Tensor, kl: Tens
 
 
 def _ensemble_cases() -> list[Case]:
-    apart = _row([-1, 1], [-10, 10]) / 2**0.5  # standard deviations 1 and 10
+    apart = row([-1, 1], [-10, 10]) / 2**0.5  # standard deviations 1 and 10
     cases = [
-        Case("one model, the lowest", (_row([3]), _row([-1, 1]) / 2**0.5, "min"), _row(3)),
-        Case("two models, one on ten times the scale, the mean", (_row([1], [20]), apart, "mean"), _row(1.5)),
-        Case("two models, one on ten times the scale, the lowest", (_row([1], [20]), apart, "min"), _row(1)),
-        Case("a constant is added to one of them", (_row([1], [102]), apart[:1] + _row([0], [100]), "min"),
-             _row(1)),
-        Case("three answers", (_row([1, 2, 3], [30, 20, 10]), apart, "min"), _row(1, 2, 1)),
-        Case("three answers, the mean", (_row([1, 2, 3], [30, 20, 10]), apart, "mean"), _row(2, 2, 2)),
+        Case("one model, the lowest", (row([3]), row([-1, 1]) / 2**0.5, "min"), row(3)),
+        Case("two models, one on ten times the scale, the mean", (row([1], [20]), apart, "mean"), row(1.5)),
+        Case("two models, one on ten times the scale, the lowest", (row([1], [20]), apart, "min"), row(1)),
+        Case("a constant is added to one of them", (row([1], [102]), apart[:1] + row([0], [100]), "min"),
+             row(1)),
+        Case("three answers", (row([1, 2, 3], [30, 20, 10]), apart, "min"), row(1, 2, 1)),
+        Case("three answers, the mean", (row([1, 2, 3], [30, 20, 10]), apart, "mean"), row(2, 2, 2)),
     ]  # fmt: skip
     for (models, count, reference), generator in zip(((2, 4, 6), (3, 2, 9), (4, 20, 50)), generators(3), strict=True):
         scale, zero = normal(generator, models, 1).exp(), 3 * normal(generator, models, 1)
@@ -498,24 +494,20 @@ def ensemble_reward(scores: Tensor, reference: Tensor, how: str) -> Tensor:
 # 10.6 ----------------------------------------------------------------------------------------------------------------
 
 
-def _ids(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=INT)
-
-
 def _fresh_cases() -> list[Case]:
     cases = [
-        Case("two answers", (_ids(4, 4), _ids(1, 1), _row(1, 2)), bools([0, 0], [1, 0])),
-        Case("two answers that tie", (_ids(4, 4), _ids(1, 1), _row(2, 2)), bools([0, 0], [0, 0])),
-        Case("two answers to two prompts", (_ids(4, 5), _ids(1, 1), _row(1, 2)), bools([0, 0], [0, 0])),
-        Case("one of them is an older policy's", (_ids(4, 4), _ids(0, 1), _row(1, 2)), bools([0, 0], [0, 0])),
-        Case("two older ones and a new one", (_ids(4, 4, 4), _ids(1, 1, 2), _row(1, 2, 3)),
+        Case("two answers", (ids(4, 4), ids(1, 1), row(1, 2)), bools([0, 0], [1, 0])),
+        Case("two answers that tie", (ids(4, 4), ids(1, 1), row(2, 2)), bools([0, 0], [0, 0])),
+        Case("two answers to two prompts", (ids(4, 5), ids(1, 1), row(1, 2)), bools([0, 0], [0, 0])),
+        Case("one of them is an older policy's", (ids(4, 4), ids(0, 1), row(1, 2)), bools([0, 0], [0, 0])),
+        Case("two older ones and a new one", (ids(4, 4, 4), ids(1, 1, 2), row(1, 2, 3)),
              bools([0, 0, 0], [0, 0, 0], [0, 0, 0])),
-        Case("three answers, two of them tie", (_ids(4, 4, 4), _ids(2, 2, 2), _row(1, 3, 3)),
+        Case("three answers, two of them tie", (ids(4, 4, 4), ids(2, 2, 2), row(1, 3, 3)),
              bools([0, 0, 0], [1, 0, 0], [1, 0, 0])),
-        Case("three answers: three pairs", (_ids(4, 4, 4), _ids(2, 2, 2), _row(1, 2, 3)),
+        Case("three answers: three pairs", (ids(4, 4, 4), ids(2, 2, 2), row(1, 2, 3)),
              bools([0, 0, 0], [1, 0, 0], [1, 1, 0])),
         Case("an old and a new policy, three answers of the new one",
-             (_ids(4, 4, 4, 4), _ids(0, 1, 1, 1), _row(9, 1, 2, 3)),
+             (ids(4, 4, 4, 4), ids(0, 1, 1, 1), row(9, 1, 2, 3)),
              bools([0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0])),
     ]  # fmt: skip
     for size, generator in zip((5, 9, 24), generators(3), strict=True):

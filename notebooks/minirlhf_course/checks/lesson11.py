@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.language.evaluation import CONFIDENCE
-from minirlhf_course.checks.cases import F64, generators, normal, tensor
+from minirlhf_course.checks.cases import generators, ids, normal, row
 from minirlhf_course.checks.exercise import Case, exercise
 
 INT = torch.int64
@@ -24,19 +24,15 @@ def _wilson(rate: Tensor, count: int) -> Tensor:
     return torch.stack((rate, centre - half, centre + half))
 
 
-def _row(*numbers: object) -> Tensor:
-    return tensor(*numbers, dtype=F64)
-
-
 def _win_cases() -> list[Case]:
     square = CONFIDENCE**2
     cases = [
-        Case("one prompt, won", (_row(2), _row(1)), _row(1, 1 / (1 + square), 1)),
-        Case("one prompt, lost", (_row(1), _row(2)), _row(0, 0, square / (1 + square))),
-        Case("two prompts: one won, one tied", (_row(3, 1), _row(2, 1)), _wilson(_row(0.75)[0], 2)),
-        Case("three prompts: won by far, lost twice by little", (_row(9, 0, 0), _row(0, 1, 1)),
-             _wilson(_row(1)[0] / 3, 3)),
-        Case("four prompts, all tied", (_row(1, 1, 1, 1), _row(1, 1, 1, 1)), _wilson(_row(0.5)[0], 4)),
+        Case("one prompt, won", (row(2), row(1)), row(1, 1 / (1 + square), 1)),
+        Case("one prompt, lost", (row(1), row(2)), row(0, 0, square / (1 + square))),
+        Case("two prompts: one won, one tied", (row(3, 1), row(2, 1)), _wilson(row(0.75)[0], 2)),
+        Case("three prompts: won by far, lost twice by little", (row(9, 0, 0), row(0, 1, 1)),
+             _wilson(row(1)[0] / 3, 3)),
+        Case("four prompts, all tied", (row(1, 1, 1, 1), row(1, 1, 1, 1)), _wilson(row(0.5)[0], 4)),
     ]  # fmt: skip
     for size, generator in zip((5, 12, 40), generators(3), strict=True):
         scores, others = (2 * normal(generator, 2, size)).round()
@@ -124,9 +120,6 @@ def win_rate_interval(scores: Tensor, others: Tensor) -> Tensor:
 
 
 def _examples_cases() -> list[Case]:
-    def ids(*numbers: int) -> Tensor:
-        return torch.tensor(numbers, dtype=INT)
-
     short, other = (ids(11), ids(21)), (ids(12), ids(22))
     long = ids(13, 14, 15), ids(23, 24)
     ask = ids(9)
@@ -250,17 +243,14 @@ def few_shot_prompt(
 
 
 def _paired_cases() -> list[Case]:
-    def rows(*indices: object) -> Tensor:
-        return tensor(*indices, dtype=INT)
-
     rtol = 1e-5  # 0.025 may have been a float32 on its way
     cases = [
         Case("two prompts, three resamples: differences 1, 1/2, 0",
-             (_row(1, 0), _row(0, 0), rows([0, 0], [0, 1], [1, 1])), _row(0.025, 0.975), rtol),
-        Case("the second is better on each", (_row(0, 0), _row(1, 0.5), rows([0, 0], [0, 1], [1, 1])),
-             _row(-0.9875, -0.5125), rtol),
+             (row(1, 0), row(0, 0), ids([0, 0], [0, 1], [1, 1])), row(0.025, 0.975), rtol),
+        Case("the second is better on each", (row(0, 0), row(1, 0.5), ids([0, 0], [0, 1], [1, 1])),
+             row(-0.9875, -0.5125), rtol),
         Case("twins on hard and easy prompts: no difference, whatever is drawn",
-             (_row(1, 0, 1), _row(1, 0, 1), rows([0, 0, 2], [1, 1, 0], [2, 1, 1])), _row(0, 0), rtol),
+             (row(1, 0, 1), row(1, 0, 1), ids([0, 0, 2], [1, 1, 0], [2, 1, 1])), row(0, 0), rtol),
     ]  # fmt: skip
     for (size, count), generator in zip(((4, 30), (9, 50), (20, 80)), generators(3), strict=True):
         easy = normal(generator, size)
@@ -346,10 +336,10 @@ def paired_interval(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
 
 def _seed_cases() -> list[Case]:
     cases = [
-        Case("two seeds, t = 10", (_row([0.4], [0.6]), 10.0), _row([0.5], [-0.5], [1.5])),
-        Case("three seeds that agree", (_row([0.7], [0.7], [0.7]), 4.303), _row([0.7], [0.7], [0.7])),
-        Case("three seeds, t = 3", (_row([1], [2], [3]), 3.0), _row([2], [2 - 3**0.5], [2 + 3**0.5])),
-        Case("two models", (_row([0.4, 1], [0.6, 3]), 1.0), _row([0.5, 2], [0.4, 1], [0.6, 3])),
+        Case("two seeds, t = 10", (row([0.4], [0.6]), 10.0), row([0.5], [-0.5], [1.5])),
+        Case("three seeds that agree", (row([0.7], [0.7], [0.7]), 4.303), row([0.7], [0.7], [0.7])),
+        Case("three seeds, t = 3", (row([1], [2], [3]), 3.0), row([2], [2 - 3**0.5], [2 + 3**0.5])),
+        Case("two models", (row([0.4, 1], [0.6, 3]), 1.0), row([0.5, 2], [0.4, 1], [0.6, 3])),
     ]
     for (seeds, models), generator in zip(((3, 2), (4, 3), (6, 1)), generators(3), strict=True):
         cases.append(Case(f"random, {seeds} seeds, {models} models", (normal(generator, seeds, models), 2.5)))
@@ -430,11 +420,11 @@ def seed_interval(rates: Tensor, t: float) -> Tensor:
 
 def _tax_cases() -> list[Case]:
     cases = [
-        Case("one seed, one kind of text", (_row([1]), _row([3]), _row([1.5])), _row(0.75)),
-        Case("nothing repaired, all repaired", (_row([1, 1]), _row([2, 2]), _row([2, 1])), _row(0, 1)),
-        Case("made worse", (_row([1]), _row([2]), _row([3])), _row(-1)),
+        Case("one seed, one kind of text", (row([1]), row([3]), row([1.5])), row(0.75)),
+        Case("nothing repaired, all repaired", (row([1, 1]), row([2, 2]), row([2, 1])), row(0, 1)),
+        Case("made worse", (row([1]), row([2]), row([3])), row(-1)),
         Case("two seeds, one of which paid hardly any tax",
-             (_row([1], [1]), _row([3], [1.25]), _row([1.5], [1.5])), _row(5 / 9)),
+             (row([1], [1]), row([3], [1.25]), row([1.5], [1.5])), row(5 / 9)),
     ]  # fmt: skip
     for (seeds, kinds), generator in zip(((2, 2), (3, 4), (3, 9)), generators(3), strict=True):
         base = 1 + normal(generator, seeds, kinds).abs()

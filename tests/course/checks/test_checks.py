@@ -10,30 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from minirlhf_course import checks
 from minirlhf_course.checks import Case, Exercise, Verdict, exercise
 from minirlhf_course.checks.outcome import Outcome, compare
 
 ROOT = Path(__file__).resolve().parents[3]
 SOLUTIONS = {path.name[:2]: path for path in sorted((ROOT / "notebooks" / "solutions").glob("[0-9]*.py"))}
 LESSONS = {
-    path.stem.removeprefix("lesson"): importlib.import_module(f"minirlhf_course.checks.{path.stem}")
-    for path in sorted((ROOT / "minirlhf" / "checks").glob("lesson*.py"))
+    path.stem[-2:]: importlib.import_module(f"minirlhf_course.checks.{path.stem}")
+    for path in sorted(Path(checks.__file__).parent.glob("lesson*.py"))
 }
-
-
-def exercises_of(lesson: str) -> list[Exercise]:
-    return [item for item in vars(LESSONS[lesson]).values() if isinstance(item, Exercise)]
-
-
-EXERCISES = [
-    pytest.param(lesson, item, id=f"{item.number}-{item.name}") for lesson in LESSONS for item in exercises_of(lesson)
-]
-SUSPECTS = [
-    pytest.param(item, sentence, id=f"{item.number}-{item.name}-{index}")
-    for lesson in LESSONS
-    for item in exercises_of(lesson)
-    for index, sentence in enumerate(item.suspects)
-]
+EXERCISES = {
+    lesson: [item for item in vars(module).values() if isinstance(item, Exercise)] for lesson, module in LESSONS.items()
+}
+ALL = [(lesson, item) for lesson, items in EXERCISES.items() for item in items]
+EACH = pytest.mark.parametrize(("lesson", "item"), ALL, ids=[f"{item.number}-{item.name}" for _, item in ALL])
+SUSPECTS = [(item, sentence) for _, item in ALL for sentence in item.suspects]
 
 
 def solution(lesson: str, name: str):
@@ -55,36 +47,26 @@ def written(source: str, name: str):
 # Every exercise ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@EACH
 def test_the_solution_passes(lesson, item):
     verdict = item.mark(solution(lesson, item.name))
     assert verdict.status == "passed", verdict.message
     assert verdict.answer is verdict._function, "later cells must run the learner's function"
 
 
-@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@EACH
 @pytest.mark.parametrize(
-    "body",
-    [
-        "    ...  # your code here",
-        "    pass",
-        "    raise NotImplementedError",
-        '    raise NotImplementedError("later")',
-        "    return ...",
-    ],
-    ids=["dots", "pass", "raise", "raise with text", "return dots"],
+    "body", ["...", "pass", "raise NotImplementedError", 'raise NotImplementedError("later")', "return ..."]
 )
 def test_the_untouched_stub_is_not_attempted_and_the_lesson_goes_on(lesson, item, body):
-    stub = item.stub
-    assert stub.endswith("    ...  # your code here")
-    verdict = item.mark(written(stub.replace("    ...  # your code here", body), f"my_{item.name}"))
+    assert item.stub.endswith("    ...  # your code here")
+    stub = item.stub.removesuffix("...  # your code here")
+    verdict = item.mark(written(f"{stub}{body}  # your code here", f"my_{item.name}"))
     assert verdict.status == "not attempted"
-    case = item.cases()[0]
-    results = verdict(*case.args)
-    assert results is not None
+    assert verdict(*item.cases()[0].args) is not None
 
 
-@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@EACH
 def test_hand_worked_cases_agree_with_the_package(lesson, item):
     worked = [case for case in item.cases() if case.expected is not None]
     if item.observe is None:
@@ -94,19 +76,18 @@ def test_hand_worked_cases_agree_with_the_package(lesson, item):
         assert compare(Outcome(got.result), Outcome(case.expected), case.rtol) is None, case.name
 
 
-@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@EACH
 def test_the_package_passes_and_cases_have_several_sizes(lesson, item):
     assert item.mark(item.reference).status == "passed"
-    cases = item.cases()
+    cases, again = item.cases(), item.cases()
     shapes = {tuple(tuple(x.shape) for x in case.args if isinstance(x, torch.Tensor)) for case in cases}
     assert len(shapes) >= 2, "an answer for one size only would pass"
-    again = item.cases()
     for case, other in zip(cases, again, strict=True):
         for x, y in zip(case.args, other.args, strict=True):
             assert not isinstance(x, torch.Tensor) or torch.equal(x.nan_to_num(7), y.nan_to_num(7)), "not reproducible"
 
 
-@pytest.mark.parametrize(("item", "sentence"), SUSPECTS)
+@pytest.mark.parametrize(("item", "sentence"), SUSPECTS, ids=[f"{item.number}-{item.name}-" for item, _ in SUSPECTS])
 def test_every_suspect_is_refused_and_named(item, sentence):
     verdict = item.mark(item.suspects[sentence])
     assert verdict.status == "failed"
@@ -115,7 +96,7 @@ def test_every_suspect_is_refused_and_named(item, sentence):
     assert all(fault is None or (item.budget and "tensor operations" in fault) for fault in faults), faults
 
 
-@pytest.mark.parametrize(("lesson", "item"), EXERCISES)
+@EACH
 def test_what_a_lesson_shows(lesson, item):
     assert re.fullmatch(rf"{int(lesson)}\.[1-9]", item.number)
     assert 1 <= item.difficulty <= 5 and 1 <= item.minutes <= 60
@@ -128,9 +109,13 @@ def test_what_a_lesson_shows(lesson, item):
     assert set(item.leaves) <= set(item.arguments)
 
 
+def test_every_lesson_has_its_solutions():
+    assert LESSONS and LESSONS.keys() == SOLUTIONS.keys()
+
+
 @pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson != "00"])
 def test_three_to_six_exercises_a_lesson(lesson):
-    numbers = [item.number for item in exercises_of(lesson)]
+    numbers = [item.number for item in EXERCISES[lesson]]
     assert 3 <= len(numbers) <= 6
     assert numbers == [f"{int(lesson)}.{index}" for index in range(1, len(numbers) + 1)]
 
@@ -206,9 +191,8 @@ def test_a_wrong_signature_is_said():
 
 def test_what_is_not_a_function_is_said():
     verdict = scaled.mark(torch.ones(2))
-    assert (
-        verdict.status == "failed" and "Give the function itself: `scaled = check.scaled(my_scaled)`" in verdict.message
-    )
+    assert verdict.status == "failed"
+    assert "Give the function itself: `scaled = check.scaled(my_scaled)`" in verdict.message
 
 
 def test_an_interrupt_is_not_swallowed():

@@ -1,0 +1,143 @@
+"""The failure labs: each letter plants its mistake, trains for real, shows its clue, and leaves PPO as it was."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from minirlhf_course import failure_lab, text_failure_lab
+
+from minirlhf.control import ppo
+from minirlhf.control.ppo import PPOConfig, train_ppo
+from minirlhf.errors import UserError
+from minirlhf.language import rlhf
+
+ROOT = Path(__file__).resolve().parents[3]
+SHORT = PPOConfig(total_steps=6_000)
+LABS = {"05_trpo_to_ppo": (failure_lab, ppo), "09_ppo_kl_ptx": (text_failure_lab, rlhf)}
+LETTERS = [(lab, trainer, letter) for lab, trainer in LABS.values() for letter in lab.RUNS]
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lab", "trainer", "letter"), LETTERS, ids=[f"{x[1].__name__}-{x[2]}" for x in LETTERS])
+def test_a_mistake_is_planted_while_it_lasts_and_gone_after(lab, trainer, letter):
+    run = lab.RUNS[letter]
+    before = {name: getattr(trainer, name) for name in run.instead}
+    with pytest.raises(ZeroDivisionError), lab.planted(run.instead):
+        assert all(getattr(trainer, name) is function for name, function in run.instead.items())
+        raise ZeroDivisionError
+    assert all(getattr(trainer, name) is function for name, function in before.items())
+    assert lab.reveal(letter).startswith(f"**{letter}.** ")
+
+
+@pytest.mark.parametrize("lesson", LABS)
+def test_the_lesson_shows_what_the_lab_says_and_its_file_holds_every_run(lesson):
+    lab, _ = LABS[lesson]
+    cells = nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for letter in lab.RUNS:
+        assert lab.reveal(letter) in text, f"run {letter}: rebuild the fold from the lab's reveal"
+        assert f"run {letter}" not in text.split("## The failure lab")[0], "told before it is asked"
+    with (ROOT / "data" / "results" / f"{lab.__name__.split('.')[-1]}.csv").open(encoding="utf-8", newline="") as file:
+        assert file.readline().startswith("# ")
+        runs = {row["run"] for row in csv.DictReader(file)}
+    assert runs == {"healthy", *lab.RUNS}
+
+
+@pytest.mark.parametrize(("lab", "healthy"), [(failure_lab, "D"), (text_failure_lab, "C")])
+def test_one_run_is_healthy_and_an_unknown_letter_is_refused(lab, healthy):
+    assert [letter for letter, run in lab.RUNS.items() if not run.instead] == [healthy]
+    for asked in (lab.reveal, lambda letter: lab.train(letter, "CartPole-v1")):
+        with pytest.raises(UserError, match=f"{', '.join(lab.RUNS)}, not 'Z'"):
+            asked("Z")
+
+
+# Control -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def histories():
+    return {letter: failure_lab.train(letter, "CartPole-v1", SHORT, seed=3).history for letter in failure_lab.RUNS}
+
+
+def test_a_run_leaves_ppo_as_it_was(histories):
+    assert ppo.gae is failure_lab.gae and ppo.ppo_loss is failure_lab.ppo_loss
+
+
+def test_the_healthy_letter_is_the_same_run_as_without_the_lab(histories):
+    healthy = train_ppo("CartPole-v1", SHORT, seed=3).history
+    keys = [key for key in healthy[0] if key != "perf/seconds"]
+    assert [[row[key] for key in keys] for row in histories["D"]] == [[row[key] for key in keys] for row in healthy]
+
+
+def test_every_bug_changes_the_run(histories):
+    entropies = {letter: [row["policy/entropy"] for row in history] for letter, history in histories.items()}
+    assert len({tuple(values) for values in entropies.values()}) == len(failure_lab.RUNS)
+
+
+def test_the_clues_are_there(histories):
+    first = {letter: history[0] for letter, history in histories.items()}
+    last = {letter: history[-1] for letter, history in histories.items()}
+    healthy = first["D"]
+    assert all(row["policy/approx_kl"] == 0 == row["policy/clip_fraction"] for row in histories["A"])
+    assert first["A"]["policy/kl"] > 20 * healthy["policy/kl"]
+    assert last["B"]["objective/episode_return"] < 25 and last["B"]["policy/clip_fraction"] < 0.1
+    assert first["C"]["policy/approx_kl"] > 10 * healthy["policy/approx_kl"]
+    assert all(row["value/loss"] < 0.7 for row in histories["E"]) and healthy["value/loss"] > 5
+    assert last["F"]["objective/episode_return"] < 12 and last["F"]["policy/entropy"] < 0.1
+
+
+def test_wrong_versions_on_two_episodes_in_one_row():
+    # Step 1 ends an episode of two, column 2 resets, columns 3 and 4 belong to the next; all values 10, gamma 1.
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]])
+    values = torch.full((1, 5), 10.0)
+    ends = torch.tensor([[False, True, False, False, False]])
+    options = {
+        "gamma": 1.0,
+        "lam": 0.0,
+        "last_values": torch.tensor([10.0]),
+        "truncated_values": torch.zeros(1, 5),
+        "mask": torch.tensor([[True, True, False, True, True]]),
+    }
+
+    def advantages(function):
+        return function(rewards, values, ends, **options)[0][0, [0, 1, 3, 4]].tolist()
+
+    assert advantages(failure_lab.gae) == [1.0, -9.0, 1.0, 1.0]
+    assert advantages(failure_lab.termination_as_truncation) == [1.0, 1.0, 1.0, 1.0]
+    assert advantages(failure_lab.end_kept_with_the_next_observation) == [1.0, 1.0, -9.0, 1.0]
+    assert advantages(failure_lab.reward_minus_value) == [-9.0] * 4
+    options["truncated_values"] = torch.tensor([[0.0, 10.0, 0.0, 0.0, 0.0]])
+    assert advantages(failure_lab.gae)[1] == 1.0
+    assert advantages(failure_lab.truncation_as_termination)[1] == -9.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"), [(1.5, 2.0, -3.0), (0.5, 2.0, -1.6), (1.5, -2.0, 2.4), (0.5, -2.0, 1.0)]
+)
+def test_max_for_min_by_hand(ratio, advantage, loss):
+    batch = torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([advantage]), torch.ones(1, dtype=torch.bool)
+    assert failure_lab.max_for_min(*batch, clip_range=0.2)[0].item() == pytest.approx(loss)
+    clipped = min(max(ratio, 0.8), 1.2)
+    missing, _ = failure_lab.minus_missing(*batch, clip_range=0.2)
+    assert missing.item() == pytest.approx(min(ratio * advantage, clipped * advantage))
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_planted_mistakes_are_mistakes():
+    scores, mask = torch.tensor([3.0]), torch.tensor([[True, True, False]])
+    old, ref = torch.tensor([[-1.0, -1.0, 9.0]]), torch.tensor([[-2.0, -1.5, 5.0]])
+    right = rlhf.kl_rewards(scores, old, ref, mask, 0.5)
+    assert right.tolist() == [[-0.5, 2.75, 0.0]]
+    assert text_failure_lab.kl_paid_out(scores, old, ref, mask, 0.5).tolist() == [[0.5, 3.25, 0.0]]
+    assert text_failure_lab.score_at_the_first_token(scores, old, ref, mask, 0.5).tolist() == [[2.5, -0.25, 0.0]]
+    values, ends = torch.zeros(1, 3), torch.tensor([[False, True, False]])
+    advantages, returns = text_failure_lab.targets_from_whitened(right, values, ends, gamma=1.0, lam=1.0, mask=mask)
+    assert torch.allclose(advantages, returns) and abs(float(returns.sum())) < 1e-6
