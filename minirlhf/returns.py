@@ -7,8 +7,8 @@ Every estimate here is one recursion read at different settings. With delta_t = 
     gae                  A_t = delta_t + gamma lam A_{t+1}
     discounted_returns   G_t = r_t + gamma G_{t+1}                      lam = 1 and V = 0
 
-Layout: [N, T], or [T, N] with time_dim=0. `ends` (bool) marks the last step of an episode, terminated or truncated.
-Masks say what counts; what lies under them, NaN too, changes nothing.
+Layout: [N, T]; what is kept as [T, N] goes in as `x.t()`, a view. `ends` (bool) marks the last step of an episode,
+terminated or truncated. Masks say what counts; what lies under them, NaN too, changes nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def discounted_returns(
     last_values: Tensor | None = None,
     truncated_values: Tensor | None = None,
     mask: Tensor | None = None,
-    time_dim: int = 1,
 ) -> Tensor:
     """The return G_t = r_t + gamma r_{t+1} + ... up to the end of the episode (Sutton & Barto, equation 3.8).
 
@@ -49,7 +48,7 @@ def discounted_returns(
     tensor([[1.5000, 1.0000, 1.0000]])
     """
     options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
-    return gae(rewards, torch.zeros_like(rewards), ends, gamma=gamma, lam=1.0, time_dim=time_dim, **options)[0]
+    return gae(rewards, torch.zeros_like(rewards), ends, gamma=gamma, lam=1.0, **options)[0]
 
 
 def td_errors(
@@ -61,7 +60,6 @@ def td_errors(
     last_values: Tensor | None = None,
     truncated_values: Tensor | None = None,
     mask: Tensor | None = None,
-    time_dim: int = 1,
 ) -> Tensor:
     """The one-step errors delta_t = r_t + gamma V(s_{t+1}) - V(s_t) (Sutton & Barto, equation 6.5), shapes as in `gae`.
 
@@ -70,7 +68,7 @@ def td_errors(
     tensor([[0.0000, 0.5000]])
     """
     options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
-    return gae(rewards, values, ends, gamma=gamma, lam=0.0, time_dim=time_dim, **options)[0]
+    return gae(rewards, values, ends, gamma=gamma, lam=0.0, **options)[0]
 
 
 def n_step_advantages(
@@ -83,7 +81,6 @@ def n_step_advantages(
     last_values: Tensor | None = None,
     truncated_values: Tensor | None = None,
     mask: Tensor | None = None,
-    time_dim: int = 1,
 ) -> Tensor:
     """n real rewards, then the value: r_t + ... + gamma^n V(s_{t+n}) - V(s_t) (Sutton & Barto, equation 7.1).
 
@@ -97,14 +94,14 @@ def n_step_advantages(
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     options = {"last_values": last_values, "truncated_values": truncated_values, "mask": mask}
-    deltas = td_errors(rewards, values, ends, gamma, time_dim=time_dim, **options).movedim(time_dim, 0)
+    deltas = td_errors(rewards, values, ends, gamma, **options)
     hears_next = ~ends if mask is None else ~ends & mask
-    decay = gamma * hears_next.movedim(time_dim, 0)[:-1].to(deltas.dtype)
+    decay = gamma * hears_next[:, :-1].to(deltas.dtype)
     advantages = deltas.clone()
-    for _ in range(min(n, len(deltas)) - 1):
+    for _ in range(min(n, deltas.shape[1]) - 1):
         # From k steps to k + 1: the error of this step, then the k-step estimate of the next one.
-        advantages[:-1] = deltas[:-1] + decay * advantages[1:]
-    return advantages.movedim(0, time_dim)
+        advantages[:, :-1] = deltas[:, :-1] + decay * advantages[:, 1:]
+    return advantages
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:

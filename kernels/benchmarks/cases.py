@@ -122,13 +122,6 @@ def cut_cross_entropy() -> Call:
     return lambda x: [-linear_cross_entropy(x["hidden"], x["weight"], x["tokens"], reduction="none").float()]
 
 
-def our_fused(x: Inputs) -> list[Tensor]:
-    mask = torch.ones_like(x["tokens"], dtype=torch.bool)
-    old = torch.zeros(mask.shape, device=mask.device)
-    # With every ratio far below the clip and advantages of 1, a loss: only its cost is of interest here.
-    return [ours.linear_ppo_loss(x["hidden"], x["weight"], x["tokens"], old, old + 1, mask, denominator=1.0)[0]]
-
-
 def linear_token_logprobs(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
     def make() -> Inputs:
         g = torch.Generator(device).manual_seed(0)
@@ -144,8 +137,7 @@ def linear_token_logprobs(rows: int, hidden: int, vocabulary: int, dtype: torch.
         "linear_token_logprobs", f"M={rows} H={hidden} V={vocabulary}", dtype, make,
         providers(
             minirlhf=lambda: lambda x: [ours.linear_token_logprobs(x["hidden"], x["weight"], x["tokens"])],
-            minirlhf_fused_loss=lambda: our_fused, pytorch=lambda: naive_linear, torch_compile=compiled(naive_linear),
-            cut_cross_entropy=cut_cross_entropy,
+            pytorch=lambda: naive_linear, torch_compile=compiled(naive_linear), cut_cross_entropy=cut_cross_entropy,
         ),
         ("hidden", "weight"), {"forward": size, "backward": 2 * size, "full": 3 * size}, device,
     )  # fmt: skip

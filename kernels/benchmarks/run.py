@@ -64,7 +64,7 @@ def gradients(call: Call, x: Inputs, learns: tuple[str, ...]) -> list[torch.Tens
 def error_of(case: Case, call: Call, x: Inputs, truth: list[torch.Tensor]) -> float:
     got = [*call(x), *gradients(call, x, case.learns)]
     if [a.shape for a in got] != [b.shape for b in truth]:
-        return float("nan")  # it computes something else (no entropy, or a loss): its own tests vouch for it
+        return float("nan")  # it computes something else (no entropy): its own tests vouch for it
     worst = 0.0
     for a, b in zip(got, truth, strict=True):
         worst = max(worst, ((a.double() - b).abs() / b.abs().clamp(min=1.0)).max().item())

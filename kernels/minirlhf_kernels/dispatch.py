@@ -65,6 +65,4 @@ def _either(definition: F) -> F:
 token_logprobs = _either(reference.token_logprobs)
 linear_token_logprobs = _either(reference.linear_token_logprobs)
 ppo_loss = _either(reference.ppo_loss)
-linear_ppo_loss = _either(reference.linear_ppo_loss)
 gae = _either(reference.gae)
-gae_with_moments = _either(reference.gae_with_moments)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BYTES = 256  # every byte-level BPE has a token for each
+LOGITS_ARE_DEAR = {"cuda"}
+"""Device types where a step's [B, T, V] logits are never made whole: they would outweigh the model itself."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,26 @@ def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, respon
     return out.logits[:, -response_length:]
 
 
+def response_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_length: int) -> Tensor:
+    """The body's hidden states that `response_logits` are made of: [B, P + T] -> [B, T, D]."""
+    body = model.base_model
+    out = body(**_inputs(body, tokens[:, :-1], mask[:, :-1]), use_cache=False)
+    return out.last_hidden_state[:, -response_length:]
+
+
+def bare_head(model: PreTrainedModel) -> Tensor | None:
+    """The weight [V, D] that alone makes logits of hidden states, on a device where logits are dear; else None.
+
+    None too where something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
+    """
+    head = model.get_output_embeddings()
+    if model.device.type not in LOGITS_ARE_DEAR or type(head) is not nn.Linear or head.bias is not None:
+        return None
+    settings = model.config.get_text_config().to_dict().items()
+    shaped = any(("logit" in name or "lm_head" in name) and value not in (None, False, 1) for name, value in settings)
+    return None if shaped or list(model.children()) != [model.base_model, head] else head.weight
+
+
 def response_logprobs(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
 ) -> Tensor:
@@ -240,8 +262,12 @@ def response_logprobs(
         logits = real_response_logits(model, tokens, mask, response_mask)
         logprobs = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature)
         return _spread(logprobs, response_mask)
+    targets, head = tokens[:, -length:], bare_head(model)
+    if head is not None:
+        states = response_states(model, tokens, mask, length)
+        return linear_token_logprobs(states, head, targets, temperature=temperature, mask=response_mask)
     logits = response_logits(model, tokens, mask, length)
-    return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask)
+    return token_logprobs(logits, targets, temperature=temperature, mask=response_mask)
 
 
 def response_logprobs_and_entropy(
@@ -253,8 +279,14 @@ def response_logprobs_and_entropy(
         logits = real_response_logits(model, tokens, mask, response_mask)
         both = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature, return_entropy=True)
         return _spread(both[0], response_mask), _spread(both[1], response_mask)
+    targets, head = tokens[:, -length:], bare_head(model)
+    if head is not None:
+        states = response_states(model, tokens, mask, length)
+        return linear_token_logprobs(
+            states, head, targets, temperature=temperature, mask=response_mask, return_entropy=True
+        )
     logits = response_logits(model, tokens, mask, length)
-    return token_logprobs(logits, tokens[:, -length:], temperature=temperature, mask=response_mask, return_entropy=True)
+    return token_logprobs(logits, targets, temperature=temperature, mask=response_mask, return_entropy=True)
 
 
 def real_response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:

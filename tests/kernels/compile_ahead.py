@@ -117,11 +117,8 @@ def main() -> None:
     fused.ppo_loss(*x[:3], mask, denominator=torch.tensor(3.0))[0].backward()
     for shape in ((3, 5), (3, 100), (3, 1000)):
         r, v, ends = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.1
-        for time_dim in (0, 1):
-            last = torch.zeros(shape[1 - time_dim])
-            given = {"last_values": last, "truncated_values": v, "mask": ~ends, "time_dim": time_dim}
-            fused.gae_with_moments(r, v, ends, gamma=0.9, lam=0.9, **given)
-            fused.gae(r, v, ends, gamma=0.9, lam=0.9, time_dim=time_dim)
+        fused.gae(r, v, ends, gamma=0.9, lam=0.9, last_values=r[:, 0], truncated_values=v, mask=~ends)
+        fused.gae(r, v, ends, gamma=0.9, lam=0.9)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path):
     script = Path(__file__).with_name("compile_ahead.py")
     result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    for kernel in ("forward_kernel", "backward_kernel", "fold_kernel", "gae_kernel", "moments_kernel"):
+    for kernel in ("forward_kernel", "backward_kernel", "fold_kernel", "gae_kernel"):
         for target in ("sm_80", "sm_90", "gfx942"):
             assert f"{kernel} {target} ok" in result.stdout
     hopper = [line for line in result.stdout.splitlines() if " sm_90 ok" in line]

@@ -1,50 +1,55 @@
 """ppo_loss: its equations, its metrics, what the mask hides, and how micro-batches add up."""
 
+import collections
+from math import exp, expm1
+
 import pytest
 import torch
-from minirlhf_kernels import ppo_loss
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minirlhf_kernels import ppo_loss, reference
+from torch.library import opcheck
 
 F64, NAN = torch.float64, float("nan")
 TENSORS = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "entropy", "ref_logprobs")
 OPTIONS = {"clip_range": 0.2, "value_clip_range": 0.3, "value_coef": 0.7, "entropy_coef": 0.05, "kl_coef": 0.4}
 DIFFERENTIABLE = ("logprobs", "values", "entropy")
+pytestmark = pytest.mark.usefixtures("backend", "small_blocks")
+triton_only = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
-def batch(rows=4, columns=6, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    data = {name: torch.randn(rows, columns, dtype=F64, generator=g) for name in TENSORS}
+def batch(rows=4, columns=6, seed=0, dtype=F64):
+    torch.manual_seed(seed)
+    data = {name: torch.randn(rows, columns, dtype=F64) for name in TENSORS}
     data["logprobs"] = data["old_logprobs"] + 0.3 * data["logprobs"]
-    data["response_mask"] = torch.rand(rows, columns, generator=g) < 0.7
-    return data
+    return {k: v.to(dtype) for k, v in data.items()} | {"response_mask": torch.rand(rows, columns) < 0.7}
 
 
-def run(data, **options):
+def run(data, call=ppo_loss, **options):
+    """Loss, metrics and the gradients of what is differentiable."""
     data = {k: v.clone().requires_grad_(k in DIFFERENTIABLE) for k, v in data.items()}
-    loss, metrics = ppo_loss(**data, **(OPTIONS | options))
-    grads = torch.autograd.grad(loss, [data[k] for k in DIFFERENTIABLE])
-    return loss, metrics, grads
+    loss, metrics = call(**data, **(OPTIONS | options))
+    return loss, metrics, torch.autograd.grad(loss, [data[k] for k in DIFFERENTIABLE if k in data])
 
 
 def one_by_one(data, denominator):
     """Equation by equation over Python floats."""
-    from math import exp, expm1
-
-    total, metrics = 0.0, dict.fromkeys(("policy", "clip", "kl", "ratio", "value", "vclip", "entropy", "ref"), 0.0)
+    total, metrics = 0.0, collections.Counter()
     for position in data["response_mask"].nonzero().tolist():
         lp, old, adv, v, ov, ret, ent, ref = (float(data[name][tuple(position)]) for name in TENSORS)
         r = exp(lp - old)
         clipped = min(max(r, 0.8), 1.2)
-        metrics["policy"] += -min(r * adv, clipped * adv)
-        metrics["clip"] += clipped * adv < r * adv
-        metrics["kl"] += (r - 1) - (lp - old)
-        metrics["ratio"] += r
+        metrics["policy/loss"] += -min(r * adv, clipped * adv)
+        metrics["policy/clip_fraction"] += clipped * adv < r * adv
+        metrics["policy/approx_kl"] += (r - 1) - (lp - old)
+        metrics["policy/ratio_mean"] += r
         near = ov + min(max(v - ov, -0.3), 0.3)
-        metrics["value"] += 0.5 * max((v - ret) ** 2, (near - ret) ** 2)
-        metrics["vclip"] += (near - ret) ** 2 > (v - ret) ** 2
-        metrics["entropy"] += ent
-        metrics["ref"] += expm1(ref - lp) + lp - ref
+        metrics["value/loss"] += 0.5 * max((v - ret) ** 2, (near - ret) ** 2)
+        metrics["value/clip_fraction"] += (near - ret) ** 2 > (v - ret) ** 2
+        metrics["policy/entropy"] += ent
+        metrics["policy/ref_kl"] += expm1(ref - lp) + lp - ref
         total += 0.4 * 0.5 * (lp - ref) ** 2
-    total += metrics["policy"] + 0.7 * metrics["value"] - 0.05 * metrics["entropy"]
+    total += metrics["policy/loss"] + 0.7 * metrics["value/loss"] - 0.05 * metrics["policy/entropy"]
     return total / denominator, {k: v / denominator for k, v in metrics.items()}
 
 
@@ -54,16 +59,11 @@ def test_every_term_and_metric_by_hand():
     loss, metrics, _ = run(data)
     expected, by_hand = one_by_one(data, count)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
-    names = {
-        "policy/loss": "policy", "policy/clip_fraction": "clip", "policy/approx_kl": "kl", "policy/ratio_mean": "ratio",
-        "value/loss": "value", "value/clip_fraction": "vclip", "policy/entropy": "entropy", "policy/ref_kl": "ref",
-    }  # fmt: skip
-    for name, key in names.items():
-        assert metrics[name].item() == pytest.approx(by_hand[key], rel=1e-12), name
-        assert metrics[name].dim() == 0 and not metrics[name].requires_grad
-    ratio = (data["logprobs"] - data["old_logprobs"]).exp()[data["response_mask"]]
-    assert metrics["policy/ratio_max"].item() == pytest.approx(ratio.max().item())
-    assert set(metrics) == {*names, "policy/ratio_max"}
+    by_hand["policy/ratio_max"] = (data["logprobs"] - data["old_logprobs"]).exp()[data["response_mask"]].max().item()
+    assert set(metrics) == set(by_hand)
+    for name, metric in metrics.items():
+        assert metric.item() == pytest.approx(by_hand[name], rel=1e-12), name
+        assert metric.dim() == 0 and not metric.requires_grad
     assert 0 < metrics["policy/clip_fraction"] < 1 and 0 < metrics["value/clip_fraction"] < 1
 
 
@@ -92,12 +92,22 @@ def test_the_first_minibatch_of_the_first_epoch():
 def test_garbage_under_the_mask_changes_nothing(garbage):
     data = batch()
     loss, metrics, grads = run(data)
-    for name in TENSORS:
-        data[name] = torch.where(data["response_mask"], data[name], garbage)
-    same, same_metrics, same_grads = run(data)
+    dirty = {k: torch.where(data["response_mask"], v, garbage) for k, v in data.items() if k != "response_mask"}
+    same, same_metrics, same_grads = run(data | dirty)
     assert torch.equal(loss, same)
     assert all(torch.equal(metrics[k], same_metrics[k]) for k in metrics)
     assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_nan_in_a_token_that_counts_reaches_the_loss_and_the_metrics(name):
+    data = batch()
+    data["response_mask"][0, 0] = True
+    data[name][0, 0] = NAN
+    loss, metrics = ppo_loss(**data, **OPTIONS)
+    assert loss.isnan()
+    if name in ("logprobs", "old_logprobs"):
+        assert metrics["policy/ratio_max"].isnan() and metrics["policy/ratio_mean"].isnan()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -139,27 +149,21 @@ def test_a_far_policy_gives_finite_gradients_where_the_clip_acts():
     assert loss.isfinite() and (logprobs.grad == 0).all()
 
 
-def values_within_reach():
-    """Values near their old ones in float32, where old + (value - old) is often not quite the value."""
-    torch.manual_seed(0)
-    data = {name: torch.randn(2, 500) for name in ("logprobs", "advantages", "old_values", "returns")}
-    data |= {"values": 0.1 * torch.randn(2, 500), "old_logprobs": data["logprobs"]}
-    data["old_values"] *= 0.1
+def test_a_value_within_reach_is_not_counted_as_clipped():
+    """In float32 old + (value - old) is often not quite the value."""
+    data = batch(2, 500, dtype=torch.float32)
+    data |= {"values": 0.1 * data["values"], "old_values": 0.1 * data["old_values"]}
+    data = {k: data[k] for k in ("logprobs", "old_logprobs", "advantages", "response_mask", "values", "old_values")}
+    data["returns"] = torch.randn(2, 500)
     move = data["values"] - data["old_values"]
     assert move.abs().max() < 1.0 and (data["old_values"] + move != data["values"]).any()
-    return data | {"response_mask": torch.ones(2, 500, dtype=torch.bool)}
-
-
-def test_a_value_within_reach_is_not_counted_as_clipped():
-    data = values_within_reach()
     _, metrics = ppo_loss(**data, value_clip_range=1.0)
     assert metrics["value/clip_fraction"] == 0
     assert metrics["value/loss"] == ppo_loss(**data)[1]["value/loss"]
 
 
 def test_half_precision_is_read_as_float32():
-    data = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch().items()}
-    loss, metrics = ppo_loss(**data, **OPTIONS)
+    loss, metrics = ppo_loss(**batch(dtype=torch.bfloat16), **OPTIONS)
     assert loss.dtype == torch.float32 and metrics["policy/approx_kl"].dtype == torch.float32
 
 
@@ -175,7 +179,75 @@ def test_what_is_refused():
         ({"clip_range": 0.0}, "clip_range must be above 0"),
         ({"advantages": data["advantages"][:, :1]}, "advantages must have response_mask's shape"),
         ({"response_mask": data["response_mask"].double()}, "response_mask must be bool"),
-        ({"response_mask": torch.zeros(4, 6, dtype=torch.bool)}, "no token counts"),
     ):
         with pytest.raises(ValueError, match=message):
             ppo_loss(**(need | options))
+    if not need["logprobs"].is_cuda:  # there a look at the mask would stop the host
+        with pytest.raises(ValueError, match="no token counts"):
+            ppo_loss(**(need | {"response_mask": torch.zeros(4, 6, dtype=torch.bool)}))
+
+
+# ---------------------------------------------------------------- Triton against the reference
+
+
+@triton_only
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 14),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    absent=st.sets(st.sampled_from(["values", "old_values", "entropy", "ref_logprobs"])),
+    denominator=st.sampled_from([None, float, torch.tensor]),
+    view=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_equals_the_reference_in_float64(rows, columns, dtype, absent, denominator, view, seed):
+    absent = absent | {"old_values", "returns"} if "values" in absent else absent
+    data = {k: v for k, v in batch(rows, columns, seed, dtype).items() if k not in absent}
+    data["response_mask"][0, 0] = True
+    data |= {k: torch.where(data["response_mask"], v, NAN) for k, v in data.items() if k != "response_mask"}
+    if view:
+        data = {name: x.t().contiguous().t() for name, x in data.items()}
+    off = {"old_values": ("value_clip_range", None), "entropy": ("entropy_coef", 0), "ref_logprobs": ("kl_coef", 0)}
+    options = {"denominator": denominator and denominator(7.5)} | dict(off[name] for name in absent & set(off))
+    wide = {k: v.double() if v.dtype == dtype else v for k, v in data.items()}
+    loss, metrics, grads = run(data, **options)
+    exact, exact_metrics, exact_grads = run(wide, reference.ppo_loss, **options)
+    assert set(metrics) == set(exact_metrics) and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    for name, metric in metrics.items():
+        assert metric.dim() == 0 and not metric.requires_grad
+        # A clip decided the other way in the last bit would show as a whole token: the data never sits on the edge.
+        torch.testing.assert_close(metric.double(), exact_metrics[name], rtol=1e-5, atol=1e-6, msg=name)
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-2, 1e-4)
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=rtol, atol=atol)
+
+
+@triton_only
+def test_the_ticket_is_back_at_zero_after_every_call(monkeypatch):
+    """Two programs or thirty: the last one adds up, once, and leaves the counter as it found it."""
+    ticket = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr("minirlhf_kernels.fused.ppo._ticket", lambda device: ticket)
+    data = batch(10, 48)
+    losses = [ppo_loss(**data, **OPTIONS)[0] for _ in range(3)]
+    assert ticket.item() == 0 and losses[0] == losses[1] == losses[2]
+    torch.testing.assert_close(losses[0], reference.ppo_loss(**data, **OPTIONS)[0])
+
+
+@triton_only
+@pytest.mark.parametrize("denominator", [(None, None), (7.0, None), (None, 7.0)])
+def test_the_operators_are_registered_as_they_behave(denominator):
+    from minirlhf_kernels.fused import ppo
+
+    tensor = None if denominator[0] is None else torch.tensor(denominator[0])
+    data = {k: v.requires_grad_(k in DIFFERENTIABLE) for k, v in batch().items()}
+    names = ("logprobs", "old_logprobs", "advantages", "response_mask", "values", "old_values", "returns", "entropy")
+    given = tuple(data[name] for name in (*names, "ref_logprobs"))
+    rest = tensor, denominator[1]
+    opcheck(ppo.forward_op, (*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest))
+    opcheck(ppo.forward_op, (*given[:4], None, None, None, None, None, 0.2, None, 0.5, 0.0, 0.0, *rest))
+    with torch.no_grad():
+        loss, metrics, a, b = ppo.forward_op(*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest)
+        opcheck(ppo.backward_op, (loss, metrics, given[3], a, b, 0.05, torch.float32, None, torch.float64))

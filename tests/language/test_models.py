@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minirlhf.errors import CheckpointError, UserError
+from minirlhf.language import models
 from minirlhf.language.models import (
     ModelConfig,
     clone,
@@ -101,6 +102,55 @@ def test_temperature_and_entropy(causal) -> None:
     torch.testing.assert_close(logprobs[:, :real], picked[:, :real], atol=1e-5, rtol=0)
     full = -(expected.exp() * expected).sum(-1)
     torch.testing.assert_close(entropy[:, :real], full[:, :real], atol=1e-4, rtol=1e-5)
+
+
+def test_where_logits_are_dear_the_head_s_weight_gives_the_same(causal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on the CPU: values, entropy and every gradient without [B, T, V] logits."""
+    monkeypatch.setattr(models, "can_pack", lambda model: False)
+    rows = [torch.cat((row, row.roll(2, 1))) for row in padded(3, 2)]  # padding at either end
+
+    def results():
+        causal.zero_grad()
+        logprobs, entropy = response_logprobs_and_entropy(causal, *rows, 0.7)
+        alone = response_logprobs(causal, *rows, 0.7)
+        (logprobs.square().sum() + entropy.sum() + alone.sum()).backward()
+        return [logprobs, entropy, alone, *(parameter.grad.clone() for parameter in causal.parameters())]
+
+    expected = results()
+    monkeypatch.setattr(models, "LOGITS_ARE_DEAR", {"cpu"})
+    monkeypatch.setattr(models, "response_logits", None)  # nobody may ask for them
+    for got, exact in zip(results(), expected, strict=True):
+        assert exact.abs().max() > 1e-3
+        torch.testing.assert_close(got, exact, atol=1e-5 * exact.abs().max().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bent"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Phi", {}),  # a head with a bias
+        ("Granite", None),
+        ("Qwen2", None),
+    ],
+)
+def test_a_head_that_does_more_than_multiply_keeps_its_logits(kind, bent, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=101, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=2, eos_token_id=1, **(bent or {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        expected = response_logprobs(model, *padded(2, 1))
+        monkeypatch.setattr(models, "LOGITS_ARE_DEAR", {"cpu"})
+        assert (models.bare_head(model) is None) == (bent is not None)
+        torch.testing.assert_close(response_logprobs(model, *padded(2, 1)), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_score_is_read_by_the_mask_and_not_by_the_pad_token(causal) -> None:

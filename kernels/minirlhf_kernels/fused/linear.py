@@ -3,8 +3,8 @@
 [rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
 vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
 the row kernel reads them as the one of logprobs.py does, and merges a row's sums with those of the slabs before.
-After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient
-where it lies, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab.
+After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient,
+and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab and its gradient.
 
 Both gradients are accumulated in float32, the weight's slab by slab (a slab of [V, H] is finished before the next one
 begins) and the hidden states' over all slabs: in bfloat16 small terms would be lost, one slab after the other.

@@ -177,8 +177,8 @@ def backward_kernel(
     """A program a few blocks of a row: p again from its logits, then (1 - p at the token, -p elsewhere) / temperature.
 
     The entropy adds -p (log p + H) / temperature: in all p times a line in log p. `logits` may hold columns
-    first_column ... of a longer row (the linear op's chunks). The gradient may be written over the logits: each program
-    reads only what it writes. ALIKE: grads begin their rows between two multiples of 16 bytes where logits do.
+    first_column ... of a longer row (the linear op's chunks). ALIKE: grads begin their rows between two multiples of 16
+    bytes where logits do.
     """
     row = tl.program_id(0)
     token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
@@ -248,15 +248,13 @@ def launch_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
-    inplace: bool = False,
     out: Tensor | None = None,
     first_column: int = 0,
     vocabulary: int | None = None,
 ) -> Tensor:
-    """The gradient with respect to logits, in their type; written over them in place, or into `out`, on request."""
+    """The gradient with respect to logits, in their type; into `out` on request."""
     x, inner, outer_stride, row_stride = as_rows(logits)
-    if out is None:
-        out = logits if inplace and x is logits else room_like(x)
+    out = room_like(x) if out is None else out
     _, _, grad_outer_stride, grad_row_stride = as_rows(out)
     rows, columns = tokens.numel(), logits.shape[-1]
     ups = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
@@ -281,7 +279,7 @@ def launch_backward(
 
 
 def launch_forward(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool, inplace: bool
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [4, rows]."""
     if not tokens.is_cuda:
@@ -311,10 +309,10 @@ def launch_forward(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tokens, mask, temperature, _, inplace = inputs
+    logits, tokens, mask, temperature, _ = inputs
     _, entropy, stats = output
     ctx.save_for_backward(logits, tokens, mask, entropy, stats)
-    ctx.temperature, ctx.inplace, ctx.spent = temperature, inplace, False
+    ctx.temperature = temperature
     ctx.set_materialize_grads(False)
 
 
@@ -329,13 +327,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        if ctx.spent:
-            raise RuntimeError("inplace_backward=True has overwritten the logits: this backward can run only once")
-        ctx.spent = ctx.inplace
-        logits, tokens, mask, entropy, stats = ctx.saved_tensors
-        of = grads[0], grads[1]
-        grad = launch_backward(logits, tokens, mask, entropy, stats, *of, ctx.temperature, ctx.inplace)
-        return grad, None, None, None, None, None
+        grad = launch_backward(*ctx.saved_tensors, grads[0], grads[1], ctx.temperature)
+        return grad, None, None, None, None
 
 
 @torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=())
@@ -363,7 +356,7 @@ forward_op = torch.library.custom_op("minirlhf::token_logprobs", launch_forward,
 
 @forward_op.register_fake
 def _(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool, inplace: bool
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     new = functools.partial(torch.empty, dtype=compute_dtype(logits), device=logits.device)
     return new(tokens.shape), new(tokens.shape if want_entropy else (0,)), new((4, tokens.numel()))
@@ -372,7 +365,7 @@ def _(
 def _backward_of_op(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_entropy = grads[1] if ctx.saved_tensors[3].numel() else None
     grad = backward_op(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature)
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None
 
 
 forward_op.register_autograd(_backward_of_op, setup_context=setup_context)
@@ -385,11 +378,10 @@ def token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     return_entropy: bool = False,
-    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.token_logprobs` in two kernels. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
     temperature = _checked_temperature(temperature)
     _check_tokens(tokens, mask, logits.shape[:-1])
     call = forward_op if torch.compiler.is_compiling() else TokenLogprobs.apply
-    logprobs, entropy, _ = call(logits, tokens, mask, temperature, return_entropy, inplace_backward)
+    logprobs, entropy, _ = call(logits, tokens, mask, temperature, return_entropy)
     return (logprobs, entropy) if return_entropy else logprobs

@@ -70,19 +70,12 @@ def _values(rows: Rows, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        tokens: Tensor,
-        which: Tensor | None,
-        temperature: float,
-        want_entropy: bool,
-        inplace: bool,
+        ctx: Any, logits: Tensor, tokens: Tensor, which: Tensor | None, temperature: float, want_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        rows = read(_flat(logits), tokens.reshape(-1, 1), which, temperature, want_entropy, keep=not inplace)
+        rows = read(_flat(logits), tokens.reshape(-1, 1), which, temperature, want_entropy, keep=True)
         kept, rows.kept = rows.kept, None  # one [..., V] tensor waits, where autograd frees it after the backward
         ctx.save_for_backward(logits if kept is None else None, kept, tokens)  # tokens: an error if written over
-        ctx.rows, ctx.inplace = rows, inplace
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        ctx.rows, ctx.shape, ctx.dtype = rows, logits.shape, logits.dtype
         ctx.set_materialize_grads(False)
         # Copies: what the caller writes into them must not change what the backward reads.
         logprobs, entropy = _values(rows, tokens)
@@ -93,17 +86,14 @@ class _TokenLogprobs(torch.autograd.Function):
         _refuse_second_derivative()
         logits, kept, _ = ctx.saved_tensors
         logits, which = None if logits is None else logits.detach(), ctx.rows.which
-        over = logits if ctx.inplace and logits is not None and logits.is_contiguous() else None
-        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.rows.rest.device) if over is None else over
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.rows.rest.device)
         if which is not None:
             counts = torch.zeros(grad.shape[:-1].numel(), dtype=torch.bool, device=grad.device)
             counts[which] = True
             _flat(grad)[~counts] = 0
         up, up_entropy = (None if g is None else g.reshape(-1, 1) for g in (grad_logprobs, grad_entropy))
         write_gradient(_flat(grad), ctx.rows, None if logits is None else _flat(logits), up, up_entropy, kept)
-        if ctx.inplace and over is None and logits is not None:
-            grad = logits.copy_(grad)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None
 
 
 def _flat(logits: Tensor) -> Tensor:
@@ -118,7 +108,6 @@ def token_logprobs(
     temperature: float = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
-    inplace_backward: bool = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
@@ -128,7 +117,6 @@ def token_logprobs(
     temperature: float = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
-    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
@@ -137,7 +125,6 @@ def token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     return_entropy: bool = False,
-    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability, in nats, that softmax(logits / temperature) gives each token.
 
@@ -148,8 +135,6 @@ def token_logprobs(
     Rows where mask is False or the token is -100 give 0 and no gradient, whatever their logits hold. Logits of -inf are
     tokens that cannot be drawn. `return_entropy=True` returns (logprobs, entropy), both [...]. Raises ValueError for a
     token outside [0, V) and for a temperature below 1e-38. Differentiable once; asking for a second derivative raises.
-    `inplace_backward=True` lets the backward write the gradient over the logits (no second [..., V] tensor): they are
-    lost, and it can run once.
 
     >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     >>> token_logprobs(logits, torch.tensor([1, 0]))
@@ -161,7 +146,7 @@ def token_logprobs(
     counted = _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])
     which = None if counted is None else counted.reshape(-1).nonzero().squeeze(-1)
     if logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy = _TokenLogprobs.apply(logits, tokens, which, temperature, return_entropy, inplace_backward)
+        logprobs, entropy = _TokenLogprobs.apply(logits, tokens, which, temperature, return_entropy)
     else:
         rows = read(_flat(logits), tokens.reshape(-1, 1), which, temperature, return_entropy, once=True)
         logprobs, entropy = _values(rows, tokens)
