@@ -12,7 +12,7 @@ from torch import Tensor
 from minirlhf.data import Comparison
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import real_response_logits
+from minirlhf.language.models import response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.settings import Count, Positive, Settings
 from minirlhf.training import generator_for, micro_batches
@@ -113,7 +113,7 @@ def sequence_kl(
     for group in micro_batches(samples.mask.sum(dim=1).tolist(), micro_batch_tokens):
         part = samples.rows(torch.tensor(group))
         logits, ref_logits = (
-            real_response_logits(m, part.tokens, part.mask, part.response_mask).float() / temperature
+            response_logits(m, part.tokens, part.mask, part.response_mask).float() / temperature
             for m in (model, reference)
         )
         token_kl = torch.zeros(part.response_mask.shape, device=logits.device)

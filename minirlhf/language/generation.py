@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.language.decoding import decoder_for
+from minirlhf.language.forward import decoder_for
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
 
