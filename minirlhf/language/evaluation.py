@@ -82,13 +82,14 @@ def answer(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = encode_prompts(tokenizer, texts) if texts else [list(map(int, prompt)) for prompt in prompts]
     for start in range(0, len(prompts), config.batch_size):
+        part = encoded[start : start + config.batch_size]
         samples = sample(
             model,
-            encoded[start : start + config.batch_size],
+            part,
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
             eos_id=tokenizer.eos_token_id,
-            generator=generator_for(seed, "answer", start, device=model.device),
+            generator=[generator_for(seed, "answer", start + place) for place in range(len(part))],
             temperature=config.temperature,
             greedy=greedy,
         )

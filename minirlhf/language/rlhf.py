@@ -216,7 +216,7 @@ def train_rlhf(
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
             eos_id=tokenizer.eos_token_id,
-            generator=generator_for(seed, "rlhf/sample", step, device=policy.device),
+            generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
             temperature=config.temperature,
         )
         texts = [prompts[row] for row in rows]
