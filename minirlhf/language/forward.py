@@ -75,7 +75,7 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: 
         mask: [B, T] bool, True at real tokens.
         wanted: [B, T] bool, True at W of the real tokens.
     """
-    model = without_adapter(model)
+    model, mask = without_adapter(model), mask.bool()
     if is_plain_llama(model):
         packed = llama.pack(tokens, mask)
         attend = llama.causal(packed, len(tokens))
@@ -86,7 +86,7 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: 
 
 def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
     """Logits of the token after each wanted one, row by row: [W, V]. Arguments as in `hidden_states`."""
-    model = without_adapter(model)
+    model, mask = without_adapter(model), mask.bool()
     if is_plain_llama(model):
         return model.lm_head(hidden_states(model, tokens, mask, wanted))
     last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that is wanted anywhere
