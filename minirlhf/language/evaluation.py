@@ -12,7 +12,7 @@ from torch import Tensor
 from minirlhf.data import Comparison
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import real_response_logits
+from minirlhf.language.models import response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.settings import Count, Positive, Settings
 from minirlhf.training import generator_for, micro_batches
@@ -82,13 +82,14 @@ def answer(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = encode_prompts(tokenizer, texts) if texts else [list(map(int, prompt)) for prompt in prompts]
     for start in range(0, len(prompts), config.batch_size):
+        part = encoded[start : start + config.batch_size]
         samples = sample(
             model,
-            encoded[start : start + config.batch_size],
+            part,
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
             eos_id=tokenizer.eos_token_id,
-            generator=generator_for(seed, "answer", start, device=model.device),
+            generator=[generator_for(seed, "answer", start + place) for place in range(len(part))],
             temperature=config.temperature,
             greedy=greedy,
         )
@@ -113,7 +114,7 @@ def sequence_kl(
     for group in micro_batches(samples.mask.sum(dim=1).tolist(), micro_batch_tokens):
         part = samples.rows(torch.tensor(group))
         logits, ref_logits = (
-            real_response_logits(m, part.tokens, part.mask, part.response_mask).float() / temperature
+            response_logits(m, part.tokens, part.mask, part.response_mask).float() / temperature
             for m in (model, reference)
         )
         token_kl = torch.zeros(part.response_mask.shape, device=logits.device)

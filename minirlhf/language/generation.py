@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf.language.decoding import decoder_for
+from minirlhf.language.forward import decoder_for
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
 
@@ -82,11 +82,14 @@ def sample(
     max_new_tokens: int,
     pad_id: int,
     eos_id: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
 ) -> Samples:
     """Answer every prompt.
+
+    The random numbers of a row are its own, one for each of its tokens: an answer does not depend on which other rows
+    have ended. With a generator for each row it does not depend on how the rows are cut into batches either.
 
     Args:
         model: a causal model of transformers, in eval mode (dropout would make the log-probabilities lie).
@@ -94,7 +97,7 @@ def sample(
         max_new_tokens: responses are cut after so many tokens.
         pad_id: fills the gaps; must differ from eos_id.
         eos_id: ends a response.
-        generator: of the random numbers; not needed when greedy.
+        generator: of the random numbers, on the CPU; one for all rows, or one for each. Not needed when greedy.
         temperature: logits are divided by it before sampling; the kept log-probabilities are those of that
             distribution.
         greedy: take the most likely token instead of sampling.
@@ -129,9 +132,10 @@ def sample(
     decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
     alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
+    chances = _chances(generator, rows, max_new_tokens).to(device)
     logits = decoder.prompt()
     for step in range(max_new_tokens):
-        token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, generator)
+        token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, chances[alive, step])
         response_tokens[alive, step] = token.where(running, pad_id)
         response_mask[alive, step] = running
         logprobs[alive, step] = token_logprobs(logits, token, temperature=temperature).where(running, 0.0)
@@ -156,18 +160,24 @@ def sample(
     )
 
 
-def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row from softmax(logits): [B, V] -> [B] int64, by inversion of the distribution function.
+def _chances(generator: torch.Generator | Sequence[torch.Generator] | None, rows: int, tokens: int) -> Tensor:
+    """[rows, tokens] float64 from [0, 1)."""
+    if isinstance(generator, Sequence):
+        return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=own) for own in generator])
+    return torch.rand(rows, tokens, dtype=torch.float64, generator=generator)
 
-    One random number a row (torch.multinomial takes one a token of the vocabulary, and on a CPU most of a sampling
-    step's time). Sums are in float64, where a token of probability 1e-12 still has its share; one of probability 0 is
-    never drawn.
+
+def draw(logits: Tensor, chances: Tensor) -> Tensor:
+    """One token per row from softmax(logits), by inversion of the distribution function: [B, V] -> [B] int64.
+
+    `chances` [B] float64 are uniform in [0, 1). Sums are in float64, where a token of probability 1e-12 still has its
+    share; one of probability 0 is never drawn.
 
     Raises:
         ValueError: a row has no distribution: it holds NaN or +inf, or nothing but -inf.
 
     Example:
-        >>> draw(torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])).tolist()
+        >>> draw(torch.tensor([[0.0, 0.0], [-torch.inf, 0.0]]), torch.tensor([0.4, 0.1], dtype=torch.float64)).tolist()
         [0, 1]
     """
     below = logits.softmax(dim=-1).double().cumsum(dim=-1)
@@ -177,6 +187,6 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
             f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits hold NaN or +inf, or nothing but -inf; "
             "no token can be drawn. Look at the model's weights and at what masks its logits"
         )
-    chosen = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     # Strictly below the sum of all, which rounding may have left on either side of 1.
-    return torch.searchsorted(below, chosen * (1 - 2**-50) * below[:, -1:], right=True).squeeze(1)
+    chosen = chances[:, None] * (1 - 2**-50) * below[:, -1:]
+    return torch.searchsorted(below, chosen, right=True).squeeze(1)

@@ -9,7 +9,6 @@ Any decoder of transformers will do; `tiny_llama` makes the small one that the c
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError
-from minirlhf.language.packed import can_pack, hidden_states, pack
+from minirlhf.language.forward import bare_head, hidden_states, next_token_logits
 from minirlhf.language.surprise import ScalarModel, add_empty_surprise, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BYTES = 256  # every byte-level BPE has a token for each
-LOGITS_ARE_DEAR = {"cuda"}
-"""Device types where a step's [B, T, V] logits are never made whole: they would outweigh the model itself."""
 
 
 @dataclass(frozen=True)
@@ -196,109 +193,55 @@ def _check_scalar(model: PreTrainedModel) -> None:
         )
 
 
-def _inputs(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Model inputs for padded tokens. Without position_ids a left-padded GPT-2 is off by whole logits."""
-    inputs = {"input_ids": tokens, "attention_mask": mask.long()}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = positions(mask)
-    return inputs
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones: [B, T] bool or int -> [B, T] int64.
-
-    Example:
-        >>> positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
-        [[0, 0, 0, 1, 2]]
-    """
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_length: int) -> Tensor:
-    """Logits that predict the last ``response_length`` tokens: [B, P + T] -> [B, T, V].
-
-    Column t of the result was computed from the tokens before response token t: the shift by one is made here, and for
-    packed rows in `real_response_logits`. The last token predicts nothing that is asked for, so it does not enter.
-    """
-    out = model(**_inputs(model, tokens[:, :-1], mask[:, :-1]), use_cache=False, logits_to_keep=response_length)
-    return out.logits[:, -response_length:]
-
-
-def response_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_length: int) -> Tensor:
-    """The body's hidden states that `response_logits` are made of: [B, P + T] -> [B, T, D]."""
-    body = model.base_model
-    out = body(**_inputs(body, tokens[:, :-1], mask[:, :-1]), use_cache=False)
-    return out.last_hidden_state[:, -response_length:]
-
-
-def bare_head(model: PreTrainedModel) -> Tensor | None:
-    """The weight [V, D] that alone makes logits of hidden states, on a device where logits are dear; else None.
-
-    None too where something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
-    """
-    head = model.get_output_embeddings()
-    if model.device.type not in LOGITS_ARE_DEAR or type(head) is not nn.Linear or head.bias is not None:
-        return None
-    settings = model.config.get_text_config().to_dict().items()
-    shaped = any(("logit" in name or "lm_head" in name) and value not in (None, False, 1) for name, value in settings)
-    return None if shaped or list(model.children()) != [model.base_model, head] else head.weight
+def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+    """Logits that predict each response token: [W, V], in the order of response_mask [B, T]. Arguments as below."""
+    return next_token_logits(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
 
 
 def response_logprobs(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
-) -> Tensor:
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    *,
+    return_entropy: bool = False,
+) -> Any:
     """Log-probability of each response token, teacher-forced: [B, T] float32, 0 where response_mask is False.
 
     Args:
         model: a causal model.
-        tokens: [B, P + T] with every response token among the last T columns. Padding may stand at either end of a
-            row, not within it.
-        mask: [B, P + T] True at real tokens.
-        response_mask: [B, T] True at response tokens, EOS included.
+        tokens: [B, P + T] with every response token among the last T columns. Padding may be at either end of a row,
+            not within it.
+        mask: [B, P + T] bool, True at real tokens.
+        response_mask: [B, T] bool, True at response tokens, EOS included.
         temperature: the one that the response was sampled with.
+        return_entropy: also give the entropy, in nats, of the distribution that each token was drawn from, [B, T].
+
+    Raises:
+        ValueError: a response token has no token before it.
     """
+    targets = tokens[:, -response_mask.shape[1] :][response_mask]  # [W]
+    options: dict[str, Any] = {"temperature": temperature, "return_entropy": return_entropy}
+    head = bare_head(model)
+    if head is None:
+        out = token_logprobs(response_logits(model, tokens, mask, response_mask), targets, **options)
+    else:
+        states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
+        out = linear_token_logprobs(states, head, targets, **options)
+    if return_entropy:
+        return _spread(out[0], response_mask), _spread(out[1], response_mask)
+    return _spread(out, response_mask)
+
+
+def _before(mask: Tensor, response_mask: Tensor) -> Tensor:
+    """The token before each response token, which predicts it: [B, P + T - 1] bool. The shift by one is made here."""
     length = response_mask.shape[1]
-    if can_pack(model):
-        logits = real_response_logits(model, tokens, mask, response_mask)
-        logprobs = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature)
-        return _spread(logprobs, response_mask)
-    targets, head = tokens[:, -length:], bare_head(model)
-    if head is not None:
-        states = response_states(model, tokens, mask, length)
-        return linear_token_logprobs(states, head, targets, temperature=temperature, mask=response_mask)
-    logits = response_logits(model, tokens, mask, length)
-    return token_logprobs(logits, targets, temperature=temperature, mask=response_mask)
-
-
-def response_logprobs_and_entropy(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """`response_logprobs`, and the entropy in nats of the distribution each token was drawn from; both [B, T]."""
-    length = response_mask.shape[1]
-    if can_pack(model):
-        logits = real_response_logits(model, tokens, mask, response_mask)
-        both = token_logprobs(logits, tokens[:, -length:][response_mask], temperature=temperature, return_entropy=True)
-        return _spread(both[0], response_mask), _spread(both[1], response_mask)
-    targets, head = tokens[:, -length:], bare_head(model)
-    if head is not None:
-        states = response_states(model, tokens, mask, length)
-        return linear_token_logprobs(
-            states, head, targets, temperature=temperature, mask=response_mask, return_entropy=True
-        )
-    logits = response_logits(model, tokens, mask, length)
-    return token_logprobs(logits, targets, temperature=temperature, mask=response_mask, return_entropy=True)
-
-
-def real_response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
-    """`response_logits` at the W response tokens alone: [W, V], in the order of response_mask [B, T]."""
-    if not can_pack(model):
-        return response_logits(model, tokens, mask, response_mask.shape[1])[response_mask]
-    first = (mask.long().cumsum(dim=1) == 1)[:, -response_mask.shape[1] :]
-    if (first & response_mask).any():
+    before = torch.zeros_like(mask[:, :-1])
+    before[:, -length:] = response_mask
+    if (before & ~mask[:, :-1]).any():
         raise ValueError("a response token has no token before it, which could predict it: give every row a prompt")
-    packed = pack(tokens[:, :-1], mask[:, :-1])
-    before = packed.slots[:, -response_mask.shape[1] :][response_mask]  # the token before each
-    return model.lm_head(hidden_states(model.base_model, packed, before))
+    return before
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -312,15 +255,7 @@ def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: T
     With ``wanted`` [B, T] bool, true at some of the real tokens, the others are 0 too and may cost nothing.
     """
     wanted = mask.bool() if wanted is None else wanted
-    return _spread(_head(model, _states(model, tokens, mask, wanted)), wanted)
-
-
-def _states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
-    """The body's last hidden states at the True places of wanted [B, T], row by row: [W, D]."""
-    if can_pack(model):
-        packed = pack(tokens, mask)
-        return hidden_states(model.base_model, packed, packed.slots[wanted])
-    return model.base_model(**_inputs(model.base_model, tokens, mask), use_cache=False).last_hidden_state[wanted]
+    return _spread(_head(model, hidden_states(model, tokens, mask, wanted)), wanted)
 
 
 def _head(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -340,7 +275,7 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     last = torch.where(mask.bool(), columns, -1).amax(dim=1)
     if (last < 0).any():
         raise ValueError(f"row {int(last.argmin())} of {len(last)} has no real token, and so no score")
-    return _head(model, _states(model, tokens, mask, columns == last[:, None]))
+    return _head(model, hidden_states(model, tokens, mask, columns == last[:, None]))
 
 
 def answer_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
@@ -359,7 +294,7 @@ def answer_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor, starts: 
     last = columns == mask.sum(dim=1, keepdim=True) - 1
     before = torch.roll(answer, -1, dims=1)  # the token before each of the answer's
     before[:, -1] = False
-    states = _states(model, tokens, mask, before | last)
+    states = hidden_states(model, tokens, mask, before | last)
     is_last = last[before | last]
     own = model.surprise.vocabulary
     weight = model.get_input_embeddings().weight if own is None else own

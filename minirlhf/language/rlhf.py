@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
 from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import clone, response_logprobs, response_logprobs_and_entropy, token_values
+from minirlhf.language.models import clone, response_logprobs, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, scores_tensor
 from minirlhf.language.tokenization import decode, encode_prompts
@@ -216,7 +216,7 @@ def train_rlhf(
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
             eos_id=tokenizer.eos_token_id,
-            generator=generator_for(seed, "rlhf/sample", step, device=policy.device),
+            generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
             temperature=config.temperature,
         )
         texts = [prompts[row] for row in rows]
@@ -358,8 +358,8 @@ def _update(
 def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: float) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss on a few rows, divided by the count of tokens of the whole minibatch; and its metrics."""
     samples = part.samples
-    logprobs, entropy = response_logprobs_and_entropy(
-        learners.policy, samples.tokens, samples.mask, samples.response_mask, config.temperature
+    logprobs, entropy = response_logprobs(
+        learners.policy, samples.tokens, samples.mask, samples.response_mask, config.temperature, return_entropy=True
     )
     loss, metrics = ppo_loss(
         logprobs,

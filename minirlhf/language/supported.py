@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from minirlhf.errors import CheckpointError
+from minirlhf.language.forward import hidden_states, next_token_logits
 from minirlhf.language.generation import sample
-from minirlhf.language.models import response_logits, untrained_scalar
+from minirlhf.language.models import untrained_scalar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +34,11 @@ def check_model(model: PreTrainedModel) -> None:
     mask = torch.tensor([[False, False, *[True] * 4], [True] * 6])
     try:
         scalar.base_model.load_state_dict(model.base_model.state_dict(), assign=True)
-        early = response_logits(model, tokens[:, :-1], mask[:, :-1], 1)
-        later = response_logits(model, tokens, mask, 2)[:, :1]
+        third = torch.arange(6).expand(2, 6) == 3
+        early = next_token_logits(model, tokens[:, :4], mask[:, :4], third[:, :4])
+        later = next_token_logits(model, tokens, mask, third)
         sample(model, [[0], [0, 1]], max_new_tokens=2, pad_id=0, eos_id=1, greedy=True)
-        states = model.base_model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        states = hidden_states(model, tokens, mask, third)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{name} can't be trained here: {str(error).splitlines()[0]}") from error
     if states.shape[-1] != scalar.score.in_features:

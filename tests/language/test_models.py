@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from minirlhf.errors import CheckpointError, UserError
-from minirlhf.language import models
+from minirlhf.language import forward, models
+from minirlhf.language.forward import positions
 from minirlhf.language.models import (
     ModelConfig,
     clone,
     load_causal_model,
     load_scalar_model,
     pad,
-    positions,
     response_logits,
     response_logprobs,
-    response_logprobs_and_entropy,
     scalar_model_from,
     sequence_scores,
     tiny_llama,
@@ -68,8 +67,8 @@ def test_gpt2_without_positions_would_be_wrong(make_causal) -> None:
     model = make_causal("gpt2", seed=3, scale=8.0)
     tokens, mask, _ = padded(11, 0)
     bare = model(input_ids=tokens, attention_mask=mask.long()).logits[:, -5:-1]
-    ours = response_logits(model, tokens, mask, len(RESPONSE))
-    assert (bare - ours).abs().max() > 0.1
+    ours = response_logits(model, tokens, mask, torch.ones(1, len(RESPONSE), dtype=torch.bool))
+    assert (bare[0] - ours).abs().max() > 0.1
 
 
 def test_positions() -> None:
@@ -94,30 +93,28 @@ def test_logits_are_those_that_predict_the_token(causal) -> None:
 @torch.no_grad()
 def test_temperature_and_entropy(causal) -> None:
     tokens, mask, response_mask = padded(2, 3)
-    logprobs, entropy = response_logprobs_and_entropy(causal, tokens, mask, response_mask, 0.7)
-    logits = response_logits(causal, tokens, mask, response_mask.shape[1])
-    expected = (logits / 0.7).log_softmax(-1)
-    picked = expected.gather(-1, tokens[:, -response_mask.shape[1] :, None]).squeeze(-1)
-    real = len(RESPONSE)
-    torch.testing.assert_close(logprobs[:, :real], picked[:, :real], atol=1e-5, rtol=0)
+    logprobs, entropy = response_logprobs(causal, tokens, mask, response_mask, 0.7, return_entropy=True)
+    expected = (response_logits(causal, tokens, mask, response_mask) / 0.7).log_softmax(-1)  # [W, V]
+    picked = expected.gather(-1, torch.tensor(RESPONSE)[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs[response_mask], picked, atol=1e-5, rtol=0)
     full = -(expected.exp() * expected).sum(-1)
-    torch.testing.assert_close(entropy[:, :real], full[:, :real], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy[response_mask], full, atol=1e-4, rtol=1e-5)
+    assert not logprobs[~response_mask].any() and not entropy[~response_mask].any()
 
 
 def test_where_logits_are_dear_the_head_s_weight_gives_the_same(causal, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does, on the CPU: values, entropy and every gradient without [B, T, V] logits."""
-    monkeypatch.setattr(models, "can_pack", lambda model: False)
     rows = [torch.cat((row, row.roll(2, 1))) for row in padded(3, 2)]  # padding at either end
 
     def results():
         causal.zero_grad()
-        logprobs, entropy = response_logprobs_and_entropy(causal, *rows, 0.7)
+        logprobs, entropy = response_logprobs(causal, *rows, 0.7, return_entropy=True)
         alone = response_logprobs(causal, *rows, 0.7)
         (logprobs.square().sum() + entropy.sum() + alone.sum()).backward()
         return [logprobs, entropy, alone, *(parameter.grad.clone() for parameter in causal.parameters())]
 
     expected = results()
-    monkeypatch.setattr(models, "LOGITS_ARE_DEAR", {"cpu"})
+    monkeypatch.setattr(forward, "LOGITS_ARE_DEAR", {"cpu"})
     monkeypatch.setattr(models, "response_logits", None)  # nobody may ask for them
     for got, exact in zip(results(), expected, strict=True):
         assert exact.abs().max() > 1e-3
@@ -148,8 +145,8 @@ def test_a_head_that_does_more_than_multiply_keeps_its_logits(kind, bent, monkey
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
         expected = response_logprobs(model, *padded(2, 1))
-        monkeypatch.setattr(models, "LOGITS_ARE_DEAR", {"cpu"})
-        assert (models.bare_head(model) is None) == (bent is not None)
+        monkeypatch.setattr(forward, "LOGITS_ARE_DEAR", {"cpu"})
+        assert (forward.bare_head(model) is None) == (bent is not None)
         torch.testing.assert_close(response_logprobs(model, *padded(2, 1)), expected, atol=2e-5, rtol=1e-5)
 
 

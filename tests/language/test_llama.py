@@ -1,4 +1,4 @@
-"""The packed Llama computes what transformers computes: outputs, gradients, samples; and only where it may."""
+"""The Llama page computes what transformers computes: outputs, gradients, samples; and only where it may."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from minirlhf.language import decoding, models
-from minirlhf.language.decoding import CachedDecoder, PackedDecoder
+from minirlhf.language import forward, models
+from minirlhf.language.forward import LlamaDecoder, TransformersDecoder, hidden_states, is_plain_llama, positions
 from minirlhf.language.generation import draw, sample
-from minirlhf.language.layers import attention_groups
-from minirlhf.language.models import response_logits, response_logprobs_and_entropy, sequence_scores, token_values
-from minirlhf.language.packed import can_pack, hidden_states, pack
+from minirlhf.language.models import response_logprobs, sequence_scores, token_values
 from minirlhf.training import generator_for
 
 VOCABULARY = 50
@@ -48,10 +46,13 @@ def batches(drawn):
     return torch.randint(1, VOCABULARY, (rows, width)), mask
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+KINDS = {"plain": {}, "biases": {"bias": True}, "shared keys": {"num_attention_heads": 6, "num_key_value_heads": 2}}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=list(KINDS))
 def body(request):
     """A body in float64 throughout: transformers' norms and sines would go through float32 on the way."""
-    body = llama(bias=request.param).model
+    body = llama(**request.param).model
     inv_freq = body.rotary_emb.inv_freq.double()
 
     def rotary(x, position_ids):
@@ -65,56 +66,42 @@ def body(request):
     return body
 
 
+def states(body, tokens, mask, wanted):
+    packed = forward.llama.pack(tokens, mask)
+    attend = forward.llama.causal(packed, len(tokens))
+    return forward.llama.forward(body, packed.tokens, packed.positions, attend, wanted[mask])
+
+
 @settings(max_examples=60, deadline=None)
 @given(batch=batches(), seed=st.integers(0, 100))
 def test_hidden_states_and_gradients_are_those_of_transformers(body, batch, seed: int) -> None:
     tokens, mask = batch
     torch.manual_seed(seed)
     theirs = body(
-        input_ids=tokens, attention_mask=mask.long(), position_ids=models.positions(mask), use_cache=False
-    ).last_hidden_state[mask]
-    rows = pack(tokens, mask)
-    assert sum(rows.lengths) == len(rows.tokens) == int(mask.sum())
-    assert torch.equal(rows.tokens[rows.slots[mask]], tokens[mask])
-    ours = hidden_states(body, rows)[rows.slots[mask]]
-    torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
-
-    wanted = torch.rand(len(theirs)) < 0.4
-    wanted[-1] = True
-    upstream = torch.randn(int(wanted.sum()), theirs.shape[1], dtype=theirs.dtype)
-    few = hidden_states(body, rows, rows.slots[mask][wanted])
-    torch.testing.assert_close(few, ours[wanted])
+        input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+    ).last_hidden_state
+    wanted = mask & (torch.rand(mask.shape) < 0.4)
+    wanted[-1] = mask[-1]
+    torch.testing.assert_close(states(body, tokens, mask, mask), theirs[mask], atol=1e-11, rtol=0)
+    few = states(body, tokens, mask, wanted)
+    torch.testing.assert_close(few, theirs[wanted], atol=1e-11, rtol=0)
+    upstream = torch.randn_like(few)
     expected = torch.autograd.grad(theirs[wanted], list(body.parameters()), upstream)
     found = torch.autograd.grad(few, list(body.parameters()), upstream)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11 * float(b.abs().max()) + 1e-13, rtol=0)
 
 
-def test_gradients_through_the_whole_body_are_exact(body) -> None:
-    """float64 gradcheck, rows of several lengths in three groups, some tokens wanted."""
+def test_what_padding_holds_reaches_nobody(body) -> None:
     tokens, mask = torch.arange(1, 37).view(4, 9), torch.arange(9) < torch.tensor([[9], [6], [3], [1]])
-    rows = pack(tokens, mask)
-    assert len(attention_groups(rows.lengths, 3)) == 3
-    parameters = [body.embed_tokens.weight, body.layers[0].self_attn.q_proj.weight, body.layers[1].mlp.up_proj.weight]
-
-    def states(*_):
-        return hidden_states(body, rows, rows.slots[mask][::2])
-
-    assert torch.autograd.gradcheck(states, parameters, fast_mode=True)
+    other = torch.where(mask, tokens, 7)
+    assert torch.equal(states(body, tokens, mask, mask), states(body, other, mask, mask))
+    alone = states(body, tokens[2:3, :3], mask[2:3, :3], mask[2:3, :3])
+    torch.testing.assert_close(states(body, tokens, mask, mask)[15:18], alone, atol=1e-12, rtol=0)
 
 
-def test_what_a_gap_holds_reaches_nobody(body) -> None:
-    """A row that is padded with a copy of its last token is the same row alone."""
-    long, short = torch.arange(1, 18)[None], torch.tensor([[7, 9, 3, 4, 4, 8, 1, 2, 6] + [0] * 8])
-    both = pack(torch.cat([long, short]), torch.cat([long > 0, short > 0]))
-    groups = attention_groups(both.lengths, 3)
-    assert len(groups) == 1 and len(groups[0].gaps) == 8, "one group, so that the shorter row has a gap"
-    alone = pack(short[:, :9], short[:, :9] > 0)
-    torch.testing.assert_close(hidden_states(body, both)[17:], hidden_states(body, alone), atol=1e-12, rtol=0)
-
-
-def test_every_reading_takes_the_packed_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions of models.py, packed and not, give the same numbers; and the first really is packed."""
+def test_every_reading_takes_the_llama_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of models.py give the same numbers by it and by transformers; and the first really is by it."""
     causal, scalar = llama(dtype=torch.float32), llama(LlamaForSequenceClassification, torch.float32)
     torch.manual_seed(1)
     tokens, mask = torch.randint(1, VOCABULARY, (6, 15)), torch.ones(6, 15, dtype=torch.bool)
@@ -123,15 +110,11 @@ def test_every_reading_takes_the_packed_path(monkeypatch: pytest.MonkeyPatch) ->
     response_mask = mask[:, 8:]
 
     def readings():
-        logprobs, entropy = response_logprobs_and_entropy(causal, tokens, mask, response_mask, temperature=0.7)
-        only = models.response_logprobs(causal, tokens, mask, response_mask, temperature=0.7)
-        real = models.real_response_logits(causal, tokens, mask, response_mask)
         wanted = mask & (torch.arange(15) % 3 == 0)
         return (
-            logprobs,
-            entropy,
-            only,
-            real,
+            *response_logprobs(causal, tokens, mask, response_mask, temperature=0.7, return_entropy=True),
+            response_logprobs(causal, tokens, mask, response_mask, temperature=0.7),
+            models.response_logits(causal, tokens, mask, response_mask),
             token_values(scalar, tokens, mask, wanted),
             sequence_scores(scalar, tokens, mask),
         )
@@ -139,21 +122,20 @@ def test_every_reading_takes_the_packed_path(monkeypatch: pytest.MonkeyPatch) ->
     entered = []
     kind = type(causal.model)
     monkeypatch.setattr(kind, "forward", lambda *a, _f=kind.forward, **k: entered.append(1) or _f(*a, **k))
-    fast = readings()
+    page = readings()
     assert not entered, "transformers' forward was called"
-    monkeypatch.setattr(models, "can_pack", lambda model: False)
-    slow = readings()
+    monkeypatch.setattr(forward, "is_plain_llama", lambda model: False)
+    theirs = readings()
     assert len(entered) == 5
-    for a, b in zip(fast, slow, strict=True):
+    for a, b in zip(page, theirs, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
-    torch.testing.assert_close(fast[0], fast[2])
-    torch.testing.assert_close(fast[3], response_logits(causal, tokens, mask, 7)[response_mask], atol=2e-5, rtol=0)
+    torch.testing.assert_close(page[0], page[2])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_samples_are_those_of_transformers(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama(dtype=torch.float32, bias=bias)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_samples_are_those_of_transformers(kind: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(dtype=torch.float32, **kind)
     prompts = [[7, 19, 33, 4, 9], [5], [44, 2, 41], [9, 9], [12, 13, 14, 15, 16, 17, 18], [3, 47]] * 3
 
     def answers():
@@ -162,61 +144,70 @@ def test_samples_are_those_of_transformers(bias: bool, monkeypatch: pytest.Monke
         return sample(model, prompts, max_new_tokens=30, pad_id=0, eos_id=8, generator=generator, temperature=3.0)
 
     kinds = []
-    for kind in (PackedDecoder, CachedDecoder):
+    for kind in (LlamaDecoder, TransformersDecoder):
         monkeypatch.setattr(kind, "keep", lambda self, rows, _f=kind.keep: kinds.append(type(self)) or _f(self, rows))
-    packed_samples = answers()
-    assert set(kinds) == {PackedDecoder}
-    monkeypatch.setattr(decoding, "can_pack", lambda model: False)
+    ours = answers()
+    assert set(kinds) == {LlamaDecoder}
+    monkeypatch.setattr(forward, "is_plain_llama", lambda model: False)
     samples = answers()
-    assert set(kinds) == {PackedDecoder, CachedDecoder}
-    assert torch.equal(packed_samples.tokens, samples.tokens) and torch.equal(packed_samples.ended, samples.ended)
-    torch.testing.assert_close(packed_samples.logprobs, samples.logprobs, atol=2e-5, rtol=0)
+    assert set(kinds) == {LlamaDecoder, TransformersDecoder}
+    assert torch.equal(ours.tokens, samples.tokens) and torch.equal(ours.ended, samples.ended)
+    torch.testing.assert_close(ours.logprobs, samples.logprobs, atol=2e-5, rtol=0)
 
 
 def test_a_model_that_is_not_quite_a_llama_goes_through_transformers() -> None:
     plain = llama(dtype=torch.float32)
-    assert can_pack(plain) and can_pack(llama(LlamaForSequenceClassification, torch.float32))
-    assert can_pack(copy.deepcopy(plain))
-    assert not can_pack(copy.deepcopy(plain).train()), "it might drop out"
-    assert not can_pack(copy.deepcopy(plain).to(torch.bfloat16))
-    assert not can_pack(llama(dtype=torch.float32, num_attention_heads=4, num_key_value_heads=2))
-    assert not can_pack(llama(dtype=torch.float32, hidden_act="gelu"))
-    assert not can_pack(llama(dtype=torch.float32, hidden_size=1026)), "too wide to be quicker"
-    assert not can_pack(llama(dtype=torch.float32, is_causal=False))
-    shallow, half, partly, dropping = (copy.deepcopy(plain) for _ in range(4))
-    shallow.config.num_hidden_layers = 2
-    half.model.layers.to(torch.float16)
-    partly.model.layers[0].self_attn.v_proj.bias = torch.nn.Parameter(torch.zeros(24))
-    dropping.model.layers[1].self_attn.train()
-    assert not any(map(can_pack, (shallow, half, partly, dropping)))
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
-    assert not can_pack(llama(dtype=torch.float32, rope_parameters=scaled))
-
-    class Adapter(torch.nn.Linear):
-        pass
-
-    adapted = copy.deepcopy(plain)
-    adapted.model.layers[1].mlp.up_proj = Adapter(24, 40, bias=False)
-    assert not can_pack(adapted)
-    hooked = copy.deepcopy(plain)
-    handle = hooked.model.layers[2].self_attn.register_forward_hook(lambda *_: None)
-    assert not can_pack(hooked)
-    handle.remove()
-    assert can_pack(hooked)
-    for register in ("register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
-        handle = getattr(hooked, register)(lambda *_: None)
-        assert not can_pack(hooked), register
-        handle.remove()
-    assert can_pack(hooked)
-    hooked.model.layers[0].mlp.forward = lambda x: x
-    assert not can_pack(hooked)
+    for model in (
+        plain,
+        llama(LlamaForSequenceClassification, torch.float32),
+        copy.deepcopy(plain).to(torch.bfloat16),
+        llama(dtype=torch.float32, num_attention_heads=4, num_key_value_heads=2),
+        llama(dtype=torch.float32, hidden_act="gelu"),
+        llama(dtype=torch.float32, rope_parameters=scaled),
+    ):
+        assert is_plain_llama(model)
+    assert not is_plain_llama(copy.deepcopy(plain).train()), "it might drop out"
+    assert not is_plain_llama(llama(dtype=torch.float32, is_causal=False))
+    shallow, dropping, hooked = (copy.deepcopy(plain) for _ in range(3))
+    shallow.config.num_hidden_layers = 2
+    dropping.model.layers[1].self_attn.train()
+    assert not is_plain_llama(shallow) and not is_plain_llama(dropping)
+    for register in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        for module in (hooked, hooked.model, hooked.model.layers[2], hooked.model.layers[2].self_attn):
+            handle = getattr(module, register)(lambda *_: None)
+            assert not is_plain_llama(hooked), register
+            handle.remove()
+    assert is_plain_llama(hooked)
+    hooked.model.layers[0].self_attn.forward = lambda x: x
+    assert not is_plain_llama(hooked)
 
     class Capped(LlamaForCausalLM):
         """Logits of its own."""
 
-    assert not can_pack(llama(Capped, torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not can_pack(plain)
+    assert not is_plain_llama(llama(Capped, torch.float32))
+
+
+def test_an_adapter_or_a_hook_on_a_matrix_has_its_say() -> None:
+    model = llama(dtype=torch.float32)
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    adapter = Adapter(24, 40, bias=False)
+    adapter.weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj = adapter
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, x, out: out + 0.5)
+    assert is_plain_llama(model)
+    tokens, mask = torch.randint(1, VOCABULARY, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
+    theirs = model.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    torch.testing.assert_close(hidden_states(model, tokens, mask, mask), theirs[mask], atol=2e-5, rtol=0)
 
 
 def test_what_can_not_be_computed_is_refused() -> None:
@@ -228,9 +219,6 @@ def test_what_can_not_be_computed_is_refused() -> None:
     with pytest.raises(ValueError, match="row 1 of 2 has no real token"):
         sequence_scores(scalar, tokens, empty)
     assert token_values(scalar, tokens, torch.zeros_like(mask)).tolist() == [[0.0] * 4] * 2
-    weight = scalar.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(sequence_scores(scalar, tokens, mask).sum(), weight, create_graph=True)
 
 
 def test_a_broken_row_breaks_no_other() -> None:
@@ -238,7 +226,7 @@ def test_a_broken_row_breaks_no_other() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[9] = torch.nan
         tokens, mask = models.pad([[9, 9, 9], [5, 6], [7]], 0, side="left")
-        decoder = PackedDecoder(model, tokens, mask, 2)
+        decoder = LlamaDecoder(model, tokens, mask, 2)
         for logits in (decoder.prompt(), decoder.step(torch.tensor([3, 3, 3]))):
             assert logits.isnan().any(dim=1).tolist() == [True, False, False]
 
@@ -247,7 +235,8 @@ def test_draw_takes_each_token_as_often_as_it_should() -> None:
     """20,000 rows against the distribution, and never a token of probability 0, at the ends neither."""
     logits = torch.full((20_000, 9), -torch.inf)
     logits[:, 1:8] = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -3.0, 0.5, -8.0])
-    counts = torch.bincount(draw(logits, generator_for(0, "draw")), minlength=9).double()
+    chances = torch.rand(20_000, dtype=torch.float64, generator=generator_for(0, "draw"))
+    counts = torch.bincount(draw(logits, chances), minlength=9).double()
     expected = logits[0].softmax(-1).double() * 20_000
     assert counts[expected == 0].sum() == 0
     likely = expected > 5
@@ -256,13 +245,29 @@ def test_draw_takes_each_token_as_often_as_it_should() -> None:
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
-def test_draw_at_the_ends_of_the_unit_interval(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number, dtype=torch.float64))
+def test_draw_at_the_ends_of_the_unit_interval(number: float) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf], [3.0, 3.0, 3.0], [0.0, -torch.inf, -torch.inf]])
-    assert draw(logits).tolist() == [1, min(2, int(3 * number)), 0]
+    chances = torch.full((3,), number, dtype=torch.float64)
+    assert draw(logits, chances).tolist() == [1, min(2, int(3 * number)), 0]
 
 
 @pytest.mark.parametrize("row", [[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
 def test_a_row_without_a_distribution_is_named(row: list[float]) -> None:
     with pytest.raises(ValueError, match=r"row 1 of 2: .*no token can be drawn"):
-        draw(torch.tensor([[0.0, 0.0], row]))
+        draw(torch.tensor([[0.0, 0.0], row]), torch.zeros(2, dtype=torch.float64))
+
+
+def test_an_answer_depends_on_its_own_row_alone() -> None:
+    """Not on how the batch is cut, nor on which rows have ended: each row has a generator of its own."""
+    model = llama(dtype=torch.float64)
+    prompts = [[7, 19, 33], [5], [44, 2, 41, 8], [9, 9], [12, 13, 14], [3, 47]]
+
+    def answers(rows: list[int]) -> list[list[int]]:
+        generators = [generator_for(0, "answer", row) for row in rows]
+        options = {"max_new_tokens": 25, "pad_id": 0, "eos_id": 8, "temperature": 3.0}
+        return sample(model, [prompts[row] for row in rows], generator=generators, **options).responses()
+
+    together = answers(list(range(6)))
+    assert len({len(row) for row in together}) > 2, "rows end at different times"
+    assert answers([0, 1]) + answers([2]) + answers([3, 4, 5]) == together
+    assert answers([5, 3, 1]) == [together[5], together[3], together[1]]

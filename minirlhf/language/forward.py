@@ -1,0 +1,189 @@
+"""Hidden states and logits of any model of transformers, from padded rows of tokens; and one token at a time.
+
+What models differ in is known here alone: who computes (`llama.py` for a plain Llama on a CPU, transformers' own
+forward for all others), which of them take ``position_ids``, and where the body is under an adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf.language import llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_ARE_DEAR = {"cuda"}
+"""Device types where a step's [B, T, V] logits are never made whole: they would outweigh the model itself."""
+
+
+def is_plain_llama(model: PreTrainedModel) -> bool:
+    """Whether `llama.forward` computes a model: a Llama on a CPU whose forward nobody changed, in eval mode.
+
+    Its matrices and norms are called as modules, so that adapters in their place, and hooks on them, have their say.
+    """
+    from transformers.models.llama import modeling_llama as hf
+
+    base = model.base_model
+    if type(model) not in (hf.LlamaForCausalLM, hf.LlamaForSequenceClassification) or type(base) is not hf.LlamaModel:
+        return False
+    skipped = [model, base, *base.layers, *(layer.self_attn for layer in base.layers)]  # never called
+    kinds = {type(model), hf.LlamaModel, hf.LlamaDecoderLayer, hf.LlamaAttention}
+    plain = all(type(module) in kinds and not module.training and not _is_hooked(module) for module in skipped)
+    causal = getattr(model.config, "is_causal", True) and len(base.layers) == model.config.num_hidden_layers
+    return plain and causal and base.embed_tokens.weight.device.type == "cpu"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # or somebody's own forward
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers inside an adapter of peft, whose matrices it has already replaced; or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def inputs(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Model inputs for padded tokens. Without position_ids a left-padded GPT-2 is off by whole logits."""
+    found = {"input_ids": tokens, "attention_mask": mask.long()}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        found["position_ids"] = positions(mask)
+    return found
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones: [B, T] bool or int -> [B, T] int64.
+
+    Example:
+        >>> positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
+        [[0, 0, 0, 1, 2]]
+    """
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """The body's last hidden states at the wanted tokens, row by row: [W, D].
+
+    Args:
+        model: a causal or a scalar model.
+        tokens: [B, T] int64. Padding may be at either end of a row, not within it.
+        mask: [B, T] bool, True at real tokens.
+        wanted: [B, T] bool, True at W of the real tokens.
+    """
+    model, mask = without_adapter(model), mask.bool()
+    if is_plain_llama(model):
+        packed = llama.pack(tokens, mask)
+        attend = llama.causal(packed, len(tokens))
+        return llama.forward(model.base_model, packed.tokens, packed.positions, attend, wanted[mask])
+    body = model.base_model
+    return body(**inputs(body, tokens, mask), use_cache=False).last_hidden_state[wanted]
+
+
+def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """Logits of the token after each wanted one, row by row: [W, V]. Arguments as in `hidden_states`."""
+    model, mask = without_adapter(model), mask.bool()
+    if is_plain_llama(model):
+        return model.lm_head(hidden_states(model, tokens, mask, wanted))
+    last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that is wanted anywhere
+    out = model(**inputs(model, tokens, mask), use_cache=False, logits_to_keep=last)
+    return out.logits[:, -last:][wanted[:, -last:]]
+
+
+def bare_head(model: PreTrainedModel) -> Tensor | None:
+    """The weight [V, D] that alone makes logits of hidden states, on a device where logits are dear; else None.
+
+    None too where something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
+    """
+    model = without_adapter(model)
+    head = model.get_output_embeddings()
+    if model.device.type not in LOGITS_ARE_DEAR or type(head) is not nn.Linear or head.bias is not None:
+        return None
+    settings = model.config.get_text_config().to_dict().items()
+    shaped = any(("logit" in name or "lm_head" in name) and value not in (None, False, 1) for name, value in settings)
+    return None if shaped or list(model.children()) != [model.base_model, head] else head.weight
+
+
+class Decoder(Protocol):
+    """Logits of the next token, [b, V] float32, for b running rows."""
+
+    def prompt(self) -> Tensor:
+        """After the prompts."""
+
+    def step(self, token: Tensor) -> Tensor:
+        """After one more token per row, [b]."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, [new b]."""
+
+
+def decoder_for(model: PreTrainedModel, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> Decoder:
+    """One token at a time from a causal model: prompts tokens [B, P] int64, mask [B, P] bool, left-padded."""
+    model = without_adapter(model)
+    kind = LlamaDecoder if is_plain_llama(model) else TransformersDecoder
+    return kind(model, tokens, mask, max_new_tokens)
+
+
+class LlamaDecoder:
+    """`llama.forward` with its cache."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+        self._model, self._prompts = model, llama.pack(tokens, mask)
+        self._cache = llama.Cache(model.base_model, len(tokens), tokens.shape[1] + max_new_tokens)
+
+    def prompt(self) -> Tensor:
+        tokens, rows, places = self._prompts
+        attend = self._cache.prompts(self._prompts)
+        last = places + 1 == self._cache.lengths[rows]
+        return self._logits(llama.forward(self._model.base_model, tokens, places, attend, last))
+
+    def step(self, token: Tensor) -> Tensor:
+        places = self._cache.lengths
+        return self._logits(llama.forward(self._model.base_model, token, places, self._cache.step()))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.lm_head(hidden).float()
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.select(rows)
+
+
+class TransformersDecoder:
+    """A model's own forward with transformers' cache."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._tokens = model, tokens
+        self._cache = DynamicCache(config=model.config)
+        room = torch.ones(len(mask), max_new_tokens, dtype=torch.long, device=mask.device)
+        self._attention, self._width = torch.cat([mask.long(), room], dim=1), mask.shape[1]
+        self._positions = positions(mask)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def prompt(self) -> Tensor:
+        return self._forward(self._tokens)
+
+    def step(self, token: Tensor) -> Tensor:
+        self._width += 1
+        self._positions = self._positions[:, -1:] + 1
+        return self._forward(token[:, None])
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        out = self._model(
+            tokens,
+            attention_mask=self._attention[:, : self._width],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **({"position_ids": self._positions} if self._takes_positions else {}),
+        )
+        return out.logits[:, -1].float()
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._attention, self._positions = self._attention[rows], self._positions[rows]
