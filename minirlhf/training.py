@@ -6,6 +6,7 @@ no saved random state: weights, optimizer moments and the step are all there is,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -301,15 +302,17 @@ def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) ->
 
     Every row is seen once before any is seen again, also where batch_size does not divide count.
     """
-    rows = []
-    begin = step * batch_size
-    orders: dict[int, list[int]] = {}
-    for position in range(begin, begin + batch_size):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(count, generator=generator_for(seed, name, "epoch", epoch)).tolist()
-        rows.append(orders[epoch][place])
+    begin, rows = step * batch_size, []
+    while len(rows) < batch_size:
+        epoch, place = divmod(begin + len(rows), count)
+        order = _epoch_order(count, seed, name, epoch)
+        rows += order[place : place + batch_size - len(rows)].tolist()
     return rows
+
+
+@functools.lru_cache(maxsize=16)  # drawn once an epoch: a step costs the same however many rows there are
+def _epoch_order(count: int, seed: int, name: str, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator_for(seed, name, "epoch", epoch))
 
 
 def length_grouped_batch(
