@@ -65,7 +65,7 @@ world: setup  ## rebuild data/small_world from its seed
 
 checkpoints: setup  ## rebuild data/checkpoints, which the lessons start from: the paper's plain reward model, 70 steps of PPO
 	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run --out runs/checkpoints --seed 0 --reward-model.no-surprise --rlhf.steps 70 --rlhf.beta 0.05 --rlhf.ptx-coef 0.08
-	@$(BIN)/python -m minirlhf.pipeline.export runs/checkpoints data/checkpoints
+	@$(BIN)/python -m minirlhf_course.export runs/checkpoints data/checkpoints
 
 figures: setup  ## rerun the long experiments that the lessons show (data/results)
 	@for script in benchmarks/ppo_ablation.py benchmarks/figure_*.py benchmarks/readme_picture.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done

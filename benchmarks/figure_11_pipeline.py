@@ -43,6 +43,7 @@ from random import Random
 from typing import Any
 
 import torch
+from minirlhf_course.export import export_step
 from minirlhf_course.world import GoldLabeler, World, make_labelers
 from minirlhf_course.world.corpus import CorpusWriter
 from minirlhf_course.world.vocabulary import heldout_words
@@ -59,7 +60,6 @@ from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
 from minirlhf.language.tokenization import encode_prompts, encode_responses, encode_texts, load_tokenizer
 from minirlhf.pipeline import run_pipeline
-from minirlhf.pipeline.export import export_step
 from minirlhf.pipeline.folder import STEPS, hide_loading_bars, load_policy
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.steps import train_step

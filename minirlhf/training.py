@@ -302,7 +302,7 @@ def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) ->
 
     Every row is seen once before any is seen again, also where batch_size does not divide count.
     """
-    begin, rows = step * batch_size, []
+    begin, rows = step * batch_size, list[int]()
     while len(rows) < batch_size:
         epoch, place = divmod(begin + len(rows), count)
         order = _epoch_order(count, seed, name, epoch)

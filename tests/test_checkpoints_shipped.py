@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import torch
+from minirlhf_course.export import export_checkpoints, export_step
 from minirlhf_course.world import GoldLabeler, World
 from transformers import PreTrainedModel
 
@@ -13,7 +14,6 @@ from minirlhf.errors import CheckpointError
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.tokenization import load_tokenizer
-from minirlhf.pipeline.export import export_checkpoints, export_step
 from minirlhf.pipeline.folder import POLICIES, STEPS, load_policy, load_reward_model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints"

@@ -1,6 +1,6 @@
 """Ship a run: its five models as one small folder of checkpoints that lessons and small projects start from.
 
-    python -m minirlhf.pipeline.export runs/checkpoints data/checkpoints
+    python -m minirlhf_course.export runs/checkpoints data/checkpoints
 
 The weights are rounded to float16, which halves the files; they load as float32. The folder reads like a run's:
 `load_policy(Path("data/checkpoints"), "sft", device)`. Beside the run's five models it may hold others, made by
@@ -75,7 +75,7 @@ def export_step(run: Path, step: str, folder: Path, files: Sequence[str] = ()) -
 if __name__ == "__main__":
     hide_loading_bars()
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m minirlhf.pipeline.export RUN OUT")
+        sys.exit("usage: python -m minirlhf_course.export RUN OUT")
     try:
         export_checkpoints(Path(sys.argv[1]), Path(sys.argv[2]))
     except UserError as error:
