@@ -39,7 +39,7 @@ class Exact:
         self.wrong = self.v + 3.0 + torch.arange(len(self.v))
 
     def at(self, values):
-        """A value a state [S], at each step [N, T]."""
+        """The values of states [S], looked up at each step [N, T]."""
         return values[self.episodes.states].masked_fill(~self.mask, torch.nan)
 
     def returns(self):
@@ -56,7 +56,7 @@ class Exact:
         return gae(self.rewards, self.at(values), lam=lam, **options)[0]
 
     def estimates(self, weights):
-        """One gradient an episode [N, S, A], gamma^t and all, through the package's loss."""
+        """One gradient per episode [N, S, A], gamma^t and all, through the package's loss."""
         tables = self.theta.expand(len(self.mask), -1, -1).clone().requires_grad_()
         logits = tables[torch.arange(len(tables)).unsqueeze(1), self.episodes.states]
         discounts = self.gamma ** torch.arange(self.mask.shape[1], dtype=F64)
