@@ -18,7 +18,7 @@ close = torch.testing.assert_close
 
 
 class TinyLanguage:
-    """All sequences of at most three tokens, EOS one of them; policy and reference are tables with a row per prefix."""
+    """All sequences of at most three tokens, one of them EOS; policy and reference are tables, one row per prefix."""
 
     def __init__(self, beta=0.3):
         self.beta = beta
