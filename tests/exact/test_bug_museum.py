@@ -13,7 +13,6 @@ from minirlhf.losses import clipped_surrogate, ranking_loss, token_logprobs
 from minirlhf.returns import gae, masked_mean, whiten
 
 F64 = torch.float64
-OPTIONS = {"gamma": 1.0, "lam": 1.0}
 
 
 def close(a, b, tolerance=1e-9):
@@ -116,7 +115,7 @@ def best_against_the_rest(rewards, scores):
 
 
 RIGHT = [
-    (value_targets, lambda r, v, e: gae(r, v, e, **OPTIONS)[1]),
+    (value_targets, lambda r, v, e: gae(r, v, e, gamma=1.0, lam=1.0)[1]),
     (gradient_of_the_kl, kl_k2),
     (surrogate, clipped_surrogate),
     (surrogate, lambda n, o, a: -torch.minimum(*(x * a for x in clip(n, o))).mean()),
@@ -128,7 +127,7 @@ RIGHT = [
     (each_token_is_predicted, lambda logits, ids: token_logprobs(logits[:, :-1], ids[:, 1:])),
 ]
 WRONG = {
-    "01 targets from whitened advantages": (value_targets, lambda r, v, e: whiten(gae(r, v, e, **OPTIONS)[0]) + v),
+    "01 targets from whitened A": (value_targets, lambda r, v, e: whiten(gae(r, v, e, gamma=1.0, lam=1.0)[0]) + v),
     "02 the KL detached": (gradient_of_the_kl, lambda a, b: kl_k2(a, b).detach()),
     "14 the wrong KL: k3": (gradient_of_the_kl, kl_k3),
     "14 the wrong KL: k1": (gradient_of_the_kl, lambda a, b: a - b),

@@ -77,6 +77,8 @@ def test_known_answers():
     assert float(v[0]) == 2.0  # "good ." and whatever stands between
     state = words.state_names.index("good")
     assert words.action_names[actions[state]] in ("good", ".")
+    corner = gridworld().state_names.index("2,0")  # up slips to the right, or to the left into the edge
+    assert float(gridworld().transitions[corner, 0, corner]) == pytest.approx(0.1)
     grid = gridworld(slip=0.0, step_reward=0.0, gamma=0.9)
     values = dict(zip(grid.state_names, grid.optimal()[0].tolist(), strict=True))
     assert values["0,3"] == 1.0 and values["1,3"] == -1.0

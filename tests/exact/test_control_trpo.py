@@ -86,13 +86,13 @@ def test_an_accepted_step_holds_the_bound_and_gains(env, max_kl):
         policy, observations, actions, advantages = small(env, seed)
         old = policy(observations).detach()
         old_logprobs = policy.logprobs(old, actions)
-        metrics = trust_region_step(policy, observations, actions, advantages, TRPOConfig(max_kl=max_kl))
+        # With so little damping the first step often goes too far, and only the line search holds the bound.
+        config = TRPOConfig(max_kl=max_kl, cg_damping=1e-3)
+        metrics = trust_region_step(policy, observations, actions, advantages, config)
         new = policy(observations).detach()
         kl = policy.kl(old, new).mean()
         gain = ((policy.logprobs(new, actions) - old_logprobs).exp() * advantages).mean() - advantages.mean()
-        assert float(metrics["policy/accepted"]) == 1.0
-        assert 0.0 < float(kl) <= max_kl
-        assert float(gain) > 0.0
+        assert float(metrics["policy/accepted"]) == 1.0 and 0.0 < float(kl) <= max_kl and float(gain) > 0.0
         close(metrics["policy/kl"], kl)
         close(metrics["policy/surrogate_gain"], gain)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
+import ast
 import json
 import os
 import secrets
@@ -38,12 +37,10 @@ def chromium() -> str:
 
 
 def solution(name: str) -> str:
-    """The text of a solution, as a learner would type it."""
-    spec = importlib.util.spec_from_file_location("solutions", NOTEBOOKS / "solutions" / f"{LESSON}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    needed = [line for line in inspect.getsource(module).splitlines() if line.startswith(("import ", "from "))]
-    return "\n".join([*needed, "", inspect.getsource(getattr(module, f"my_{name}")).rstrip()])
+    """The text of a solution, as a learner would type it: the file without its docstring and the other functions."""
+    text = (NOTEBOOKS / "solutions" / f"{LESSON}.py").read_text(encoding="utf-8")
+    nodes = [node for node in ast.parse(text).body[1:] if getattr(node, "name", f"my_{name}") == f"my_{name}"]
+    return "\n".join(ast.get_source_segment(text, node) for node in nodes)
 
 
 def ask(address: str, what: str, token: str) -> Any:

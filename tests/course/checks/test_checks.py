@@ -157,6 +157,8 @@ REFUSED = {
     "no gradient": ("return (x * factor).detach()", "No gradient flows from the result into `x`"),
     "no_grad": ("with torch.no_grad():\n        return x * factor", "No gradient flows from the result into `x`"),
     "wrong gradient": ("return x * factor - x + x.detach()", "gradient into `x` is not"),
+    "right in the sum": ("d = x.flip(-1) - x\n    return x * factor + d - d.detach()", "gradient into `x` is not"),
+    "nearly": ("return x * (factor + 1e-6)", "Smallest failing case: a column"),
     "one size": ("return x * factor if x.shape == (1, 2) else x", "Smallest failing case: a column"),
     "a constant": ("return torch.tensor([[3.0, 6.0]], requires_grad=True)", "Smallest failing case: a row"),
     "raises": ("y = x * factor\n    return y[5]", "in the line: return y[5]"),
