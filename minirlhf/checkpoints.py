@@ -62,8 +62,14 @@ def save_model(
             that it can tell the time that this took.
 
     Raises:
+        CheckpointError: the model holds an adapter of peft; nothing is written.
         TrainingError: a weight is NaN or infinite; nothing is written.
     """
+    if hasattr(model, "peft_config"):
+        raise CheckpointError(
+            f"{folder}: not saved, the model holds an adapter of peft: merge it first (model.merge_and_unload()), or "
+            "save the adapter alone with model.save_pretrained"
+        )
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if broken or not math.isfinite(getattr(model.config, "score_offset", 0.0)):
         what = broken[0] if broken else "score_offset"

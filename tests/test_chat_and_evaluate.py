@@ -107,6 +107,13 @@ def test_evaluate_is_bounded_by_the_context(run: Path, refused, measured) -> Non
     assert measured("--max-response-tokens", most)["mean_length"] > 3
 
 
+def test_a_checkpoint_smaller_than_its_tokenizer(run: Path, refused, make_causal, tokenizer, tmp_path) -> None:
+    make_causal("gpt2", vocab_size=20).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    message = refused(["evaluate", "--run", str(run), "--checkpoint", str(tmp_path / "small")])
+    assert "is outside the model's vocabulary of 20" in message
+
+
 def test_chat_is_bounded_by_the_context(run: Path, refused, said, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"the models read {CONTEXT}" in said("chat", "--prompt", "Hi", "--max-response-tokens", "1000")
     endless = "Tell me about the otter. " * CONTEXT

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from minirlhf.config import preset
 from minirlhf.errors import CheckpointError
+from minirlhf.language import tokenization
 from minirlhf.language.models import load_causal_model, load_scalar_model, scalar_model_from
 from minirlhf.language.supported import check_model
+from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.pipeline.inputs import load_inputs
+from minirlhf.pipeline.steps import train_step
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,33 @@ def test_no_model_and_a_context_that_is_too_long(made: Path, message, tmp_path: 
     (tmp_path / "no_model").mkdir()
     message(tmp_path / "no_model")
     assert "128" in message(made, "--context-length", "4000")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_without_a_tokenizer(architecture: str, make_causal, message, tmp_path: Path) -> None:
+    make_causal(architecture).save_pretrained(tmp_path / "alone")
+    assert "no tokenizer there" in message(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])
+def test_the_same_command_gives_the_same_weights(
+    pad: str | None, make_causal, tokenizer, tiny_folder, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a pad token has to be added: transformers draws its embedding from torch's global generator."""
+    monkeypatch.setattr(tokenization, "PAD", "<gap>")  # the tiny tokenizer knows <pad>
+    given, folder = copy.deepcopy(tokenizer), tmp_path / "model"
+    given.pad_token = pad
+    make_causal("gpt2", seed=5).save_pretrained(folder)
+    given.save_pretrained(folder)
+    weights = []
+    for out, seed in (("first", 3), ("again", 3), ("other", 4)):
+        torch.manual_seed(len(weights))
+        config = replace(preset("fast"), model=str(folder), out=tmp_path / out, seed=seed)
+        train_step("base", config, load_inputs(config, tiny_folder), progress=False)
+        weights.append((tmp_path / out / "base" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    added = len(load_tokenizer(tmp_path / "first" / "base")) > len(tokenizer)
+    assert added == (pad != "<pad>") == (weights[0] != weights[2])
 
 
 def test_a_kind_without_a_scalar_head(tokenizer, message, tmp_path: Path) -> None:

@@ -40,13 +40,14 @@ def make_envs(env: Environment, num_envs: int) -> Any:
 
 
 def to_environment(actions: Tensor, space: Any) -> np.ndarray:
-    """A policy's actions as the environment takes them: continuous ones from [-1, 1] to the space's bounds, clipped.
+    """A policy's actions as the environment takes them.
 
+    Discrete ones are counted from the space's start, continuous ones go from [-1, 1] to its bounds and are clipped.
     Where a bound is infinite there is no unit to scale by, and actions stay as they are.
     """
     played = actions.numpy()
     if not hasattr(space, "low"):
-        return played
+        return played + space.start
     low, high = space.low, space.high
     bounded = np.isfinite(low) & np.isfinite(high)
     low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)

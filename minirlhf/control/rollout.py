@@ -108,7 +108,7 @@ class Collector:
         self._begin(environment_seed)
 
     def _begin(self, seed: int | None = None) -> None:
-        self._observations = np.asarray(self.envs.reset(seed=seed)[0], dtype=np.float32)
+        self._observations = np.array(self.envs.reset(seed=seed)[0], dtype=np.float32)
         self._resetting = np.zeros(self.envs.num_envs, dtype=bool)
         self._returns = np.zeros(self.envs.num_envs)
         self._lengths = np.zeros(self.envs.num_envs, dtype=np.int64)
@@ -146,8 +146,9 @@ class Collector:
         with torch.inference_mode():
             actions = policy.sample(policy(torch.from_numpy(observations)), self.generator)
         played = to_environment(actions, self.envs.single_action_space)
-        after, rewards, terminated, truncated, _ = self.envs.step(played)
-        self._observations = np.asarray(after, dtype=np.float32)
+        # Copies: an environment may write its next step into the arrays that it returned.
+        after, rewards, terminated, truncated = map(np.array, self.envs.step(played)[:4])
+        self._observations = after.astype(np.float32, copy=False)
         mask = ~self._resetting if running is None else running
         self._resetting = terminated | truncated
         self._note(rewards, terminated, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minirlhf.data import Comparison
 from minirlhf.kl import exact_kl
-from minirlhf.language.generation import Samples, sample
+from minirlhf.language.generation import Samples, end_ids, sample
 from minirlhf.language.models import response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.settings import Count, Positive, Settings
@@ -88,7 +88,7 @@ def answer(
             part,
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=end_ids(model, tokenizer),
             generator=[generator_for(seed, "answer", start + place) for place in range(len(part))],
             temperature=config.temperature,
             greedy=greedy,

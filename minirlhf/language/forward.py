@@ -1,7 +1,8 @@
 """Hidden states and logits of any model of transformers, from padded rows of tokens; and one token at a time.
 
 What models differ in is known here alone: who computes (`llama.py` for a plain Llama on a CPU, transformers' own
-forward for all others), which of them take ``position_ids``, and where the body is under an adapter.
+forward for all others), which of them take ``position_ids``, what they can read, and where the body is under an
+adapter.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from minirlhf.errors import UserError
 from minirlhf.language import llama
 
 if TYPE_CHECKING:
@@ -44,8 +46,58 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The model of transformers inside an adapter of peft, whose matrices it has already replaced; or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model of transformers inside an adapter of peft, whose layers the adapter has replaced; or the model itself.
+
+    The adapter's layers stay in the model inside, merged and disabled ones too, so it computes what the whole does.
+
+    Raises:
+        UserError: the adapter adds something outside the layers, such as a prompt: the model inside is not the policy.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    passes_on = type(model.base_model).forward.__module__ == "peft.tuners.tuners_utils"  # its arguments, and no more
+    if not passes_on or any(getattr(one, "alora_invocation_tokens", None) for one in model.peft_config.values()):
+        kinds = ", ".join(sorted({type(one).__name__ for one in model.peft_config.values()}))
+        raise UserError(f"an adapter of peft must only replace layers, as LoRA does; {kinds} does more than that")
+    return model.get_base_model()
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """The longest sequence in tokens that a model can read; None where its kind knows no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def readable(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, room: int = 0
+) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """The model inside any adapter, the tokens with 0 in place of padding, and the mask as bool.
+
+    So whatever fills the gaps reaches nobody, be it a pad token for which the model has no embedding.
+
+    Args:
+        model: a causal or a scalar model.
+        tokens: [B, T] int64.
+        mask: [B, T] True at real tokens.
+        room: tokens that are still to be sampled after each row.
+
+    Raises:
+        UserError: a token is outside the model's vocabulary, or a row longer than its context.
+    """
+    model, mask = without_adapter(model), mask.bool()
+    tokens = tokens.where(mask, 0)
+    vocabulary, context = len(model.get_input_embeddings().weight), context_of(model)
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary)].tolist()
+    if outside:
+        raise UserError(
+            f"token {outside[0]} is outside the model's vocabulary of {vocabulary}; load tokenizer and model from one "
+            "folder: load_causal_model(folder, tokenizer)"
+        )
+    if context is not None and (longest := int(mask.sum(dim=1).max()) + room) > context:
+        raise UserError(
+            f"a row takes {longest} tokens{f', {room} of them its answer' if room else ''}, and the model reads "
+            f"{context}; shorten the prompt or the answer"
+        )
+    return model, tokens, mask
 
 
 def inputs(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -74,8 +126,11 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: 
         tokens: [B, T] int64. Padding may be at either end of a row, not within it.
         mask: [B, T] bool, True at real tokens.
         wanted: [B, T] bool, True at W of the real tokens.
+
+    Raises:
+        UserError: see `readable`.
     """
-    model, mask = without_adapter(model), mask.bool()
+    model, tokens, mask = readable(model, tokens, mask)
     if is_plain_llama(model):
         packed = llama.pack(tokens, mask)
         attend = llama.causal(packed, len(tokens))
@@ -85,10 +140,11 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: 
 
 
 def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
-    """Logits of the token after each wanted one, row by row: [W, V]. Arguments as in `hidden_states`."""
-    model, mask = without_adapter(model), mask.bool()
+    """Logits of the token after each wanted one, row by row: [W, V]. Arguments and errors as in `hidden_states`."""
+    model = without_adapter(model)
     if is_plain_llama(model):
         return model.lm_head(hidden_states(model, tokens, mask, wanted))
+    model, tokens, mask = readable(model, tokens, mask)
     last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that is wanted anywhere
     out = model(**inputs(model, tokens, mask), use_cache=False, logits_to_keep=last)
     return out.logits[:, -last:][wanted[:, -last:]]
@@ -122,8 +178,12 @@ class Decoder(Protocol):
 
 
 def decoder_for(model: PreTrainedModel, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> Decoder:
-    """One token at a time from a causal model: prompts tokens [B, P] int64, mask [B, P] bool, left-padded."""
-    model = without_adapter(model)
+    """One token at a time from a causal model: prompts tokens [B, P] int64, mask [B, P] bool, left-padded.
+
+    Raises:
+        UserError: see `readable`.
+    """
+    model, tokens, mask = readable(model, tokens, mask, room=max_new_tokens)
     kind = LlamaDecoder if is_plain_llama(model) else TransformersDecoder
     return kind(model, tokens, mask, max_new_tokens)
 

@@ -7,18 +7,18 @@ first PPO minibatch is not 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirlhf.language.forward import decoder_for
+from minirlhf.language.forward import decoder_for, without_adapter
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COMPACT_BELOW = 0.8  # rows still running, as a share of the rows computed, below which finished ones are dropped
 
@@ -74,6 +74,15 @@ class Samples(NamedTuple):
         return [row[:length] for row, length in zip(self.response_tokens.tolist(), lengths, strict=True)]
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config.
+
+    Chat models have several, such as <|eot_id|> and <|end_of_text|> of Llama 3.
+    """
+    named = without_adapter(model).generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -81,7 +90,7 @@ def sample(
     *,
     max_new_tokens: int,
     pad_id: int,
-    eos_id: int,
+    eos_id: int | Collection[int],
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
@@ -95,8 +104,8 @@ def sample(
         model: a causal model of transformers, in eval mode (dropout would make the log-probabilities lie).
         prompts: B rows of token ids, each at least one token.
         max_new_tokens: responses are cut after so many tokens.
-        pad_id: fills the gaps; must differ from eos_id.
-        eos_id: ends a response.
+        pad_id: fills the gaps; must not be the only eos_id.
+        eos_id: ends a response; one token or several, see `end_ids`.
         generator: of the random numbers, on the CPU; one for all rows, or one for each. Not needed when greedy.
         temperature: logits are divided by it before sampling; the kept log-probabilities are those of that
             distribution.
@@ -108,6 +117,7 @@ def sample(
     Raises:
         ValueError: no prompt, an empty prompt, a temperature that is not positive, pad_id == eos_id, or a model in
             training mode.
+        UserError: a prompt holds a token that the model has not, or leaves no room for an answer in its context.
 
     Example:
         >>> samples = sample(model, [[5, 6, 7]], max_new_tokens=20, pad_id=0, eos_id=1)  # doctest: +SKIP
@@ -118,7 +128,8 @@ def sample(
         raise ValueError("sample() needs at least one prompt, and every prompt at least one token")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; use greedy=True for the most likely token")
-    if pad_id == eos_id:
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
+    if ends == {pad_id}:
         raise ValueError(f"pad_id and eos_id are both {pad_id}; give the tokenizer a pad token of its own")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before sampling")
@@ -130,6 +141,8 @@ def sample(
     logprobs = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
 
     decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
+    end_tokens = torch.tensor(sorted(ends), device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
     chances = _chances(generator, rows, max_new_tokens).to(device)
@@ -139,7 +152,8 @@ def sample(
         response_tokens[alive, step] = token.where(running, pad_id)
         response_mask[alive, step] = running
         logprobs[alive, step] = token_logprobs(logits, token, temperature=temperature).where(running, 0.0)
-        running = running & (token != eos_id)
+        ended[alive] |= running & torch.isin(token, end_tokens)
+        running = ~ended[alive]
         count = int(running.sum())
         if count == 0 or step == max_new_tokens - 1:
             break
@@ -156,7 +170,7 @@ def sample(
         response_tokens[:, :longest],
         response_mask[:, :longest],
         logprobs[:, :longest],
-        (response_tokens == eos_id).any(dim=1),  # unused places hold pad_id
+        ended,
     )
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError
-from minirlhf.language.forward import bare_head, hidden_states, next_token_logits
-from minirlhf.language.surprise import ScalarModel, add_empty_surprise, has_surprise, load_surprise
+from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
+from minirlhf.language.surprise import ScalarModel, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
+from minirlhf.training import generator_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,8 +86,16 @@ def tiny_llama(
         )
 
 
-def load_causal_model(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """Load a causal model (a folder or a hub name) in float32; its embedding grows if the tokenizer has more tokens.
+def load_causal_model(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """Load a causal model in float32.
+
+    Args:
+        path: a folder or a hub name.
+        tokenizer: where it has more tokens than the model, such as a pad token that had to be added, the model's
+            embedding grows. Not needed for training: padding never enters a model.
+        seed: of the new rows of the embedding.
 
     Raises:
         CheckpointError: weights are missing or damaged, or it is no causal model.
@@ -100,7 +109,9 @@ def load_causal_model(path: str | Path, tokenizer: PreTrainedTokenizerBase | Non
     _check_complete(path, missing)
     if tokenizer is not None:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+            with torch.random.fork_rng(devices=[]):  # transformers draws the new rows around the mean of the old ones
+                torch.manual_seed(seed)
+                model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -138,55 +149,60 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
 def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model with a scalar head on a copy of a causal model's body: the start of a reward model.
 
-    The head has standard deviation 1/sqrt(d+1), so that scores start near unit scale whatever the width d ("The N
-    implementation details of RLHF with PPO").
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        scalar = untrained_scalar(model)
-        scalar.base_model.load_state_dict(model.base_model.state_dict())
-        nn.init.normal_(scalar.score.weight, std=(scalar.score.in_features + 1) ** -0.5)
-    scalar.config.score_offset = 0.0
-    return scalar
+    It is on the same device, of the same dtype, in the same mode, and all of it can be trained; an adapter of peft is
+    merged into the copy. The head has standard deviation 1/sqrt(d+1), so that scores start near unit scale whatever
+    the width d ("The N implementation details of RLHF with PPO").
 
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """The longest sequence in tokens that a model can read; None where its kind knows no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def untrained_scalar(model: PreTrainedModel) -> PreTrainedModel:
-    """A scalar model of a causal model's kind and size, with random weights.
+    Args:
+        model: a causal model; it is left as it is.
+        seed: random seed for the head.
 
     Raises:
-        CheckpointError: transformers has none of that kind.
+        CheckpointError: transformers has no sequence classifier of its kind.
+    """
+    causal = clone(model)
+    if without_adapter(causal) is not causal:
+        causal = causal.merge_and_unload()
+    scalar = empty_scalar(causal).train(causal.training)
+    setattr(scalar, scalar.base_model_prefix, causal.base_model)
+    width = scalar.score.in_features
+    head = torch.empty(1, width).normal_(std=(width + 1) ** -0.5, generator=generator_for(seed, "scalar_head"))
+    scalar.score.weight = nn.Parameter(head.to(model.device, model.dtype))
+    scalar.config.score_offset = 0.0
+    return scalar.requires_grad_(True)
+
+
+def empty_scalar(model: PreTrainedModel) -> PreTrainedModel:
+    """A scalar model of a causal model's kind and size, on torch's meta device: without weights, at no cost.
+
+    Raises:
+        CheckpointError: transformers has none of that kind, or none with such a body.
     """
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     try:
-        scalar = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
+        with torch.device("meta"):
+            scalar = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        scalar = None
+    if type(getattr(scalar, "base_model", None)) is not type(model.base_model):
         raise CheckpointError(
             f"{type(model).__name__} can't be a reward model: transformers has no sequence classifier of its kind "
-            f"({config.model_type}); give a decoder that has one, such as Llama, GPT-2 or Qwen"
-        ) from error
+            f"({config.model_type}) with the same body; give a decoder that has one, such as Llama, GPT-2 or Qwen"
+        )
     _check_scalar(scalar)
     return scalar
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with the same weights that shares none of them."""
-    twin = type(model)(copy.deepcopy(model.config))
-    add_empty_surprise(twin)
-    twin.load_state_dict(model.state_dict())
-    return twin
+    """A model with the same weights that shares none of them: same device and dtype, adapters and frozen parts too."""
+    return copy.deepcopy(model)
 
 
 def _check_scalar(model: PreTrainedModel) -> None:
-    score = getattr(model, "score", None)
-    if not isinstance(score, nn.Linear) or score.out_features != 1:
+    if getattr(getattr(model, "score", None), "out_features", None) != 1:
         raise CheckpointError(
             f"{type(model).__name__} has no scalar head named 'score'; a reward model is a decoder of transformers "
             "loaded as AutoModelForSequenceClassification with num_labels=1"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError
-from minirlhf.language.models import answer_scores, context_of, pad, scalar_model_from
+from minirlhf.language.forward import context_of
+from minirlhf.language.models import answer_scores, pad, scalar_model_from
 from minirlhf.language.surprise import add_surprise
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss

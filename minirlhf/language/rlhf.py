@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
-from minirlhf.language.generation import Samples, sample
+from minirlhf.language.generation import Samples, end_ids, sample
 from minirlhf.language.models import clone, response_logprobs, token_values
 from minirlhf.language.pretraining import language_model_loss
-from minirlhf.language.reward_model import RewardFunction, scores_tensor
+from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
@@ -176,8 +176,10 @@ def train_rlhf(
         The policy (or, with ema_decay, its moving average), in eval mode.
 
     Raises:
-        UserError: ptx_coef > 0 without corpus_blocks, or the reward returned anything but one number a response.
-        TrainingError: a loss or a score became NaN or infinite.
+        UserError: ptx_coef > 0 without corpus_blocks; models that share what is trained; or the reward returned
+            anything but one number a response.
+        TrainingError: a loss or a score became NaN or infinite; or the log-probs of sampling are not those of
+            training, so that the first ratio is not 1.
 
     Example:
         >>> reward = lambda prompts, responses: [-abs(len(r.split()) - 5) for r in responses]
@@ -185,6 +187,8 @@ def train_rlhf(
     """
     if config.ptx_coef > 0 and corpus_blocks is None:
         raise UserError("ptx_coef > 0 mixes in pretraining text: give corpus_blocks")
+    judge = {"reward model": reward.model} if isinstance(reward, RewardModelScorer) else {}
+    _check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
     encoded = encode_prompts(tokenizer, prompts)
     learners = Learners(
@@ -215,7 +219,7 @@ def train_rlhf(
             [encoded[row] for row in rows],
             max_new_tokens=config.max_response_tokens,
             pad_id=tokenizer.pad_token_id,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=end_ids(policy, tokenizer),
             generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
             temperature=config.temperature,
         )
@@ -248,6 +252,25 @@ def train_rlhf(
             }
         )
     return (average if average is not None else policy).eval()
+
+
+def _check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreTrainedModel]) -> None:
+    """Each learner has something to train, and shares none of it with another model.
+
+    Raises:
+        UserError: names the models and the tensor.
+    """
+    for name, learner in learners.items():
+        trained = {p.data_ptr(): key for key, p in learner.named_parameters() if p.requires_grad}
+        if not trained:
+            raise UserError(f"no tensor of the {name} can be trained; call requires_grad_(True) on it")
+        for other, model in (learners | others).items():
+            shared = [trained[p.data_ptr()] for p in model.parameters() if p.data_ptr() in trained]
+            if shared and other != name:
+                raise UserError(
+                    f"the {name} and the {other} share {shared[0]}, which is trained: the one would move with the "
+                    "other; give a clone(model) as one of them, made before any adapter is added"
+                )
 
 
 def _scores(reward: RewardFunction, prompts: list[str], responses: list[str], where: str) -> Tensor:
@@ -343,6 +366,8 @@ def _update(
             loss.backward()
             parts.append({key: float(value) for key, value in metrics.items()})
         row = _together(parts)
+        if not rows:
+            _check_first_ratio(row, learners.policy, recorder.name)
         if blocks is not None:
             # PPO-ptx: the pretraining gradient is added to PPO's before the one optimizer step.
             ptx_loss = language_model_loss(learners.policy, blocks.to(learners.policy.device))
@@ -353,6 +378,23 @@ def _update(
     # Nothing has moved before the first: the ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
     names = ("ratio_error", "approx_kl", "clip_fraction")
     return _together(rows, len(rows)) | {f"policy/first_{name}": rows[0][f"policy/{name}"] for name in names}
+
+
+def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: str) -> None:
+    """Before the first update of a step, training gives each token the probability that it was sampled with.
+
+    Raises:
+        TrainingError: it does not, so no update would be what PPO says.
+    """
+    rounds = policy.dtype in (torch.bfloat16, torch.float16)
+    what, limit = ("mean", 5e-2) if rounds else ("largest", 1e-3)
+    error = row["policy/mean_ratio_error" if rounds else "policy/ratio_error"]
+    if error > limit:
+        raise TrainingError(
+            f"{where}: before the first update the ratio of the probabilities in training and in sampling must be 1, "
+            f"and its {what} error is {error:.2g} (at most {limit} in {policy.dtype}); look at what the policy's "
+            "forward does differently with a cache, or in a padded batch. No weight has changed in this step."
+        )
 
 
 def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -376,7 +418,8 @@ def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: flo
         entropy_coef=config.entropy_coef,
         denominator=counted,
     )
-    return loss, metrics | {"policy/ratio_error": ((logprobs.detach() - samples.logprobs).exp() - 1).abs().max()}
+    error = (logprobs.detach() - samples.logprobs).expm1().abs()  # 0 where the mask is False
+    return loss, metrics | {"policy/ratio_error": error.max(), "policy/mean_ratio_error": error.sum() / counted}
 
 
 def _together(rows: list[dict[str, float]], divisor: int = 1) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirlhf.errors import UserError
+from minirlhf.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +25,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint (a folder or a hub name) and make it fit for training.
 
     Raises:
+        CheckpointError: there is no tokenizer, or it is damaged.
         UserError: the tokenizer has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
-    return prepare(AutoTokenizer.from_pretrained(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # of some kinds transformers makes an empty one
+            raise ValueError("a text has no tokens in it")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: no tokenizer there that can be loaded ({reason}); save one with it") from None
+    return prepare(tokenizer)
 
 
 def tokenizer_from_file(file: str | Path) -> PreTrainedTokenizerBase:
@@ -73,7 +81,8 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, written in the tokenizer's template, ready to be answered.
 
-    The template writes its own special tokens; none is added twice, and none that stands in a prompt's text is one.
+    BOS begins it where the tokenizer begins any text so. The template writes its own special tokens; none is added
+    twice, and none that stands in a prompt's text is one.
     """
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     texts = [_in_template(tokenizer, prompt) for prompt in unique]
@@ -85,7 +94,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         first, *others = tokenizer(parts, add_special_tokens=False)["input_ids"]
         plain = _encode_plain(tokenizer, [prompt])[0]
         ids[unique[prompt]] = sum(([*plain, *part] for part in others), list(first))
-    return [list(ids[unique[prompt]]) for prompt in prompts]
+    bos = _bos(tokenizer)
+    rows = [ids[unique[prompt]] for prompt in prompts]
+    return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in rows]
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer's own post-processor writes before a text: BOS for Llama and Gemma, nothing for GPT-2."""
+    written = tokenizer(PLACE, return_special_tokens_mask=True)
+    return written["input_ids"][: written["special_tokens_mask"].index(0)]
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -112,8 +129,9 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each document of a corpus, closed with EOS."""
-    return encode_responses(tokenizer, texts)
+    """Token ids of each document of a corpus, closed with EOS, and after BOS where the tokenizer writes one."""
+    bos = _bos(tokenizer)
+    return [[*bos, *row] for row in encode_responses(tokenizer, texts)]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.evaluation import EvaluationConfig, answer
-from minirlhf.language.models import context_of
+from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
 

@@ -20,7 +20,8 @@ from minirlhf.language.evaluation import (
     mean_and_error,
     win_rate,
 )
-from minirlhf.language.models import context_of, load_causal_model
+from minirlhf.language.forward import context_of
+from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer

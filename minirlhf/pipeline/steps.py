@@ -77,7 +77,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     data, tokenizer = inputs.folder, inputs.tokenizer
     if step == "base" and config.model is not None:
         recorder.track({}, {})  # makes the folder
-        return load_causal_model(config.model, tokenizer).to(device).eval()
+        return load_causal_model(config.model, tokenizer, seed).to(device).eval()
     if step == "base":
         model = tiny_llama(config.model_size, tokenizer, inputs.context_length, seed).to(device)
         return train_base(model, inputs.corpus_blocks, config.base, seed=seed, recorder=recorder)

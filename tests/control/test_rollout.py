@@ -7,6 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from minirlhf.control.environments import make_envs, to_environment
+from minirlhf.control.evaluation import evaluate
 from minirlhf.control.policies import make_networks
 from minirlhf.control.rollout import Collector
 from minirlhf.errors import TrainingError, UserError
@@ -175,6 +176,53 @@ def test_other_ways_of_resetting_are_refused():
 
     with pytest.raises(UserError, match="reset on the next step"):
         make_envs(same_step, 2)
+
+
+def test_environments_that_return_their_own_buffers_give_the_same_trajectory(counting):
+    """SyncVectorEnv(copy=False) writes its next step into the observations that it returned."""
+    endings = ((("t", 2),), (("c", 3),))
+
+    def shared(num_envs):
+        envs = counting(*endings)(num_envs)
+        envs.copy = False
+        step = envs.step
+        rewards, *flags = np.zeros(num_envs), *np.zeros((2, num_envs), dtype=bool)
+
+        def with_buffers(actions):  # and one that keeps all the rest in buffers too
+            observations, *found, info = step(actions)
+            for buffer, new in zip((rewards, *flags), found, strict=True):
+                buffer[:] = new
+            return observations, rewards, *flags, info
+
+        envs.step = with_buffers
+        return envs
+
+    plain, own = (play(env, 2, 5, 4)[2] for env in (counting(*endings), shared))
+    for part, other in zip(plain, own, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
+
+
+def test_discrete_actions_are_counted_from_the_start_of_their_space():
+    played = []
+
+    class FromThree(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gymnasium.spaces.Discrete(2, start=3)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            played.append(int(action))
+            return np.zeros(2, np.float32), 1.0, len(played) % 7 == 0, False, {}
+
+    _, _, (trajectory,) = play(lambda n: SyncVectorEnv([FromThree] * n), 1, 60)
+    chosen = trajectory.actions[trajectory.mask]
+    assert played == (chosen + 3).tolist() and set(chosen.tolist()) == {0, 1}
+    policy, _ = make_networks(lambda n: SyncVectorEnv([FromThree] * n), hidden=(8,))
+    assert evaluate(policy, lambda n: SyncVectorEnv([FromThree] * n), 1).tolist()[0] >= 1
+    assert set(played) == {3, 4}
 
 
 def test_unknown_environments_and_wrong_numbers_are_refused(counting):

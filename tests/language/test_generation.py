@@ -5,20 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minirlhf.errors import UserError
 from minirlhf.language import generation
-from minirlhf.language.generation import Samples, sample
-from minirlhf.language.models import response_logprobs
+from minirlhf.language.evaluation import EvaluationConfig, answer
+from minirlhf.language.generation import Samples, end_ids, sample
+from minirlhf.language.models import clone, response_logprobs, scalar_model_from
+from minirlhf.language.rlhf import RLHFConfig, train_rlhf
+from minirlhf.language.tokenization import encode_prompts
 from minirlhf.training import generator_for
 
 PROMPTS = [[7, 19, 33, 4, 90], [5], [44, 2, 61], [9, 9], [12, 13, 14, 15, 16, 17, 18], [3, 77]] * 3
 
 
-def draw(model, prompts=PROMPTS, *, greedy: bool = False, temperature: float = 1.0, length: int = 12, eos: int = 1):
+def draw(model, prompts=PROMPTS, *, greedy=False, temperature=1.0, length: int = 12, eos: int | list[int] = 1, pad=0):
     return sample(
         model,
         prompts,
         max_new_tokens=length,
-        pad_id=0,
+        pad_id=pad,
         eos_id=eos,
         generator=generator_for(0, "test"),
         temperature=temperature,
@@ -95,6 +99,63 @@ def test_greedy_equals_transformers(stopping) -> None:
     assert torch.equal(samples.response_tokens, theirs)
 
 
+@pytest.mark.parametrize("pad_is_an_end", [False, True])
+def test_each_of_several_tokens_ends_an_answer(stopping, pad_is_an_end: bool) -> None:
+    """As with transformers; the pad token may be one of them (Qwen's is), and an answer still ends where it does."""
+    ends = [stopping.eos, _greedy_stop(stopping), 319]
+    pad = ends[0] if pad_is_an_end else 0
+    samples = draw(stopping, greedy=True, eos=ends, pad=pad)
+    theirs = stopping.generate(
+        samples.prompt_tokens,
+        attention_mask=samples.prompt_mask.long(),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )[:, samples.prompt_tokens.shape[1] :]
+    assert torch.equal(samples.response_tokens, theirs)
+    assert samples.ended.any() and not samples.ended.all()
+    lengths = samples.lengths.tolist()
+    rows = zip(samples.response_tokens.tolist(), samples.responses(), lengths, samples.ended.tolist(), strict=True)
+    for row, cut, length, ended in rows:
+        assert (row[length - 1] in ends) == ended and not set(ends) & set(row[: length - 1])
+        assert cut == row[: length - ended] and (ended or length == 12)
+
+
+def test_evaluation_and_ppo_stop_at_every_end_of_the_generation_config(make_causal, tokenizer) -> None:
+    model = make_causal(seed=3, scale=8.0)
+    settings = EvaluationConfig(max_response_tokens=6)
+    prompts = ["say something", "and once more"]
+    free = [draw(model, [row], eos=319, length=1, greedy=True) for row in encode_prompts(tokenizer, prompts)]
+    firsts = [int(samples.response_tokens[0, 0]) for samples in free]
+    assert end_ids(model, tokenizer) == [1]
+    assert not any(answer(model, tokenizer, prompts, settings, greedy=True).ended)
+    model.generation_config.eos_token_id = firsts
+    assert end_ids(model, tokenizer) == sorted({1, *firsts})
+    said = answer(model, tokenizer, prompts, settings, greedy=True)
+    assert said.ended == [True, True] and said.lengths == [1, 1] and said.responses == ["", ""]
+
+    seen = []
+    model.generation_config.eos_token_id = list(range(2, len(tokenizer)))
+    config = RLHFConfig(steps=1, batch_size=4, minibatch_size=4, max_response_tokens=6)
+    value = scalar_model_from(model, seed=1)
+    train_rlhf(clone(model), value, model, lambda p, r: seen.extend(r) or [0.0] * len(r), tokenizer, prompts, config)
+    assert seen == [""] * 4
+    model.generation_config.eos_token_id = None
+    assert end_ids(model, tokenizer) == [1]
+
+
+def test_what_a_model_can_not_read_is_refused(causal) -> None:
+    for prompts, length in (([[5] * 100, [7]], 29), ([[5] * 128], 1)):
+        with pytest.raises(UserError, match=f"a row takes 129 tokens, {length} of them its answer, .* reads 128"):
+            draw(causal, prompts, length=length)
+    assert draw(causal, [[5] * 100, [7]], length=28).tokens.shape == (2, 128)
+    for token in (320, -1):
+        with pytest.raises(UserError, match=f"token {token} is outside the model's vocabulary of 320"):
+            draw(causal, [[5, 6], [7, token]])
+    assert draw(causal, [[5, 6], [7]], pad=10**6).response_mask.all()  # a pad token never reaches the model
+
+
 def test_a_row_does_not_depend_on_its_neighbours(causal) -> None:
     together = draw(causal, greedy=True)
     for i in range(6):
@@ -164,17 +225,15 @@ def test_errors(make_causal) -> None:
     for temperature in (0.0, -1.0):
         with pytest.raises(ValueError, match="temperature"):
             draw(model, temperature=temperature)
-    with pytest.raises(ValueError, match="pad"):
-        draw(model, eos=0)
+    for eos in (0, [0], [0, 0]):
+        with pytest.raises(ValueError, match="pad"):
+            draw(model, eos=eos)
     model.train()
     with pytest.raises(ValueError, match="eval"):
         draw(model)
 
 
 def test_answers_to_texts_and_to_their_ids_are_the_same(causal, tokenizer) -> None:
-    from minirlhf.language.evaluation import EvaluationConfig, answer
-    from minirlhf.language.tokenization import encode_prompts
-
     prompts, settings = ["say something", "and once more"], EvaluationConfig(max_response_tokens=6)
     by_text = answer(causal, tokenizer, prompts, settings, seed=3)
     assert answer(causal, tokenizer, encode_prompts(tokenizer, prompts), settings, seed=3) == by_text

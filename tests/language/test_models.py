@@ -62,6 +62,30 @@ def test_padding_changes_no_value_and_no_score(causal, left: int, right: int) ->
 
 
 @torch.no_grad()
+def test_what_fills_the_gaps_needs_no_embedding(causal) -> None:
+    """So a model can be loaded without its tokenizer, to which a pad token may have been added."""
+    scalar = scalar_model_from(causal, seed=1)
+    for read in (response_logprobs, lambda m, t, mask, _: token_values(scalar, t, mask)):
+        outside, inside = (read(causal, *padded(3, 2, pad_id=pad)) for pad in (10**6, 25))
+        assert torch.equal(outside, inside)
+
+
+def test_what_can_not_be_read_is_one_sentence(causal) -> None:
+    scalar = scalar_model_from(causal, seed=1)
+    tokens = torch.full((2, 130), 5)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    for read in (response_logprobs, response_logits, lambda m, t, mask, _: token_values(scalar, t, mask)):
+        shorter = slice(0, 129) if read in (response_logprobs, response_logits) else slice(0, 128)  # the last is unread
+        read(causal, tokens[:, shorter], mask[:, shorter], mask[:, :2])
+        with pytest.raises(UserError, match=r"a row takes 1(29|30) tokens, and the model reads 128; shorten"):
+            read(causal, tokens, mask, mask[:, :2])
+        wrong = tokens[:, :9].clone()
+        wrong[1, 3] = 320
+        with pytest.raises(UserError, match="token 320 is outside the model's vocabulary of 320; load"):
+            read(causal, wrong, mask[:, :9], mask[:, :2])
+
+
+@torch.no_grad()
 def test_gpt2_without_positions_would_be_wrong(make_causal) -> None:
     """The reason for position_ids: proof that the padding tests above can fail."""
     model = make_causal("gpt2", seed=3, scale=8.0)
@@ -175,12 +199,16 @@ def test_new_head_and_offset(causal) -> None:
     assert torch.equal(again.score.weight, scalar.score.weight)
     for own, body in zip(again.base_model.parameters(), causal.base_model.parameters(), strict=True):
         assert torch.equal(own, body) and own.data_ptr() != body.data_ptr()
+    causal.requires_grad_(False)
+    assert all(p.requires_grad for p in scalar_model_from(causal, seed=1).parameters()), "a new model is to be trained"
 
 
 def test_clone_shares_nothing(causal) -> None:
     twin = clone(causal)
     for own, other in zip(twin.parameters(), causal.parameters(), strict=True):
         assert torch.equal(own, other) and own.data_ptr() != other.data_ptr()
+    causal.generation_config.eos_token_id = [1, 7]
+    assert clone(causal).generation_config.eos_token_id == [1, 7]
 
 
 def test_models_leave_the_global_randomness_alone(causal, tokenizer) -> None:
@@ -209,9 +237,18 @@ def test_load_checks_the_head(causal, tmp_path) -> None:
 
 def test_load_grows_the_embedding_for_a_larger_tokenizer(make_causal, tokenizer, tmp_path) -> None:
     make_causal("gpt2", vocab_size=len(tokenizer) - 4).save_pretrained(tmp_path)
-    model = load_causal_model(tmp_path, tokenizer)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model, again, other = (load_causal_model(tmp_path, tokenizer, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected), "the global randomness is left alone"
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert model.config.pad_token_id == tokenizer.pad_token_id
+    rows = [m.get_input_embeddings().weight for m in (model, again, other)]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0][:-4], rows[2][:-4])
+    assert not (rows[0][-4:] == rows[2][-4:]).any()
+    alone = load_causal_model(tmp_path)
+    assert alone.get_input_embeddings().num_embeddings == len(tokenizer) - 4
 
 
 def test_pad() -> None:

@@ -6,12 +6,15 @@ import copy
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.tokenization import (
     decode,
     encode_prompts,
     encode_responses,
     encode_texts,
+    load_tokenizer,
     prepare,
     tokenizer_from_file,
 )
@@ -56,6 +59,54 @@ def test_a_tokenizer_of_whole_words_does_not_know_them() -> None:
     (row,) = encode_prompts(words, ["a <eos> fox"])
     assert row[:3] == [a, unk, fox] and eos not in row
     assert encode_prompts(words, ["a fox"])[0] == [a, fox, *row[3:]]
+
+
+@pytest.fixture
+def llama_like(tokenizer):
+    """A tokenizer whose post-processor begins every text with BOS, and ends it with EOS, which is no prompt's."""
+    found = copy.deepcopy(tokenizer)
+    found.add_special_tokens({"bos_token": "<s>"})
+    parts = [("<s>", found.bos_token_id), ("<eos>", found.eos_token_id)]
+    found.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A <eos>", special_tokens=parts)
+    return found
+
+
+def test_bos_stands_where_the_tokenizer_s_own_post_processor_puts_it(tokenizer, llama_like) -> None:
+    texts = ["The otter naps.", "<s> <eos>", "Hi"]
+    bos, eos = llama_like.bos_token_id, llama_like.eos_token_id
+    without = [encode(llama_like, texts) for encode in (encode_prompts, encode_texts)]
+    llama_like_no_bos = copy.deepcopy(llama_like)
+    llama_like_no_bos.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
+    for rows, encode in zip(without, (encode_prompts, encode_texts), strict=True):
+        assert rows == [[bos, *row] for row in encode(llama_like_no_bos, texts)]
+        assert all(row.count(bos) == 1 for row in rows)
+    prompts, documents = without
+    assert not any(eos in row for row in prompts) and all(row[-1] == eos for row in documents)
+    assert all(bos not in row for row in encode_responses(llama_like, texts))
+    assert encode_prompts(llama_like, []) == encode_texts(llama_like, []) == []
+
+
+def test_bos_that_the_template_writes_is_not_written_twice(llama_like) -> None:
+    bare = encode_prompts(llama_like, ["The otter naps.", "odd <s> one"])
+    llama_like.chat_template = "{{ bos_token }}" + llama_like.chat_template
+    assert encode_prompts(llama_like, ["The otter naps.", "odd <s> one"]) == bare
+    assert all(row.count(llama_like.bos_token_id) == 1 for row in bare)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_s_folder_without_a_tokenizer(architecture: str, make_causal, tmp_path) -> None:
+    make_causal(architecture).save_pretrained(tmp_path)  # transformers makes an empty tokenizer for GPT-2's
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no tokenizer there"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no tokenizer there"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_without_eos(tokenizer) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        prepare(endless)
 
 
 def test_no_texts(tokenizer) -> None:
