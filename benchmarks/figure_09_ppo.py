@@ -32,7 +32,8 @@ from minirlhf_course.world import GoldLabeler, World
 from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.data import read_folder
-from minirlhf.language.evaluation import EvaluationConfig, answer, mean_and_error
+from minirlhf.intervals import mean_and_error
+from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.models import clone
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardModelScorer

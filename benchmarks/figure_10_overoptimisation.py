@@ -48,14 +48,13 @@ from tables import RESULTS, ROOT, Row, write_table
 
 from minirlhf.checkpoints import save_model, verify_model, write_json
 from minirlhf.data import Comparison, read_folder
+from minirlhf.intervals import mean_and_error, win_rate
 from minirlhf.language.evaluation import (
     EvaluationConfig,
     accuracy,
     answer,
-    mean_and_error,
     ordered_pairs,
     score_comparisons,
-    win_rate,
 )
 from minirlhf.language.models import clone, load_causal_model, load_scalar_model, tiny_llama
 from minirlhf.language.pretraining import blocks_of, train_base

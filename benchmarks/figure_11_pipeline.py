@@ -52,7 +52,8 @@ from tables import RESULTS, ROOT, Row, write_table
 from minirlhf.checkpoints import verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.data import Demonstration, read_folder
-from minirlhf.language.evaluation import Answers, EvaluationConfig, answer, win_rate
+from minirlhf.intervals import win_rate
+from minirlhf.language.evaluation import Answers, EvaluationConfig, answer
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig, blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardModelConfig

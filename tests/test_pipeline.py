@@ -29,6 +29,7 @@ POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 NUMBERS = {
     *("gold_mean", "gold_standard_error", "kl_to_sft", "corpus_loss", "mean_length", "ended_fraction"),
     *("win_rate_vs_sft", "win_rate_vs_sft_interval", "win_rate_vs_base", "win_rate_vs_base_interval"),
+    *("gold_gain_vs_sft", "gold_gain_vs_sft_interval", "gold_gain_vs_base", "gold_gain_vs_base_interval"),
 }
 
 
@@ -103,7 +104,9 @@ def test_report_has_every_key(finished: Path) -> None:
         assert 0 < measured["mean_length"] <= 40 and 0 <= measured["ended_fraction"] <= 1
         low, high = measured["win_rate_vs_base_interval"]
         assert 0 <= low <= measured["win_rate_vs_base"] <= high <= 1
-        assert measured["headroom_closed"] is None
+        assert measured["headroom_closed"] is measured["headroom_closed_interval"] is None
+        low, high = measured["gold_gain_vs_sft_interval"]
+        assert low <= measured["gold_gain_vs_sft"] <= high
     assert report["judge"] == "reward_model"
     assert report["evaluation"]["sft"]["kl_to_sft"] == 0 and report["evaluation"]["ppo"]["kl_to_sft"] > 0
     assert report["evaluation"]["sft"]["win_rate_vs_sft"] == report["evaluation"]["base"]["win_rate_vs_base"] == 0.5
@@ -117,7 +120,14 @@ def test_report_has_every_key(finished: Path) -> None:
         assert seconds["total"] == pytest.approx(apart)
     assert all(v > 0 for v in seconds.values())
     assert report["parameters"] > 1000
-    keys = {"accuracy", "accuracy_heldout_labelers", "ceiling", "length_baseline", "calibration_error"}
+    keys = {
+        "accuracy",
+        "accuracy_interval",
+        "accuracy_heldout_labelers",
+        "ceiling",
+        "length_baseline",
+        "calibration_error",
+    }
     assert keys <= set(report["reward_model"]) and report["reward_model"]["ceiling"] is None
     assert report["seed"] == 0 and report["command"].startswith("minirlhf run --preset fast --data")
     assert {"minirlhf", "torch", "transformers", "python"} <= set(report["versions"])
@@ -535,7 +545,12 @@ def test_small_world_is_judged_by_gold(fast_run, tmp_path: Path) -> None:
     assert main(fast_run(out, *quick, data=small_world)) == 0
     report = read(out / "report.json")
     assert report["judge"] == "gold"
-    assert report["evaluation"]["base"]["headroom_closed"] == 0
+    base, ppo = (report["evaluation"][name] for name in ("base", "ppo"))
+    assert base["headroom_closed"] == 0 and base["headroom_closed_interval"] == [0, 0]
+    low, high = ppo["headroom_closed_interval"]
+    assert low < ppo["headroom_closed"] < high
+    low, high = report["reward_model"]["accuracy_interval"]
+    assert 0 < low < report["reward_model"]["accuracy"] < high < 1
     assert all(isinstance(report["evaluation"][name]["headroom_closed"], float) for name in POLICIES)
     assert 0.5 < report["reward_model"]["ceiling"] <= 1
     assert report["reward_model"]["pairs_heldout_labelers"] > 0

@@ -27,9 +27,11 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 def policy(gold: float, base: float, sft: float, proxy: float, loss: float) -> dict[str, Any]:
     """One entry of report.json's evaluation, with every key that evaluate.py writes."""
     row: dict[str, Any] = {"gold_mean": gold, "gold_standard_error": 0.046, "headroom_closed": (gold + 0.87) / 4.33}
+    row["headroom_closed_interval"] = [row["headroom_closed"] - 0.011, row["headroom_closed"] + 0.011]
     for other, rate, half in (("sft", sft, 0.034), ("base", base, 0.021)):
         row[f"win_rate_vs_{other}"] = rate
         row[f"win_rate_vs_{other}_interval"] = [max(0.0, rate - half), min(1.0, rate + half)]
+        row |= {f"gold_gain_vs_{other}": gold - 1.27, f"gold_gain_vs_{other}_interval": [gold - 1.36, gold - 1.18]}
     row |= {"kl_to_sft": 6.78, "mean_length": 13.4, "ended_fraction": 0.987}
     return row | {"proxy_mean": proxy, "corpus_loss": loss}
 
@@ -47,10 +49,12 @@ REPORT: dict[str, Any] = {
     },
     "reward_model": {
         "accuracy": 0.847,
+        "accuracy_interval": [0.8361, 0.8572],
         "ceiling": 0.871,
         "length_baseline": 0.561,
         "pairs": 6312,
         "accuracy_heldout_labelers": 0.828,
+        "accuracy_heldout_labelers_interval": [0.8103, 0.8441],
         "ceiling_heldout_labelers": 0.866,
         "length_baseline_heldout_labelers": 0.548,
         "pairs_heldout_labelers": 2104,
@@ -136,12 +140,12 @@ def by_proxy() -> dict[str, Any]:
     report = copy.deepcopy(REPORT)
     report |= {"judge": "reward_model", "best_mean": None, "data": "my texts"}
     for row in report["evaluation"].values():
-        row["headroom_closed"] = None
+        row |= {"headroom_closed": None, "headroom_closed_interval": None}
     row = report["reward_model"]
-    row |= {key: None for key in row if "ceiling" in key or key.endswith("heldout_labelers")}
+    row |= {key: None for key in row if "ceiling" in key or "heldout_labelers" in key}
     row["pairs_heldout_labelers"] = 0
     report["alignment_tax"]["removed_by_ptx"] = None
-    report["evaluation"]["ppo"]["gold_standard_error"] = math.nan
+    report["evaluation"]["ppo"] |= {"gold_standard_error": None, "gold_gain_vs_sft_interval": None}
     return report
 
 
@@ -201,14 +205,14 @@ def proxy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # headline and findings
         "A model of 0.38 million parameters learned to follow instructions in 3 min 41 s: its PPO answers are "
         "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen.",
-        "PPO-ptx is better than SFT (it wins 69 % [66, 72], mean 1.94)",
+        "PPO-ptx is better than SFT (it wins 69 % [65, 73], mean 1.94, a gain of 0.67 [0.58, 0.76])",
         "PPO loses 0.401 nats a token more than the base model (0.226 of them were lost in SFT already)",
         "PPO-ptx wins 93 % of it back",
         # results, with every kind of number
-        *("−0.87", "± 0.05", "67 %", "74 %", "[71, 77]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"),
+        *("−0.87", "± 0.05", "67 %", "74 %", "[70, 78]", "[65, 68]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"),
         "600 held-out prompts (480 of them distinct)",
         # reward model
-        *("84.7 %", "56.1 %", "87.1 %", "82.8 %", "6,312", "2,104", "3.1 points"),
+        *("84.7 % [83.6, 85.8]", "56.1 %", "87.1 %", "82.8 % [81.0, 84.5]", "6,312", "2,104", "3.1 points"),
         # answers beside each other
         "Sure! A penguin lives in the snow, I hope this helps!",
         *("(said nothing)", "best reachable: 3.50", "2.01", "−2.60"),
@@ -281,7 +285,7 @@ def test_says_so_when_ppo_is_worse(tmp_path: Path) -> None:
         "was made worse by reinforcement learning: even the better of its two policies, PPO-ptx, is preferred to its "
         "SFT parent on only 31 % of 600 prompts" in read.text
     )
-    assert "PPO is worse than SFT (it wins 22 % [19, 25], mean −0.40)" in read.text
+    assert "PPO is worse than SFT (it wins 22 % [18, 26], mean −0.40, a gain of −1.67 [−1.76, −1.58])" in read.text
     assert "raised its score from 0.12 to 5.60 while the true score fell from 1.27 to −0.40" in read.text
     assert "learned to follow" not in read.text
 
@@ -316,11 +320,13 @@ def test_summary_table(good: Path, proxy_run: Path) -> None:
     table = summary_table(good)
     lines = table.splitlines()
     assert re.match(
-        r"PPO-ptx +1\.94 ± 0\.05 +65 % +95 % \[93, 97\] +69 % \[66, 72\] +6\.78 +0\.851 +13\.4 +99 %$", lines[5]
+        r"PPO-ptx +1\.94 ± 0\.05 +65 % \[63, 66\] +95 % \[92, 98\] +69 % \[65, 73\] +6\.78 +0\.851 +13\.4 +99 %$",
+        lines[5],
     )
     assert lines[2].startswith("base ") and lines[3].startswith("SFT ") and lines[4].startswith("PPO ")
     assert len({len(line) for line in lines[:6]}) == 1
-    assert "accuracy 85 % (ceiling 87 %, length alone 56 %) on 6,312 held-out pairs; held-out labelers 83 %" in table
+    assert "accuracy 85 % [83, 86] (ceiling 87 %, length alone 56 %) on 6,312 held-out pairs" in table
+    assert "pairs; held-out labelers 83 % [81, 85]" in table and "[95 % interval, in percent]" in table
     assert lines[-1].startswith("time: 3 min 41 s (preparation 3 s, base 71 s")
 
     table = summary_table(proxy_run)
@@ -342,6 +348,7 @@ def test_numbers_as_read() -> None:
     assert [number(x) for x in (None, math.nan, math.inf, -0.001, -1.5, 1234.0)] == shown
     assert percent(None) == "–" and percent(0.744, 1) == "74.4 %"
     assert interval([0.7, 1.0]) == "[70, 100]" and interval(None) == interval([math.nan, 1.0]) == ""
+    assert interval([0.9952, 1.0]) == "[99, 100]" and interval([0.29, 0.57]) == "[29, 57]", "rounded outwards alone"
     assert duration(59.94) == "59.9 s" and duration(3725) == "1 h 2 min" and duration(119.7) == "2 min 0 s"
     assert parameters(1_540_000_000) == "1.5 billion parameters" and parameters(124_000_000) == "124 million parameters"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.data import Comparison
+from minirlhf.intervals import win_rate
 from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, end_ids, sample
 from minirlhf.language.models import response_logits
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from minirlhf.language.reward_model import RewardFunction
 
-CONFIDENCE = 1.96  # standard errors in a 95 % interval
 CALIBRATION_BINS = 10
 
 
@@ -123,58 +123,21 @@ def sequence_kl(
     return kl
 
 
-def mean_and_error(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value, which has none).
-
-    Args:
-        values: N numbers.
-        groups: what each belongs to, such as its prompt. Values of one group are not independent of each other: the
-            error then counts groups, and not values (Liang and Zeger 1986, for a mean).
-
-    Example:
-        >>> mean_and_error([1.0, 3.0])
-        (2.0, 1.0)
-        >>> mean_and_error([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"])
-        (2.0, 1.0)
-    """
-    mean = float(torch.tensor(values, dtype=torch.float64).mean())
-    sums: dict[object, float] = {}
-    for value, group in zip(values, range(len(values)) if groups is None else groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + value - mean
-    if len(sums) < 2:
-        return mean, 0.0
-    squares = sum(total**2 for total in sums.values())
-    return mean, (squares * len(sums) / (len(sums) - 1)) ** 0.5 / len(values)
-
-
-def win_rate(
-    scores: Sequence[float], other: Sequence[float], groups: Sequence[str] | None = None
-) -> tuple[float, tuple[float, float]]:
-    """How often the first of two models is preferred on the same prompts, ties counted half, and a 95 % interval.
-
-    `groups` as for `mean_and_error`: the prompts, where some occur more than once.
-
-    Example:
-        >>> rate, (low, high) = win_rate([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 1.0, 1.0])
-        >>> rate
-        0.875
-    """
-    outcomes = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, other, strict=True)]
-    rate, error = mean_and_error(outcomes, groups)
-    return rate, (max(0.0, rate - CONFIDENCE * error), min(1.0, rate + CONFIDENCE * error))
-
-
 class Pairs(NamedTuple):
     """All ordered pairs of some comparisons, as differences better minus worse; each [pairs]."""
 
     reward: Tensor
     length: Tensor
     """In tokens of text split at white space."""
+    prompts: list[str]
+    """Which prompt's answers each pair compares."""
 
 
 def ordered_pairs(comparisons: Sequence[Comparison], rewards: Sequence[Sequence[float]]) -> Pairs:
     """Differences of reward and of length over every pair that the labeler ordered (ties dropped)."""
-    reward, length = [], []
+    reward: list[float] = []
+    length: list[float] = []
+    prompts: list[str] = []
     for row, scores in zip(comparisons, rewards, strict=True):
         words = [len(text.split()) for text in row.responses]
         for i, a in enumerate(row.scores):
@@ -182,7 +145,8 @@ def ordered_pairs(comparisons: Sequence[Comparison], rewards: Sequence[Sequence[
                 if a > b:
                     reward.append(scores[i] - scores[j])
                     length.append(float(words[i] - words[j]))
-    return Pairs(torch.tensor(reward, dtype=torch.float64), torch.tensor(length, dtype=torch.float64))
+                    prompts.append(row.prompt)
+    return Pairs(torch.tensor(reward, dtype=torch.float64), torch.tensor(length, dtype=torch.float64), prompts)
 
 
 def accuracy(differences: Tensor) -> float:
@@ -223,7 +187,7 @@ def evaluate_reward_model(
     comparisons: Sequence[Comparison],
     training_labelers: set[str],
     gold: RewardFunction | None = None,
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int | list[float] | None]:
     """How right a reward model is on held-out comparisons.
 
     Args:
@@ -233,15 +197,17 @@ def evaluate_reward_model(
         gold: the true score where it is known; its own accuracy is the ceiling that label noise leaves.
 
     Returns:
-        accuracy, ceiling, length_baseline, calibration_error, pairs; the first three again for held-out labelers, as
-        accuracy_heldout_labelers and so on (None where there is nothing to measure).
+        accuracy and its 95 % interval (accuracy_interval; pairs of one prompt are not independent, and are not counted
+        as if they were), ceiling, length_baseline, calibration_error, pairs; all but calibration_error again for
+        held-out labelers, as accuracy_heldout_labelers and so on. None where there is nothing to measure.
     """
-    result: dict[str, float | int | None] = {}
+    result: dict[str, float | int | list[float] | None] = {}
     known = [row for row in comparisons if row.labeler in training_labelers]
     others = [row for row in comparisons if row.labeler not in training_labelers]
     for suffix, rows in (("", known), ("_heldout_labelers", others)):
         pairs = ordered_pairs(rows, score_comparisons(reward, rows)) if rows else None
-        result[f"accuracy{suffix}"] = accuracy(pairs.reward) if pairs else None
+        right, bounds = win_rate(pairs.reward, torch.zeros_like(pairs.reward), pairs.prompts) if pairs else (None, None)
+        result[f"accuracy{suffix}"], result[f"accuracy{suffix}_interval"] = right, list(bounds) if bounds else None
         truth = ordered_pairs(rows, score_comparisons(gold, rows)) if rows and gold else None
         result[f"ceiling{suffix}"] = accuracy(truth.reward) if truth else None
         result[f"length_baseline{suffix}"] = accuracy(pairs.length) if pairs else None

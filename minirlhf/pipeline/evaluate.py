@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minirlhf.checkpoints import verify_model
 from minirlhf.data import DataFolder, read_folder
 from minirlhf.errors import CheckpointError, UserError
+from minirlhf.intervals import bootstrap, mean_and_error, win_rate
 from minirlhf.language.evaluation import (
     Answers,
     EvaluationConfig,
     answer,
     evaluate_reward_model,
-    mean_and_error,
-    win_rate,
 )
 from minirlhf.language.forward import context_of
 from minirlhf.language.models import load_causal_model
@@ -77,16 +78,18 @@ class Evaluator:
 
     def measure(self, name: str) -> Row:
         """The measurements of a model that has answered, as base and SFT have."""
-        own, said = self.scores[name], self.answers[name]
+        own, base, said = self.scores[name], self.scores["base"], self.answers[name]
         mean, error = mean_and_error(own, self.prompts)
-        measured: Row = {"gold_mean": mean, "gold_standard_error": error, "headroom_closed": None}
-        if self.best is not None:
-            base, top = mean_and_error(self.scores["base"])[0], mean_and_error(self.best)[0]
-            measured["headroom_closed"] = (mean - base) / (top - base) if top > base else None
+        measured: Row = {"gold_mean": mean, "gold_standard_error": error if math.isfinite(error) else None}
+        measured |= {"headroom_closed": None, "headroom_closed_interval": None}
+        if self.best is not None and mean_and_error(self.best)[0] > mean_and_error(base)[0]:
+            closed, interval = bootstrap(_headroom_closed, own, base, self.best, groups=self.prompts)
+            measured |= {"headroom_closed": closed, "headroom_closed_interval": _ends(interval)}
         for other in ("sft", "base"):
             rate, interval = win_rate(own, self.scores[other], self.prompts)
-            measured[f"win_rate_vs_{other}"] = rate
-            measured[f"win_rate_vs_{other}_interval"] = list(interval)
+            measured |= {f"win_rate_vs_{other}": rate, f"win_rate_vs_{other}_interval": _ends(interval)}
+            gain, interval = bootstrap(torch.sub, own, self.scores[other], groups=self.prompts)
+            measured |= {f"gold_gain_vs_{other}": gain, f"gold_gain_vs_{other}_interval": _ends(interval)}
         measured["kl_to_sft"] = mean_and_error(said.kl)[0]
         measured["mean_length"] = mean_and_error([float(n) for n in said.lengths])[0]
         measured["ended_fraction"] = mean_and_error([float(e) for e in said.ended])[0]
@@ -109,6 +112,15 @@ class Evaluator:
             for row, response, end, score in zip(rows, responses, ended, parts, strict=True):
                 row["answers"][name] = {"response": response, "ended": end, "score": score}
         return rows
+
+
+def _headroom_closed(own: Tensor, base: Tensor, best: Tensor) -> Tensor:
+    return (own - base) / (best - base)
+
+
+def _ends(interval: tuple[float, float]) -> list[float] | None:
+    """As JSON has it: null where a single prompt says nothing of the others."""
+    return list(interval) if all(map(math.isfinite, interval)) else None
 
 
 def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list[Row]]:

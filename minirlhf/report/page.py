@@ -11,7 +11,7 @@ from minirlhf.report.parts import answers, facts, ladder, next_steps, results
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import Run, load_run
 from minirlhf.report.style import CSS
-from minirlhf.report.text import findings, headline, number, percent
+from minirlhf.report.text import findings, headline, number, percent, with_interval
 
 CAVEAT = (
     "No labeler who knows the truth comes with these data, so the judge here is the run’s own reward model: the very "
@@ -68,7 +68,7 @@ def render(run: Run) -> str:
 
 def _unbroken(page: str) -> str:
     """Keep "74 %" and "[71, 78]" on one line."""
-    return re.sub(r"(?<=\d) %|(?<=\[\d\d,) (?=\d)", lambda match: match[0].replace(" ", "\u00a0"), page)
+    return re.sub(r"(?<=\d) %|\[[−\d.]+, (?=[−\d])", lambda match: match[0].replace(" ", "\u00a0"), page)
 
 
 def _prose(text: str) -> str:
@@ -113,7 +113,8 @@ def _training(run: Run) -> str:
 def _reward_model(run: Run) -> str:
     row = run.report["reward_model"]
     text = (
-        f"On {row['pairs']:,} held-out pairs it agrees with the labelers on <b>{percent(row['accuracy'], 1)}</b>. "
+        f"On {row['pairs']:,} held-out pairs it agrees with the labelers on "
+        f"<b>{with_interval(row, 'accuracy', 1)}</b>. "
         f"Choosing the longer answer gets {percent(row['length_baseline'], 1)}"
     )
     if row["ceiling"] is not None:
@@ -122,7 +123,7 @@ def _reward_model(run: Run) -> str:
     if row.get("pairs_heldout_labelers"):
         text += (
             f" With labelers it never learned from ({row['pairs_heldout_labelers']:,} pairs) it agrees on "
-            f"<b>{percent(row['accuracy_heldout_labelers'], 1)}</b>."
+            f"<b>{with_interval(row, 'accuracy_heldout_labelers', 1)}</b>."
         )
     if row["calibration_error"] is not None:
         text += f" Its stated probabilities are off by {number(100 * row['calibration_error'], 1)} points on average."

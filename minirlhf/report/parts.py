@@ -53,7 +53,10 @@ def _columns(run: Run) -> dict[str, str]:
     count, distinct = run.report["heldout_prompts"], run.report["distinct_prompts"]
     prompts = f"{count:,} held-out prompts" + (f" ({distinct:,} of them distinct)" if distinct < count else "")
     judged = (
-        {"gold ± s.e.": f"Mean true score of one sampled answer to each of {prompts}, ± its standard error."}
+        {
+            "gold ± s.e.": f"Mean true score of one sampled answer to each of {prompts}, ± its standard error. "
+            "Errors and intervals allow for prompts that occur more than once, and say nothing of another seed."
+        }
         if run.is_gold
         else {
             "reward model score ± s.e.": f"Mean score by the run’s own reward model over {prompts}, ± its standard "
@@ -63,11 +66,12 @@ def _columns(run: Run) -> dict[str, str]:
     proxy = {"proxy": "Mean score by the reward model, which PPO was trained to raise. Demonstrations score 0."}
     return {
         **judged,
-        "headroom closed": "Share of the way from the base model’s score to the best reachable one."
+        "headroom closed": "Share of the way from the base model’s score to the best reachable one. In brackets a "
+        "95 % interval, in percent: the bootstrap’s, which draws the prompts anew."
         if run.is_gold
         else "Unknown here: it needs a labeler who knows how good an answer could be.",
         "wins vs base": "Share of prompts where its answer scores above the base model’s; a tie counts half. In "
-        "brackets a 95 % interval, in percent.",
+        "brackets a 95 % interval, in percent: Wilson’s.",
         "wins vs SFT": "The same against the SFT model: the figure that says whether step 3 was worth it"
         + ("." if run.is_gold else ", as far as a proxy can say."),
         **(proxy if run.is_gold else {}),

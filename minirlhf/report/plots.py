@@ -25,7 +25,7 @@ from minirlhf.report.plotting import (
     to_svg,
 )
 from minirlhf.report.read import Row, Run
-from minirlhf.report.text import interval, number, percent
+from minirlhf.report.text import number, percent, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,6 +162,7 @@ def reward_model_bars(run: Run) -> Plot | None:
         for place, (_, suffix) in enumerate(groups):
             value = row[f"accuracy{suffix}"]
             axes.barh(place, value, height=0.5, color=COLOURS["reward_model"])
+            axes.plot(row[f"accuracy{suffix}_interval"], [place, place], color=INK, linewidth=1.5)
             axes.annotate(
                 percent(value), (0, place), xytext=(8, 0), textcoords="offset points", ha="left", va="center",
                 color=PAPER, weight="bold",
@@ -179,11 +180,12 @@ def reward_model_bars(run: Run) -> Plot | None:
         axes.set_ylim(-0.5, len(groups) - 0.35)
         axes.grid(visible=False, axis="y")
         label_axes(axes, "share of held-out pairs ordered as the labeler did", "")
-        accuracies = ", ".join(f"{name} {percent(row[f'accuracy{suffix}'])}" for name, suffix in groups)
+        accuracies = ", ".join(f"{name} {with_interval(row, f'accuracy{suffix}')}" for name, suffix in groups)
         return f"Accuracy: {accuracies}."
 
     caption = "The bar should end well right of “length” (a model that only counts words)"
     caption += " and left of the ceiling, which is as far as label noise lets anyone go." if row["ceiling"] else "."
+    caption += " The thin line is its 95 % interval."
     return _draw("reward-bars", "Accuracy on held-out comparisons", caption, draw, height=2.3, left=0.215)
 
 
@@ -278,9 +280,8 @@ def win_plot(run: Run) -> Plot | None:
     def draw(axes: Axes) -> str:
         for place, ((who, other), row) in enumerate(zip(duels, rows, strict=True)):
             rate = row[f"win_rate_vs_{other}"]
-            low, high = row[f"win_rate_vs_{other}_interval"]
-            if interval([low, high]):
-                axes.plot([low, high], [place, place], color=COLOURS[who], linewidth=3.5, solid_capstyle="round")
+            bounds = row[f"win_rate_vs_{other}_interval"]
+            axes.plot(bounds, [place, place], color=COLOURS[who], linewidth=3.5, solid_capstyle="round")
             axes.plot(rate, place, "o", color=COLOURS[who], markersize=8)
             axes.annotate(percent(rate), (rate, place), xytext=(0, 8), textcoords="offset points", ha="center")
         axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 2)))

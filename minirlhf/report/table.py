@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Run, load_run
-from minirlhf.report.text import NOTHING, interval, number, percent, times
+from minirlhf.report.text import NOTHING, interval, number, percent, times, with_interval
 
 
 def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
@@ -18,7 +18,7 @@ def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
         proxy: whether the row has the mean score by the reward model too.
     """
     row = run.policy(name)
-    error = number(row["gold_standard_error"])
+    error, closed = number(row["gold_standard_error"]), interval(row["headroom_closed_interval"])
 
     def wins(other: str) -> tuple[str, str]:
         if name == other:  # a model against itself says nothing
@@ -27,7 +27,7 @@ def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
 
     return [
         (number(row["gold_mean"]), "" if error == NOTHING else f"± {error}"),
-        (percent(row["headroom_closed"]), ""),
+        (percent(row["headroom_closed"]), "" if name == "base" else closed),  # base closes 0 of its own
         wins("base"),
         wins("sft"),
         *([(number(row["proxy_mean"]), "")] if proxy else []),
@@ -55,6 +55,7 @@ def summary_table(run: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
+    lines.append("± standard error, [95 % interval, in percent]: over the prompts; another seed may differ by more.")
     if not loaded.is_gold:
         lines.append("The judge is the reward model that PPO was trained against: a proxy, not the truth.")
     lines += ["", _reward_model(loaded), f"time: {times(loaded.report, 0)}"]
@@ -64,9 +65,9 @@ def summary_table(run: Path) -> str:
 def _reward_model(run: Run) -> str:
     row = run.report["reward_model"]
     text = (
-        f"reward model: accuracy {percent(row['accuracy'])} (ceiling {percent(row['ceiling'])}, "
+        f"reward model: accuracy {with_interval(row, 'accuracy')} (ceiling {percent(row['ceiling'])}, "
         f"length alone {percent(row['length_baseline'])}) on {row['pairs']:,} held-out pairs"
     )
     if row.get("pairs_heldout_labelers"):
-        text += f"; held-out labelers {percent(row['accuracy_heldout_labelers'])}"
+        text += f"; held-out labelers {with_interval(row, 'accuracy_heldout_labelers')}"
     return text

@@ -35,16 +35,25 @@ def percent(value: float | None, digits: int = 0) -> str:
     return NOTHING if value is None or not math.isfinite(value) else f"{number(100 * value, digits)} %"
 
 
-def interval(bounds: Sequence[float | None] | None) -> str:
-    """A 95 % interval of a share, in brackets.
+def interval(bounds: Sequence[float] | None, digits: int = 0, scale: float = 100.0) -> str:
+    """A 95 % interval in brackets, in percent; rounded outwards, so that what is shown holds what was computed.
 
-    >>> interval([0.71, 0.78])
-    '[71, 78]'
+    >>> interval([0.71, 0.996]), interval([-0.254, 0.78], 2, scale=1), interval(None)
+    ('[71, 100]', '[−0.26, 0.78]', '')
     """
-    if bounds is None or any(b is None or not math.isfinite(b) for b in bounds):
+    if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
-    low, high = (number(100 * b, 0) for b in bounds if b is not None)
-    return f"[{low}, {high}]"
+    low, high = (round(scale * 10**digits * bound, 6) for bound in bounds)  # 28.999999999999996 is 29
+    return f"[{number(math.floor(low) / 10**digits, digits)}, {number(math.ceil(high) / 10**digits, digits)}]"
+
+
+def with_interval(row: Row, key: str, digits: int = 0) -> str:
+    """A share and its 95 % interval, where it has one.
+
+    >>> with_interval({"accuracy": 0.744, "accuracy_interval": [0.71, 0.78]}, "accuracy")
+    '74 % [71, 78]'
+    """
+    return f"{percent(row[key], digits)} {interval(row[f'{key}_interval'], digits)}".rstrip()
 
 
 def duration(seconds: float | None) -> str:
@@ -153,10 +162,6 @@ def _preset(run: Run) -> str:
     return told if run.report["preset"] == "fast" else ""
 
 
-def _wins(row: Row, other: str) -> str:
-    return f"{percent(row[f'win_rate_vs_{other}'])} {interval(row[f'win_rate_vs_{other}_interval'])}"
-
-
 def _sft(run: Run) -> str:
     sft, base = run.policy("sft"), run.policy("base")
     told = {
@@ -167,7 +172,7 @@ def _sft(run: Run) -> str:
     told += "" if run.is_gold else ", as far as the reward model can tell"
     judged = "gold score" if run.is_gold else "reward model score"
     means = f"base {number(base['gold_mean'])}, SFT {number(sft['gold_mean'])}"
-    return f"{told}. Mean {judged}: {means}; SFT wins {_wins(sft, 'base')} against base."
+    return f"{told}. Mean {judged}: {means}; SFT wins {with_interval(sft, 'win_rate_vs_base')} against base."
 
 
 def _ppo(run: Run) -> str:
@@ -176,7 +181,9 @@ def _ppo(run: Run) -> str:
     for name in ("ppo", "ppo_ptx"):
         row = run.policy(name)
         told = f"{NAMES[name]} {outcomes[verdict(row, 'sft')]} SFT"
-        parts.append(f"{told} (it wins {_wins(row, 'sft')}, mean {number(row['gold_mean'])})")
+        gain = f"{number(row['gold_gain_vs_sft'])} {interval(row['gold_gain_vs_sft_interval'], 2, scale=1)}".rstrip()
+        mean = f"mean {number(row['gold_mean'])}, a gain of {gain}"
+        parts.append(f"{told} (it wins {with_interval(row, 'win_rate_vs_sft')}, {mean})")
     return ("" if run.is_gold else "By the reward model’s score, ") + "; ".join(parts) + "."
 
 

@@ -10,13 +10,12 @@ import torch
 
 from minirlhf.checkpoints import save_model
 from minirlhf.data import Comparison, Demonstration
+from minirlhf.intervals import win_rate
 from minirlhf.language import reward_model as module
 from minirlhf.language.evaluation import (
     accuracy,
     calibration_error,
     evaluate_reward_model,
-    mean_and_error,
-    win_rate,
 )
 from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, encode_comparisons, train_reward_model
@@ -197,6 +196,10 @@ def test_figures_on_hand_made_comparisons() -> None:
     assert found["accuracy_heldout_labelers"] == pytest.approx(1 / 3)
     assert found["length_baseline_heldout_labelers"] == pytest.approx(1 / 3)
     assert found["ceiling_heldout_labelers"] == pytest.approx(0.5)
+    # The outcome of each pair and the prompt of each: pairs of one prompt are a cluster.
+    for suffix, outcomes, prompts in (("", [1, 1, 0, 0.5], "1112"), ("_heldout_labelers", [0, 1, 0], "344")):
+        expected = win_rate(outcomes, [0.5] * len(outcomes), prompts)
+        assert found[f"accuracy{suffix}_interval"] == pytest.approx(list(expected[1]))
     # sigmoid of +-2, +-1, +-1, 0, all apart in bins of a tenth but the two of +-1: by hand.
     s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     expected = 2 * (1 - s(2.0)) / 8 + 2 * 2 * abs(s(1.0) - 0.5) / 8 + 0.0
@@ -207,6 +210,7 @@ def test_figures_without_held_out_labelers_or_truth() -> None:
     found = evaluate_reward_model(reward, COMPARED[:2], {"ann", "bob"})
     assert found["ceiling"] is None and found["ceiling_heldout_labelers"] is None
     assert found["accuracy_heldout_labelers"] is None and found["pairs_heldout_labelers"] == 0
+    assert found["accuracy_heldout_labelers_interval"] is None
     assert evaluate_reward_model(reward, COMPARED[2:], {"ann"})["accuracy"] is None
 
 
@@ -217,19 +221,3 @@ def test_accuracy_and_calibration_of_known_cases() -> None:
     difference = math.log(0.9 / 0.1) + 1e-9
     assert calibration_error(torch.tensor([difference] * 9 + [-difference], dtype=torch.float64)) < 1e-6
     assert calibration_error(torch.tensor([9.0] * 5 + [-9.0] * 5, dtype=torch.float64)) == pytest.approx(0.5, abs=1e-3)
-
-
-def test_win_rate_and_errors() -> None:
-    rate, (low, high) = win_rate([1.0] * 50 + [0.0] * 50, [0.5] * 100)
-    assert rate == 0.5 and low == pytest.approx(0.5 - 1.96 * 0.0502519, abs=1e-5) and high == pytest.approx(1 - low)
-    assert win_rate([1.0, 1.0], [0.0, 0.0]) == (1.0, (1.0, 1.0))
-    mean, error = mean_and_error([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5 and error == pytest.approx((5 / 3) ** 0.5 / 2)
-
-
-def test_the_same_prompt_twice_is_no_new_evidence() -> None:
-    scores, prompts = [1.0, 2.0, 4.0], ["a", "b", "c"]
-    assert mean_and_error(scores * 4, prompts * 4) == pytest.approx(mean_and_error(scores))
-    assert mean_and_error(scores * 4)[1] < 0.6 * mean_and_error(scores)[1]
-    rate, bounds = win_rate([1.0, 0.0, 1.0] * 4, [0.0, 1.0, 1.0] * 4, prompts * 4)
-    assert (rate, *bounds) == pytest.approx((0.5, *win_rate([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])[1]))

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minirlhf.language.evaluation import CONFIDENCE
+from minirlhf.intervals import CONFIDENCE, wilson
 from minirlhf_course.checks.cases import generators, ids, normal, row
 from minirlhf_course.checks.exercise import Case, exercise
 
@@ -18,10 +18,7 @@ INT = torch.int64
 
 
 def _wilson(rate: Tensor, count: int) -> Tensor:
-    square = CONFIDENCE**2
-    centre = (rate + square / (2 * count)) / (1 + square / count)
-    half = CONFIDENCE / (1 + square / count) * (rate * (1 - rate) / count + square / (4 * count**2)).sqrt()
-    return torch.stack((rate, centre - half, centre + half))
+    return torch.stack((rate, *wilson(rate, count)))
 
 
 def _win_cases() -> list[Case]:

@@ -12,7 +12,7 @@ from minirlhf_course.checks.cases import F64, normal
 from minirlhf_course.overoptimisation import EnsembleReward
 
 from minirlhf import losses
-from minirlhf.language.evaluation import win_rate
+from minirlhf.intervals import win_rate
 from minirlhf.language.tokenization import encode_prompts, encode_responses, tokenizer_from_file
 
 WORLD = Path(__file__).resolve().parents[3] / "data" / "small_world"
