@@ -1,16 +1,13 @@
 """Every malformed row is named by file and line, before any training."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from minirlhf.cli import main
 from minirlhf.data import Comparison, read_folder
 from minirlhf.errors import DataError
 
@@ -36,6 +33,16 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def heldout(folder: Path) -> Path:
+    """A folder of held-out rows in it."""
+    path = folder / "heldout"
+    path.mkdir()
+    for name in ("corpus", "comparisons", "prompts"):
+        write_json_lines(path / f"{name}.jsonl", ROWS[name][:4])
+    return path
+
+
 def put(folder: Path, name: str, row: object, line: int = 3) -> str:
     """Replace one line of a file; gives the place that the message must name."""
     file = folder / f"{name}.jsonl"
@@ -49,10 +56,7 @@ def expect(folder: Path, where: str, *words: str) -> None:
     with pytest.raises(DataError) as caught:
         read_folder(folder)
     message = str(caught.value)
-    assert message.startswith(where), message
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
+    assert message.startswith(where) and "\n" not in message and all(word in message for word in words), message
 
 
 PAIR = {"prompt": "p", "responses": ["a", "b"]}
@@ -117,23 +121,22 @@ def test_lines_are_counted_with_the_blank_ones(folder: Path) -> None:
     expect(folder, f"{file}:4", "empty")
 
 
-@pytest.mark.parametrize("content", ["", "\n", " \n\n"])
-@pytest.mark.parametrize("name", list(ROWS))
-def test_empty_file(folder: Path, name: str, content: str) -> None:
-    (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
-    expect(folder, f"{folder / name}.jsonl:1", "empty")
-
-
-@pytest.mark.parametrize("name", list(ROWS))
-def test_missing_file(folder: Path, name: str) -> None:
-    (folder / f"{name}.jsonl").unlink()
-    expect(folder, f"{folder / name}.jsonl", "missing", f"{name}.jsonl.gz")
+@pytest.mark.parametrize("content", ["", "\n", " \n\n", None])
+@pytest.mark.parametrize("name", ROWS)
+def test_empty_or_missing_file(folder: Path, name: str, content: str | None) -> None:
+    file = folder / f"{name}.jsonl"
+    if content is None:
+        file.unlink()
+        expect(folder, f"{file}: missing", f"{name}.jsonl.gz")
+    else:
+        file.write_text(content, encoding="utf-8")
+        expect(folder, f"{file}:1: ", "empty")
 
 
 def test_missing_folder_and_a_file_in_its_place(tmp_path: Path) -> None:
-    expect(tmp_path / "none", str(tmp_path / "none"), "not a folder", "corpus.jsonl")
     (tmp_path / "file").write_text("x")
-    expect(tmp_path / "file", str(tmp_path / "file"), "not a folder")
+    for name in ("none", "file"):
+        expect(tmp_path / name, f"{tmp_path / name}: not a folder", "corpus.jsonl")
 
 
 def test_plain_and_packed_side_by_side(folder: Path) -> None:
@@ -141,19 +144,21 @@ def test_plain_and_packed_side_by_side(folder: Path) -> None:
     expect(folder, str(folder / "corpus.jsonl"), "corpus.jsonl.gz", "keep one")
 
 
-@pytest.mark.parametrize("damage", ["cut", "not gzip", "checksum", "body"])
-def test_damaged_gz(folder: Path, damage: str) -> None:
+PACKED = gzip.compress(b'{"text": "abc def"}\n' * 50)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    {
+        "cut": PACKED[:-12],
+        "not gzip": b"this is no gzip file",
+        "checksum": PACKED[:-6] + bytes([PACKED[-6] ^ 0xFF]) + PACKED[-5:],
+        "body": PACKED[:10] + b"\xff" * 10 + PACKED[20:],
+    }.values(),
+)
+def test_damaged_gz(folder: Path, payload: bytes) -> None:
     (folder / "corpus.jsonl").unlink()
     file = folder / "corpus.jsonl.gz"
-    payload = bytearray(gzip.compress(b'{"text": "abc def"}\n' * 50))
-    if damage == "cut":
-        payload = payload[:-12]
-    elif damage == "not gzip":
-        payload = bytearray(b"this is no gzip file")
-    elif damage == "checksum":
-        payload[-6] ^= 0xFF
-    else:
-        payload[10:20] = b"\xff" * 10
     file.write_bytes(payload)
     with pytest.raises(DataError, match=re.escape(f"{file}:") + r"\d+: can't be read"):
         read_folder(folder)
@@ -182,11 +187,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("row", "prompt", "responses", "scores"), FORMATS)
-def test_row_formats(folder: Path, row: dict, prompt: str, responses: tuple, scores: tuple) -> None:
-    heldout = folder / "heldout"
-    heldout.mkdir()
-    for name in ("corpus", "comparisons", "prompts"):
-        write_json_lines(heldout / f"{name}.jsonl", ROWS[name])
+def test_row_formats(folder: Path, heldout: Path, row: dict, prompt: str, responses: tuple, scores: tuple) -> None:
     where = put(folder, "comparisons", row | {"labeler": "ann"}, line=2)
     assert read_folder(folder).comparisons[1] == Comparison(prompt, responses, scores, "ann", where)
 
@@ -206,48 +207,22 @@ def test_split_shares_no_prompt(folder: Path) -> None:
     assert len(others) > 1
 
 
-def with_ties(folder: Path, tied: dict, count: int, total: int) -> None:
-    rows = [row | (tied if i < count else {}) for i, row in enumerate(ROWS["comparisons"] * 2)][:total]
-    rows = [{k: v for k, v in row.items() if not ("ranking" in row and k == "scores")} for row in rows]
-    heldout = folder / "heldout"
-    heldout.mkdir()
-    for name in ("corpus", "comparisons", "prompts"):
-        write_json_lines(heldout / f"{name}.jsonl", ROWS[name])
-    write_json_lines(folder / "comparisons.jsonl", rows)
-
-
 @pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
-@pytest.mark.parametrize("count", [1, 19])
-def test_a_few_rows_that_prefer_nothing_are_an_error(folder: Path, tied: dict, count: int) -> None:
-    with_ties(folder, tied, count, 40)
-    with pytest.raises(DataError) as caught:
-        read_folder(folder)
-    assert str(caught.value).startswith(f"{folder / 'comparisons.jsonl'}:1: ")
-    assert "equal" in str(caught.value) and f"{count} of 40" in str(caught.value)
-
-
-@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
-@pytest.mark.parametrize("count", [20, 39])
-def test_rows_that_often_prefer_nothing_are_left_out_with_a_note(folder: Path, tied: dict, count: int) -> None:
-    with_ties(folder, tied, count, 40)
+@pytest.mark.parametrize(("count", "total"), [(1, 40), (19, 40), (20, 40), (39, 40), (30, 30)])
+def test_rows_that_prefer_nothing(folder: Path, heldout: Path, tied: dict, count: int, total: int) -> None:
+    """A few are an error, and so is a file of nothing else; many are left out, with a note."""
+    others = (ROWS["comparisons"] * 2)[: total - count]
+    write_json_lines(folder / "comparisons.jsonl", [PAIR | tied] * count + others)
+    where, words = f"{folder / 'comparisons.jsonl'}:1: ", ("equal", f"{count} of {total} rows")
+    if count < 20 or count == total:
+        return expect(folder, where, *words)
     data = read_folder(folder)
-    assert len(data.comparisons) == 40 - count and len(data.heldout_comparisons) == 20
+    assert len(data.comparisons) == total - count and len(data.heldout_comparisons) == 4
     (note,) = data.notes
-    assert note.startswith(f"{folder / 'comparisons.jsonl'}:1: ") and "equal" in note
-    assert f"{count} of 40" in note and "left out" in note
+    assert note.startswith(where) and all(word in note for word in (*words, "left out"))
 
 
-@pytest.mark.parametrize("tied", [{"scores": [2, 2]}, {"ranking": [1, 1]}])
-def test_a_file_of_ties_alone_is_an_error(folder: Path, tied: dict) -> None:
-    write_json_lines(folder / "comparisons.jsonl", [PAIR | tied] * 30)
-    expect(folder, f"{folder / 'comparisons.jsonl'}:1: ", "equal", "30 of 30 rows")
-
-
-def test_own_heldout_folder_is_used_and_checked(folder: Path) -> None:
-    heldout = folder / "heldout"
-    heldout.mkdir()
-    for name in ("corpus", "comparisons", "prompts"):
-        write_json_lines(heldout / f"{name}.jsonl", ROWS[name][:4])
+def test_own_heldout_folder_is_used_and_checked(folder: Path, heldout: Path) -> None:
     data = read_folder(folder)
     assert len(data.prompts) == 20 and len(data.heldout_prompts) == 4 and len(data.heldout_comparisons) == 4
     expect(folder, put(heldout, "prompts", {"prompt": 1}, line=2), "string")
@@ -266,70 +241,55 @@ def test_the_shipped_folders_are_well_formed(tiny_folder: Path) -> None:
 
 
 class TestCommandLine:
-    """A mistake in the data: exit code 2, one message, nothing trained."""
+    """A mistake in the data: one message, nothing trained."""
 
-    def run(self, capsys: pytest.CaptureFixture, folder: Path, out: Path, *options: str) -> str:
-        arguments = ["run", "--preset", "fast", "--data", str(folder), "--out", str(out), *options]
-        assert main(arguments) == 2
-        message = capsys.readouterr().err
-        assert message.startswith("minirlhf: error: ") and message.count("\n") == 1, message
-        if out.exists():
-            assert {file.name for file in out.iterdir()} <= {"config.json"}
-        return message
+    @pytest.fixture
+    def message(self, folder: Path, tmp_path: Path, fast_run, refused) -> Callable[..., str]:
+        """What the command says of a folder that it must refuse."""
 
-    def test_malformed_row(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        where = put(folder, "comparisons", PAIR | {"scores": [2, "2"]})
-        assert where in self.run(capsys, folder, tmp_path / "out")
+        def call(*options: str, data: Path = folder) -> str:
+            said = refused(fast_run(tmp_path / "out", *options, data=data))
+            assert not list((tmp_path / "out").glob("*"))
+            return said
 
-    def test_missing_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        assert "not a folder" in self.run(capsys, tmp_path / "none", tmp_path / "out")
+        return call
 
-    def test_row_longer_than_the_context(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        long = PAIR | {"responses": ["a", "frog pond " * 200], "scores": [1, 0]}
-        where = put(folder, "comparisons", long, line=7)
-        message = self.run(capsys, folder, tmp_path / "out", "--context-length", "128")
-        assert where in message and "--context-length" in message and "128" in message
+    def test_malformed_row(self, folder: Path, message) -> None:
+        assert put(folder, "comparisons", PAIR | {"scores": [2, "2"]}) in message()
 
-    def test_long_demonstration(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_rows_longer_than_the_context(self, folder: Path, message) -> None:
         # Of a prompt that is not held out: the split is by the prompt's text.
-        prompt = read_folder(folder).demonstrations[0]
-        line = int(prompt.where.rsplit(":", 1)[1])
-        where = put(folder, "demonstrations", {"prompt": prompt.prompt, "completion": "frog " * 300}, line)
-        assert where in self.run(capsys, folder, tmp_path / "out", "--context-length", "128")
+        row = read_folder(folder).demonstrations[0]
+        line = int(row.where.rsplit(":", 1)[1])
+        where = put(folder, "demonstrations", {"prompt": row.prompt, "completion": "frog " * 300}, line)
+        assert where in message("--context-length", "128")
+        long = PAIR | {"responses": ["a", "frog pond " * 200], "scores": [1, 0]}
+        put(folder, "demonstrations", ROWS["demonstrations"][line - 1], line)
+        where, said = put(folder, "comparisons", long, line=7), message("--context-length", "128")
+        assert where in said and "--context-length" in said and "128" in said
 
-    def test_broken_tokenizer_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_broken_tokenizer_file(self, folder: Path, message) -> None:
         (folder / "tokenizer.json").write_text("{}")
-        assert str(folder / "tokenizer.json") in self.run(capsys, folder, tmp_path / "out")
+        assert str(folder / "tokenizer.json") in message()
 
     @pytest.mark.parametrize("content", ["{bad", "[1]", "{}", '{"seed": "zero"}', '{"seed": true}'])
-    def test_broken_world_file(self, folder: Path, tmp_path: Path, capsys, content: str) -> None:
+    def test_broken_world_file(self, folder: Path, message, content: str) -> None:
         (folder / "world.json").write_text(content)
-        assert f"{folder / 'world.json'}: " in self.run(capsys, folder, tmp_path / "out")
+        assert f"{folder / 'world.json'}: " in message()
 
-    def test_prompt_of_another_world(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_prompt_of_another_world(self, folder: Path, heldout: Path, message) -> None:
         (folder / "world.json").write_text('{"seed": 0}')
-        heldout = folder / "heldout"
-        heldout.mkdir()
-        known = "where does an owl live ?"
-        answered = {"prompt": known, "responses": ["a", "b"], "scores": [1, 0]}
+        known = PAIR | {"prompt": "where does an owl live ?", "scores": [1, 0]}
         for place in (folder, heldout):
             write_json_lines(place / "corpus.jsonl", ROWS["corpus"] * 5)
-            write_json_lines(place / "prompts.jsonl", [{"prompt": known}] * 4)
-            write_json_lines(place / "comparisons.jsonl", [answered] * 4)
+            write_json_lines(place / "prompts.jsonl", [known] * 4)
+            write_json_lines(place / "comparisons.jsonl", [known] * 4)
         for place, name in ((folder, "prompts"), (heldout, "prompts"), (heldout, "comparisons")):
-            file = place / f"{name}.jsonl"
-            before = file.read_bytes()
-            where = put(place, name, answered | {"prompt": "what is a transistor ?"}, line=3)
-            message = self.run(capsys, folder, tmp_path / "out")
-            assert f"{where}: gold can't judge" in message and "transistor" in message
-            file.write_bytes(before)
+            where, said = put(place, name, known | {"prompt": "what is a transistor ?"}, line=3), message()
+            assert f"{where}: gold can't judge" in said and "transistor" in said
+            put(place, name, known, line=3)
 
-    def test_the_mistake_can_be_mended(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_the_mistake_can_be_mended(self, folder: Path, tmp_path: Path, message) -> None:
         """A mistyped --data must not claim the folder: the corrected command may use the same --out."""
-        bad = tmp_path / "bad"
-        shutil.copytree(folder, bad)
-        put(bad, "corpus", b"{")
-        out = tmp_path / "out"
-        self.run(capsys, tmp_path / "mistyped", out)
-        message = self.run(capsys, bad, out)
-        assert f"{bad / 'corpus.jsonl'}:3" in message
+        assert "not a folder" in message(data=tmp_path / "mistyped")
+        assert put(folder, "corpus", b"{") in message()

@@ -69,11 +69,6 @@ def test_exact_kl_with_impossible_tokens():
     assert torch.autograd.gradcheck(exact_kl, tuple(x.detach()[None].requires_grad_() for x in two_policies()))
 
 
-@pytest.mark.parametrize("kernel", [kl_k1, kl_k2, kl_k3])
-def test_gradcheck(kernel):
-    assert torch.autograd.gradcheck(kernel, tuple(torch.randn(5, dtype=F64, requires_grad=True) for _ in range(2)))
-
-
 def test_kl_rewards_by_hand():
     old = torch.tensor([[-1.0, -2.0, NAN], [-1.0, -1.0, -3.0]])
     ref = torch.tensor([[-3.0, -1.0, NAN], [-1.0, -2.0, -1.0]])
@@ -124,11 +119,3 @@ def test_controllers():
     assert fixed.beta == 0.2
     with pytest.raises(ValueError, match="negative"):
         FixedKLController(-0.1)
-
-
-def test_the_adaptive_controller_holds_a_simulated_policy_at_its_target():
-    controller = AdaptiveKLController(0.01, target=6.0, horizon=1000)
-    for _ in range(2000):
-        kl = 1.5 / controller.beta  # a policy whose KL answers to beta
-        controller.update(kl, episodes=64)
-    assert kl == pytest.approx(6.0, rel=1e-3)

@@ -46,9 +46,8 @@ def test_lam_one_telescopes_to_returns_minus_values_and_lam_zero_is_the_td_error
     advantages, targets = gae(rewards, values, ends, gamma=0.9, lam=1.0, **options)
     torch.testing.assert_close(advantages, torch.where(mask, returns - values, 0.0))
     torch.testing.assert_close(targets, returns)
-    assert torch.equal(
-        gae(rewards, values, ends, gamma=0.9, lam=0.0, **options)[0], td_errors(rewards, values, ends, 0.9, **options)
-    )
+    one_step, _ = gae(rewards, values, ends, gamma=0.9, lam=0.0, **options)
+    assert torch.equal(one_step, td_errors(rewards, values, ends, 0.9, **options))
 
 
 def test_td_errors_by_hand():
@@ -64,35 +63,28 @@ def test_n_step_advantages_from_the_definition(n, seed, masked):
     rewards, values, ends, options = episode_batch(seed)
     mask = options["mask"] if masked else torch.ones_like(ends)
     options = options | {"mask": mask if masked else None}
-    got = n_step_advantages(rewards, values, ends, 0.9, n, **options)
+    got, last = n_step_advantages(rewards, values, ends, 0.9, n, **options), rewards.shape[1] - 1
     for row in range(rewards.shape[0]):
         for t in range(rewards.shape[1]):
             if not mask[row, t]:
                 assert got[row, t] == 0
                 continue
-            total, k = -values[row, t], t
-            while True:
+            total = -values[row, t]
+            for k in range(t, t + n):
                 total = total + 0.9 ** (k - t) * rewards[row, k]
                 if ends[row, k]:
                     after = options["truncated_values"][row, k]
-                elif k == rewards.shape[1] - 1:
+                elif k == last:
                     after = options["last_values"][row]
                 else:
                     after = values[row, k + 1] if mask[row, k + 1] else 0.0
-                stop = ends[row, k] or k == rewards.shape[1] - 1 or not mask[row, k + 1] or k - t == n - 1
-                k += 1
-                if stop:
-                    total = total + 0.9 ** (k - t) * after
+                if ends[row, k] or k == last or not mask[row, k + 1]:
                     break
-            torch.testing.assert_close(got[row, t], total)
+            torch.testing.assert_close(got[row, t], total + 0.9 ** (k + 1 - t) * after)
     # What is kept as [T, N] goes in as a view.
     r, v, e, m, after = (x.t().contiguous().t() for x in (rewards, values, ends, mask, options["truncated_values"]))
     options |= {"mask": m if masked else None, "truncated_values": after}
     assert torch.equal(n_step_advantages(r, v, e, 0.9, n, **options), got)
-
-
-def test_n_must_be_positive():
-    rewards, values, ends, options = episode_batch()
     with pytest.raises(ValueError, match="n must be at least 1"):
         n_step_advantages(rewards, values, ends, 0.9, 0, **options)
 

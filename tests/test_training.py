@@ -1,7 +1,5 @@
 """Kill and resume gives the same bits; batches are what they say; a NaN never reaches the weights."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from minirlhf.checkpoints import STATE, load_state, save_model, save_state, verify_model
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import CheckpointError, TrainingError, UserError
-from minirlhf.language.models import clone, scalar_model_from
+from minirlhf.language.models import scalar_model_from
 from minirlhf.language.pretraining import PretrainingConfig, train_base
 from minirlhf.language.reward_model import RewardModelConfig, train_reward_model
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
@@ -33,6 +31,7 @@ from minirlhf.training import (
 TEXTS = [f"The {a} {v} by the {p}." for a in ("otter", "newt") for v in ("naps", "digs") for p in ("barn", "marsh")]
 DEMONSTRATIONS = [Demonstration(f"say {i}", text) for i, text in enumerate(TEXTS)]
 COMPARISONS = [Comparison(f"say {i}", (text, text[:9], "No."), (2.0, 1.0, 0.0)) for i, text in enumerate(TEXTS)]
+BATCHES = {"base": "blocks [", "sft": "demonstrations [", "reward_model": "comparisons [", "rlhf": "rows ["}
 
 
 class Killed(Exception):
@@ -52,53 +51,37 @@ class Mortal(Recorder):
             raise Killed
 
 
-def _base(make_causal, tokenizer, recorder, architecture):
-    model = make_causal(architecture)
-    blocks = torch.randint(2, len(tokenizer), (10, 12), generator=torch.Generator().manual_seed(0))
-    return train_base(model, blocks, PretrainingConfig(steps=5, batch_size=4, warmup=1), recorder=recorder)
+@pytest.fixture
+def train(make_causal, tokenizer):
+    """Five steps of any learner: ``train("sft", recorder, "gpt2")``."""
+    blocks = torch.randint(2, len(tokenizer), (10, 12), generator=generator_for(0))
 
+    def call(name: str, recorder: Recorder, architecture: str = "llama", make=make_causal):
+        model, batches = make(architecture), {"batch_size": 4, "warmup": 1}
+        if name == "base":
+            return train_base(model, blocks, PretrainingConfig(steps=5, **batches), recorder=recorder)
+        if name == "sft":
+            config = SFTConfig(epochs=2.5, **batches)
+            return train_sft(model, tokenizer, DEMONSTRATIONS, config, recorder=recorder)
+        if name == "reward_model":
+            config = RewardModelConfig(epochs=2.5, **batches)
+            more = {"demonstrations": DEMONSTRATIONS, "seed": 3, "recorder": recorder}
+            return train_reward_model(model, tokenizer, COMPARISONS, config, **more)
+        special = {"target_kl": 0.5, "kl_horizon": 40.0, "ema_decay": 0.5, "ptx_coef": 0.3, "ptx_batch_size": 3}
+        config = RLHFConfig(steps=5, batch_size=8, max_response_tokens=6, warmup=1, **special)
+        return train_rlhf(
+            model,
+            scalar_model_from(model, seed=2),
+            make(architecture),
+            lambda prompts, responses: [len(text) / 10 for text in responses],
+            tokenizer,
+            [row.prompt for row in DEMONSTRATIONS],
+            config,
+            corpus_blocks=blocks,
+            recorder=recorder,
+        )
 
-def _sft(make_causal, tokenizer, recorder, architecture):
-    config = SFTConfig(epochs=2.5, batch_size=4, warmup=1)
-    return train_sft(make_causal(architecture), tokenizer, DEMONSTRATIONS, config, recorder=recorder)
-
-
-def _reward_model(make_causal, tokenizer, recorder, architecture):
-    config = RewardModelConfig(epochs=2.5, batch_size=4, warmup=1)
-    model = make_causal(architecture)
-    return train_reward_model(
-        model, tokenizer, COMPARISONS, config, demonstrations=DEMONSTRATIONS, recorder=recorder, seed=3
-    )
-
-
-def _rlhf(make_causal, tokenizer, recorder, architecture):
-    model = make_causal(architecture)
-    config = RLHFConfig(
-        steps=5,
-        batch_size=8,
-        max_response_tokens=6,
-        warmup=1,
-        target_kl=0.5,
-        kl_horizon=40.0,
-        ema_decay=0.5,
-        ptx_coef=0.3,
-        ptx_batch_size=3,
-    )
-    blocks = torch.randint(2, len(tokenizer), (7, 12), generator=torch.Generator().manual_seed(0))
-    return train_rlhf(
-        clone(model),
-        scalar_model_from(model, seed=2),
-        model,
-        lambda prompts, responses: [len(text) / 10 for text in responses],
-        tokenizer,
-        [row.prompt for row in DEMONSTRATIONS],
-        config,
-        corpus_blocks=blocks,
-        recorder=recorder,
-    )
-
-
-LEARNERS = {"base": _base, "sft": _sft, "reward_model": _reward_model, "rlhf": _rlhf}
+    return call
 
 
 def rows(history: list[dict]) -> list[dict]:
@@ -107,145 +90,134 @@ def rows(history: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", list(LEARNERS))
-def test_kill_and_resume_gives_the_same_bits(make_causal, tokenizer, tmp_path, name: str, architecture: str) -> None:
-    learner = LEARNERS[name]
+@pytest.mark.parametrize("name", BATCHES)
+def test_kill_and_resume_gives_the_same_bits(train, tmp_path: Path, name: str, architecture: str) -> None:
     torch.manual_seed(11)
     whole = Mortal(name, tmp_path / "whole", save_seconds=0)
-    expected = learner(make_causal, tokenizer, whole, architecture)
+    expected = train(name, whole, architecture)
     assert len(whole.history) == 5
 
     # Die twice: after step 1 was computed but not saved, and again two steps later.
     torch.manual_seed(12)
+    cut = tmp_path / "cut"
     for die_at in (1, 3):
         with pytest.raises(Killed):
-            learner(make_causal, tokenizer, Mortal(name, tmp_path / "cut", save_seconds=0, die_at=die_at), architecture)
-        written = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-        assert len(written) == die_at + 1
-        assert load_state(tmp_path / "cut" / STATE)[1]["step"] == die_at
-    last = Mortal(name, tmp_path / "cut", save_seconds=0)
-    resumed = learner(make_causal, tokenizer, last, architecture)
+            train(name, Mortal(name, cut, save_seconds=0, die_at=die_at), architecture)
+        assert len((cut / "metrics.jsonl").read_text().splitlines()) == die_at + 1
+        assert load_state(cut / STATE)[1]["step"] == die_at
+    last = Mortal(name, cut, save_seconds=0)
+    resumed = train(name, last, architecture)
     assert last.first_step == 3
 
     for key, value in expected.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
-    assert rows(last.history) == rows(whole.history)
-    on_disk = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert rows(on_disk) == rows(whole.history)
+    on_disk = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert rows(on_disk) == rows(last.history) == rows(whole.history)
     if name == "reward_model":
         assert resumed.config.score_offset == expected.config.score_offset
     if name == "rlhf":
-        facts = load_state(tmp_path / "cut" / STATE)[1]
-        assert facts["extras"]["kl"]["beta"] != 0.1
+        tensors, facts = load_state(cut / STATE)
         assert facts["extras"] == load_state(tmp_path / "whole" / STATE)[1]["extras"]
-        tensors = load_state(tmp_path / "cut" / STATE)[0]
+        assert facts["extras"]["kl"]["beta"] != RLHFConfig().beta
         assert {key.split("/")[1] for key in tensors if key.startswith("model/")} == {"policy", "value", "average"}
 
 
-def test_a_finished_state_is_not_trained_again(make_causal, tokenizer, tmp_path) -> None:
-    first = Mortal("sft", tmp_path, save_seconds=1e9)
-    expected = _sft(make_causal, tokenizer, first, "llama")
-    again = Mortal("sft", tmp_path, die_at=0)
-    model = _sft(make_causal, tokenizer, again, "llama")
+def test_a_finished_state_is_not_trained_again(train, tmp_path: Path) -> None:
+    first, again = Mortal("sft", tmp_path, save_seconds=1e9), Mortal("sft", tmp_path, die_at=0)
+    expected, model = train("sft", first), train("sft", again)
     assert again.first_step == 5 and rows(again.history) == rows(first.history)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
-def test_a_kill_before_the_first_save_begins_anew(make_causal, tokenizer, tmp_path) -> None:
+def test_a_kill_before_the_first_save_begins_anew(train, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        _sft(make_causal, tokenizer, Mortal("sft", tmp_path, save_seconds=1e9, die_at=2), "llama")
+        train("sft", Mortal("sft", tmp_path, save_seconds=1e9, die_at=2))
     assert not (tmp_path / STATE).exists()
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "sft/lo')  # a line cut by the kill
     last = Mortal("sft", tmp_path)
-    _sft(make_causal, tokenizer, last, "llama")
+    train("sft", last)
     assert last.first_step == 0 and [row["step"] for row in last.history] == [0, 1, 2, 3, 4]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
+def flipped(payload: bytes, place: int) -> bytes:
+    changed = bytearray(payload)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
 class TestDamagedState:
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
+    def file(self, tmp_path: Path) -> Path:
+        """The state of a training that can be taken up again."""
         model = torch.nn.Linear(40, 30)
         recorder = Recorder("x", tmp_path, progress=False)
         recorder.track({"m": model}, {"m": adamw(model, 1e-3)})
         for _ in recorder.steps(1):
-            pass
-        return tmp_path
+            recorder.log({"x/a": 0.0})
+        self.load(tmp_path)
+        return tmp_path / STATE
 
-    def load(self, folder: Path, model: torch.nn.Module | None = None) -> None:
-        model = model or torch.nn.Linear(40, 30)
+    def load(self, folder: Path, outputs: int = 30) -> None:
+        model = torch.nn.Linear(40, outputs)
         Recorder("x", folder, progress=False).track({"m": model}, {"m": adamw(model, 1e-3)})
 
-    @pytest.mark.parametrize("damage", ["cut", "flip data", "flip header", "empty", "text"])
-    def test_named(self, folder: Path, damage: str) -> None:
-        file = folder / STATE
-        payload = bytearray(file.read_bytes())
-        if damage == "cut":
-            payload = payload[: len(payload) // 2]
-        elif damage == "flip data":
-            payload[-100] ^= 1
-        elif damage == "flip header":
-            payload[3] ^= 0xFF
-        else:
-            payload = bytearray(b"" if damage == "empty" else b"not a checkpoint")
-        file.write_bytes(payload)
-        with pytest.raises(CheckpointError, match="damaged") as caught:
-            self.load(folder)
-        assert str(file) in str(caught.value) and "delete" in str(caught.value)
-
-    def test_of_another_model(self, folder: Path) -> None:
-        with pytest.raises(CheckpointError, match="another model") as caught:
-            self.load(folder, torch.nn.Linear(40, 31))
-        assert str(folder / STATE) in str(caught.value)
-
-    def test_whole_state_loads(self, folder: Path) -> None:
-        self.load(folder)
-
-    def test_facts_are_guarded_as_well(self, folder: Path) -> None:
-        """A flipped digit of the step or of beta is damage like any other."""
-        file = folder / STATE
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda payload: b"",
+            lambda payload: b"not a checkpoint",
+            lambda payload: payload[: len(payload) // 2],
+            lambda payload: flipped(payload, 3),  # the header
+            lambda payload: flipped(payload, -100),  # a weight
+            lambda payload: payload.replace(b'\\"step\\": 1', b'\\"step\\": 0'),
+        ],
+    )
+    def test_is_named(self, file: Path, damage) -> None:
         payload = file.read_bytes()
-        assert payload.count(b'\\"step\\": 1') == 1
-        file.write_bytes(payload.replace(b'\\"step\\": 1', b'\\"step\\": 0'))
-        with pytest.raises(CheckpointError):
-            self.load(folder)
+        file.write_bytes(damage(payload))
+        assert file.read_bytes() != payload
+        with pytest.raises(CheckpointError, match=r"damaged .*; delete") as caught:
+            self.load(file.parent)
+        assert str(file) in str(caught.value)
 
-    def test_no_pickle(self, folder: Path) -> None:
-        tensors, facts = load_state(folder / STATE)
-        save_state(folder / "again.safetensors", tensors, facts)
-        assert load_state(folder / "again.safetensors")[1] == facts
-        assert not [file for file in folder.iterdir() if file.suffix in (".pt", ".pkl", ".bin")]
-        assert not list(folder.glob("*.partial"))
+    def test_of_another_model(self, file: Path) -> None:
+        with pytest.raises(CheckpointError, match="another model") as caught:
+            self.load(file.parent, outputs=31)
+        assert str(file) in str(caught.value)
+
+    def test_no_pickle_and_nothing_left_beside_it(self, file: Path) -> None:
+        tensors, facts = load_state(file)
+        save_state(file, tensors, facts)
+        assert load_state(file)[1] == facts
+        assert {path.name for path in file.parent.iterdir()} == {STATE, "metrics.jsonl"}
 
 
 class TestSavedModel:
     @pytest.fixture
     def folder(self, make_causal, tokenizer, tmp_path: Path) -> Path:
-        save_model(tmp_path / "model", make_causal(), tokenizer, summary=lambda: {"seconds": 1.0})
-        return tmp_path / "model"
-
-    def test_whole(self, folder: Path) -> None:
+        folder = tmp_path / "model"
+        save_model(folder, make_causal(), tokenizer, summary=lambda: {"seconds": 1.0})
         verify_model(folder)
-        assert not folder.with_name("model.partial").exists()
+        return folder
+
+    def test_is_whole(self, folder: Path) -> None:
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
         assert json.loads((folder / "summary.json").read_text()) == {"seconds": 1.0}
 
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "summary.json"])
     def test_damage_and_loss_are_named(self, folder: Path, name: str) -> None:
-        payload = bytearray((folder / name).read_bytes())
-        payload[-5] ^= 1
-        (folder / name).write_bytes(payload)
+        file = folder / name
+        file.write_bytes(flipped(file.read_bytes(), -5))
         with pytest.raises(CheckpointError, match="damaged") as caught:
             verify_model(folder)
-        assert str(folder / name) in str(caught.value)
-        (folder / name).unlink()
+        assert str(file) in str(caught.value)
+        file.unlink()
         with pytest.raises(CheckpointError, match="missing"):
             verify_model(folder)
 
     def test_checksums_damaged_and_folder_missing(self, folder: Path) -> None:
-        (folder / "checksums.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"checksums\.json"):
-            verify_model(folder)
-        for text in ("null", "[]", "{}", '{"config.json": ""}'):
+        for text in ("{", "null", "[]", "{}", '{"config.json": ""}'):
             (folder / "checksums.json").write_text(text)
             with pytest.raises(CheckpointError, match=r"checksums\.json: damaged .* delete"):
                 verify_model(folder)
@@ -258,38 +230,23 @@ class TestSavedModel:
             verify_model(folder)
 
 
-@pytest.mark.parametrize("name", ["base", "sft", "reward_model", "rlhf"])
-def test_nan_stops_before_the_weights(make_causal, tokenizer, tmp_path, name: str) -> None:
-    def poisoned(architecture: str):
-        model = make_causal(architecture)
-        with torch.no_grad():
-            model.model.norm.weight[0] = float("nan")
-        return model
+@pytest.mark.parametrize(("name", "batch"), BATCHES.items())
+def test_nan_stops_before_the_weights(make_causal, train, tmp_path: Path, name: str, batch: str) -> None:
+    models = []
 
-    if name == "rlhf":
-        # A NaN policy can't be sampled from: let the reference be the one that is broken.
-        model, broken = make_causal(), poisoned("llama")
-        policy = clone(model)
-        with pytest.raises(TrainingError, match="rlhf: the loss is nan at step 0") as caught:
-            train_rlhf(
-                policy,
-                scalar_model_from(model, seed=2),
-                broken,
-                lambda p, r: [0.0] * len(r),
-                tokenizer,
-                ["a", "b"],
-                RLHFConfig(steps=2, batch_size=4, max_response_tokens=4),
-                recorder=Mortal("rlhf", tmp_path),
-            )
-        assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), model.parameters(), strict=True))
-    else:
-        with pytest.raises(TrainingError, match=f"{name}: the loss is nan at step 0") as caught:
-            LEARNERS[name](lambda a: poisoned(a), tokenizer, Mortal(name, tmp_path), "llama")
-    message = str(caught.value)
-    assert "lower" in message and str(tmp_path) in message
-    assert {"base": "blocks [", "sft": "demonstrations [", "reward_model": "comparisons [", "rlhf": "rows ["}[
-        name
-    ] in message
+    def make(architecture: str):
+        models.append(make_causal(architecture))
+        if name != "rlhf" or len(models) == 2:  # a NaN policy can't be sampled from: there the reference is broken
+            models[-1].model.norm.weight.data[0] = float("nan")
+        return models[-1]
+
+    with pytest.raises(TrainingError, match=f"{name}: the loss is nan at step 0") as caught:
+        train(name, Mortal(name, tmp_path), make=make)
+    for part in ("lower", str(tmp_path), batch):
+        assert part in str(caught.value)
+    for key, value in make_causal().state_dict().items():
+        same = models[0].state_dict()[key] == value
+        assert bool(same.all()) or (key == "model.norm.weight" and int(same.sum()) == len(value) - 1)
     assert not (tmp_path / STATE).exists()
 
 
@@ -306,7 +263,7 @@ class Square(torch.autograd.Function):
 
 
 class TestOnlyFiniteStates:
-    def train(self, folder: Path, at: int, how: str, steps: int = 4) -> torch.nn.ParameterList:
+    def train(self, folder: Path, at: int, how: str, steps: int = 4) -> None:
         model = torch.nn.ParameterList([torch.ones(3)])
         optimizer = adamw(model, 0.1)
         recorder = Recorder("x", folder, save_seconds=0, progress=False)
@@ -318,18 +275,15 @@ class TestOnlyFiniteStates:
             loss.backward()
             optimizer.step()
             if (step, how) == (at, "weights"):
-                with torch.no_grad():
-                    model[0][1] = float("inf")
-        return model
+                model[0].data[1] = float("inf")
 
     @pytest.mark.parametrize("how", ["gradient", "weights"])
     def test_the_state_that_the_message_names_is_finite(self, tmp_path: Path, how: str) -> None:
         with pytest.raises(TrainingError, match="at step 2, rows 2; lower the rate") as caught:
             self.train(tmp_path, 2, how)
-        assert "gradient's norm is nan" in str(caught.value) or how == "weights"
-        assert f"Delete {tmp_path} to" in str(
-            caught.value
-        ) and f"before step 2, all finite, are in {tmp_path / STATE}" in str(caught.value)
+        message = str(caught.value)
+        assert f"Delete {tmp_path} to" in message and f"all finite, are in {tmp_path / STATE}" in message
+        assert "before step 2" in message and ("gradient's norm is nan" in message or how == "weights")
         tensors, facts = load_state(tmp_path / STATE)
         assert facts["step"] == 2 and all(value.isfinite().all() for value in tensors.values())
 
@@ -351,8 +305,7 @@ class TestOnlyFiniteStates:
     def test_a_broken_model_is_not_saved(self, make_causal, tokenizer, tmp_path: Path, what: str) -> None:
         model = scalar_model_from(make_causal(), seed=2)
         if what == "weight":
-            with torch.no_grad():
-                model.score.weight[0, 0] = float("inf")
+            model.score.weight.data[0, 0] = float("inf")
         else:
             model.config.score_offset = float("nan")
         with pytest.raises(TrainingError, match=f"not saved, .*{what} of the trained model is NaN or infinite"):
@@ -361,10 +314,7 @@ class TestOnlyFiniteStates:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
-    limit=st.integers(1, 300),
-)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), limit=st.integers(1, 300))
 def test_micro_batches(lengths: list[int], limit: int) -> None:
     groups = micro_batches(lengths, limit)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
@@ -433,13 +383,17 @@ def test_matrices_decay_and_vectors_do_not(make_causal) -> None:
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
-def test_recorder_without_a_folder_writes_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recorder = Recorder("x", progress=False)
+def three_steps(recorder: Recorder) -> Recorder:
     recorder.track({}, {})
     for step in recorder.steps(3):
-        recorder.log({"a": torch.tensor(step * 2.0), "b": 1})
-    assert recorder.history == [{"step": s, "a": 2.0 * s, "b": 1.0} for s in range(3)]
+        recorder.log({"x/a": torch.tensor(step * 2.0), "x/b": 1})
+    return recorder
+
+
+def test_recorder_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recorder = three_steps(Recorder("x", progress=False))
+    assert recorder.history == [{"step": s, "x/a": 2.0 * s, "x/b": 1.0} for s in range(3)]
     assert not list(tmp_path.iterdir()) and recorder.seconds > 0
 
 
@@ -469,28 +423,17 @@ def test_seconds_count_the_whole_step_over_all_sessions(tmp_path: Path, monkeypa
 def test_tensorboard_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recorder = Recorder("x", tmp_path, progress=False, tensorboard=True)
-    recorder.track({}, {})
-    for step in recorder.steps(3):
-        recorder.log({"x/a": float(step)})
+    three_steps(Recorder("x", tmp_path, progress=False, tensorboard=True))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("x/a")] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("x/a")] == [(0, 0.0), (1, 2.0), (2, 4.0)]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'tensorboard is not installed: pip install "minirlhf\[tensorboard\]"'):
         Recorder("x", tensorboard=True)
-    plain = Recorder("y", tmp_path / "plain", progress=False)
-    plain.track({}, {})
-    for _ in plain.steps(1):
-        plain.log({"y/a": 0.0})
-    assert sorted(file.name for file in plain.folder.iterdir()) == ["metrics.jsonl", "state.safetensors"]
 
 
-def test_steps_may_be_counted_in_something_else(tmp_path) -> None:
-    recorder, played = Recorder("x", progress=False), [0]
-    steps = []
-    for step in recorder.steps(100, done=lambda: played[0]):
-        steps.append(step)
-        played[0] += 30
-        recorder.log({"x/a": played[0]})
-    assert steps == [0, 1, 2, 3] and [row["step"] for row in recorder.history] == steps
+def test_steps_may_be_counted_in_something_else() -> None:
+    recorder = Recorder("x", progress=False)
+    for step in recorder.steps(100, done=lambda: 30 * len(recorder.history)):
+        recorder.log({"x/a": step})
+    assert recorder.history == [{"step": step, "x/a": step} for step in range(4)]

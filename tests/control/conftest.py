@@ -1,7 +1,5 @@
 """Environments whose every step is known beforehand."""
 
-from __future__ import annotations
-
 import pytest
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -51,9 +49,3 @@ def counting():
         return environment
 
     return make
-
-
-@pytest.fixture
-def counting_class() -> type[Counting]:
-    """The class itself, for tests that make their own episodes."""
-    return Counting

@@ -9,19 +9,16 @@ import torch
 from minirlhf_course.seeds import run_seeds
 from torch.nn.utils import parameters_to_vector
 
-from minirlhf.control.actor_critic import A2CConfig, ActorCriticConfig, train_a2c, train_actor_critic
+from minirlhf.control import run
+from minirlhf.control.actor_critic import REPORT_EVERY, A2CConfig, ActorCriticConfig, train_a2c, train_actor_critic
+from minirlhf.control.environments import make_envs
 from minirlhf.control.evaluation import Evaluator, evaluate
 from minirlhf.control.policies import make_networks
 from minirlhf.control.ppo import PPOConfig, adapted, train_ppo
-from minirlhf.control.reinforce import (
-    BaselineConfig,
-    ReinforceConfig,
-    train_reinforce,
-    train_reinforce_with_baseline,
-)
+from minirlhf.control.reinforce import BaselineConfig, ReinforceConfig, train_reinforce, train_reinforce_with_baseline
+from minirlhf.control.rollout import Collector
 from minirlhf.control.trpo import TRPOConfig, train_trpo
 from minirlhf.errors import TrainingError, UserError
-from minirlhf.returns import whiten
 
 COMMON = {"num_envs": 2, "hidden": (8,)}
 BATCH = COMMON | {"rollout_steps": 20, "total_steps": 100}
@@ -33,7 +30,12 @@ LEARNERS = {
     "trpo": (train_trpo, TRPOConfig(**BATCH, value_updates=2)),
     "ppo": (train_ppo, PPOConfig(**BATCH, epochs=3, minibatch_size=16)),
 }
-ALL = pytest.mark.parametrize("name", LEARNERS)
+
+
+@pytest.fixture(params=LEARNERS)
+def learner(request):
+    """(name, train, config) of each."""
+    return request.param, *LEARNERS[request.param]
 
 
 def weights(result):
@@ -41,9 +43,8 @@ def weights(result):
     return torch.cat([parameters_to_vector(network.parameters()).detach() for network in networks])
 
 
-@ALL
-def test_same_seed_same_bits(name):
-    train, config = LEARNERS[name]
+def test_same_seed_same_bits(learner):
+    _, train, config = learner
     torch.manual_seed(0)
     one = train("CartPole-v1", config, seed=3)
     torch.manual_seed(1)  # the global generator plays no part
@@ -54,9 +55,8 @@ def test_same_seed_same_bits(name):
     assert not torch.equal(weights(one), weights(other))
 
 
-@ALL
-def test_the_result_says_what_happened(name):
-    train, config = LEARNERS[name]
+def test_the_result_says_what_happened(learner):
+    name, train, config = learner
     result = train("CartPole-v1", config)
     assert result.env_steps >= config.total_steps
     assert (result.values is None) == (name == "reinforce")
@@ -74,9 +74,8 @@ def test_the_result_says_what_happened(name):
     assert all(e.episode_return == e.length for e in result.episodes)  # CartPole pays 1 a step
 
 
-@ALL
-def test_own_networks_are_trained_in_place(name):
-    train, config = LEARNERS[name]
+def test_own_networks_are_trained_in_place(learner):
+    _, train, config = learner
     networks = make_networks("CartPole-v1", hidden=(4,), activation="relu", seed=9)
     before = parameters_to_vector(networks.policy.parameters()).clone()
     result = train("CartPole-v1", config, networks=networks)
@@ -84,13 +83,10 @@ def test_own_networks_are_trained_in_place(name):
     assert not torch.equal(before, parameters_to_vector(networks.policy.parameters()))
 
 
-@ALL
-def test_a_callback_sees_each_row_ends_the_training_and_costs_no_time(name, monkeypatch):
-    import minirlhf.control.run as module
-
+def test_a_callback_sees_each_row_ends_the_training_and_costs_no_time(learner, monkeypatch):
     now = [0.0]  # a clock that moves a second at each look, and an hour in each callback
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
-    train, config = LEARNERS[name]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    _, train, config = learner
     seen = []
 
     def callback(progress):
@@ -103,52 +99,26 @@ def test_a_callback_sees_each_row_ends_the_training_and_costs_no_time(name, monk
     assert 0 < result.history[0]["perf/seconds"] < result.history[1]["perf/seconds"] < result.seconds < 60
 
 
-@ALL
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_a_loss_that_is_not_finite_stops_the_training_before_it_reaches_the_weights(name, counting):
-    train, config = LEARNERS[name]
+def test_a_loss_that_is_not_finite_stops_the_training_before_it_reaches_the_weights(learner, counting):
+    name, train, config = learner
     endings = (("t", 3), ("c", 4))
     with pytest.raises(TrainingError, match="environment 0 gave the reward nan"):
         train(counting(endings, endings, bad_reward=float("nan")), config)
-    with pytest.raises(
-        TrainingError, match=rf"{name}: the loss is (nan|inf|-inf) at step 0, after \d+ environment steps"
-    ):
-        networks = make_networks(counting(endings, endings), hidden=(8,))
-        state = parameters_to_vector(networks.policy.parameters()).clone()
-        try:
-            train(counting(endings, endings, bad_reward=3e38), config, networks=networks)
-        finally:
-            assert torch.equal(state, parameters_to_vector(networks.policy.parameters()))
+    networks = make_networks(counting(endings, endings), hidden=(8,))
+    state = parameters_to_vector(networks.policy.parameters()).clone()
+    message = rf"{name}: the loss is (nan|inf|-inf) at step 0, after \d+ environment steps"
+    with pytest.raises(TrainingError, match=message):
+        train(counting(endings, endings, bad_reward=3e38), config, networks=networks)
+    assert torch.equal(state, parameters_to_vector(networks.policy.parameters()))
 
 
-OTHER = {
-    "total_steps": 300,
-    "num_envs": 3,
-    "gamma": 0.5,
-    "max_grad_norm": 1e-3,
-    "adam_eps": 0.1,
-    "hidden": (9,),
-    "activation": "relu",
-    "lr": 1e-2,
-    "value_lr": 1e-2,
-    "weigh_by_gamma_t": True,
-    "value_updates": 3,
-    "entropy_coef": 0.1,
-    "rollout_steps": 24,
-    "lam": 0.1,
-    "whiten_advantages": False,
-    "max_kl": 1e-4,
-    "cg_iterations": 1,
-    "cg_damping": 10.0,
-    "epochs": 2,
-    "minibatch_size": 8,
-    "anneal_lr": False,
-    "clip_range": 1e-3,
-    "beta": 1.0,
-    "value_clip_range": 1e-3,
-    "value_coef": 2.0,
-    "shared": True,
-}
+OTHER = {"total_steps": 300, "num_envs": 3, "gamma": 0.5, "max_grad_norm": 1e-3, "adam_eps": 0.1, "hidden": (9,)}
+OTHER |= {"activation": "relu", "lr": 1e-2, "value_lr": 1e-2, "value_updates": 3, "weigh_by_gamma_t": True}
+OTHER |= {"rollout_steps": 24, "lam": 0.1, "entropy_coef": 0.1, "whiten_advantages": False}
+OTHER |= {"max_kl": 1e-4, "cg_iterations": 1, "cg_damping": 10.0}  # TRPO
+OTHER |= {"epochs": 2, "minibatch_size": 8, "anneal_lr": False, "clip_range": 1e-3, "beta": 1.0}  # PPO
+OTHER |= {"value_clip_range": 1e-3, "value_coef": 2.0, "shared": True}
 # These need another setting beside them to show what they do; each has a test of its own.
 SPECIAL = {"a2c": {"n_step"}, "trpo": {"backtracks"}, "ppo": {"target_kl"}}  # backtracks: tests/exact
 SETTINGS = [
@@ -232,17 +202,9 @@ def test_a_shared_trunk_is_refused_where_each_network_has_an_optimizer(name):
         train("CartPole-v1", config, networks=make_networks("CartPole-v1", shared=True))
 
 
-def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class, monkeypatch):
+def test_one_step_actor_critic_is_suttons_update_by_hand(counting, monkeypatch):
     """One environment and plain arithmetic: delta, the two gradients, and I, through an end of each kind."""
-    import minirlhf.control.actor_critic as module
-    from minirlhf.control.environments import make_envs
-    from minirlhf.control.rollout import Collector
-
-    def env(n):
-        from gymnasium.vector import SyncVectorEnv
-
-        return SyncVectorEnv([lambda: counting_class((("t", 3), ("c", 2)))] * n)
-
+    env = counting((("t", 3), ("c", 2)))
     gamma, lr, value_lr = 0.9, 0.02, 0.01
     config = ActorCriticConfig(
         num_envs=1, total_steps=40, gamma=gamma, lr=lr, value_lr=value_lr, weigh_by_gamma_t=True, max_grad_norm=1e9
@@ -253,7 +215,7 @@ def test_one_step_actor_critic_is_suttons_update_by_hand(counting_class, monkeyp
     policy, values = make_networks(env, hidden=(6,), seed=2)
     collector = Collector(make_envs(env, 1), 5)
     I = 1.0  # noqa: E741
-    for _ in range(module.REPORT_EVERY):
+    for _ in range(REPORT_EVERY):
         step = collector.collect(policy, 1)
         if not bool(step.mask[0, 0]):
             I = 1.0  # noqa: E741
@@ -302,16 +264,16 @@ def test_ppo_with_one_epoch_one_minibatch_and_no_clip_follows_the_policy_gradien
 
 def test_ppos_variants_do_what_they_are_for():
     base = PPOConfig(num_envs=8, rollout_steps=64, total_steps=3_000, lr=1e-2, anneal_lr=False, minibatch_size=128)
-    last = {}
-    for name, config in {
-        "clip": base,
-        "unclipped": replace(base, clip_range=None),
-        "penalty": replace(base, clip_range=None, beta=30.0),
+    kl = {}
+    for name, settings in {
+        "clip": {},
+        "no clip": {"clip_range": None},
+        "penalty": {"clip_range": None, "beta": 30.0},
     }.items():
-        rows = train_ppo("CartPole-v1", config).history
-        last[name] = sum(row["policy/kl"] for row in rows) / len(rows)
+        rows = train_ppo("CartPole-v1", replace(base, **settings)).history
+        kl[name] = sum(row["policy/kl"] for row in rows) / len(rows)
         assert (max(row["policy/clip_fraction"] for row in rows) > 0) == (name == "clip")
-    assert last["unclipped"] > 2 * last["clip"] and last["unclipped"] > 2 * last["penalty"]
+    assert kl["no clip"] > 2 * kl["clip"] and kl["no clip"] > 2 * kl["penalty"]
 
 
 def test_adaptive_beta_steers_the_kl():
@@ -327,9 +289,7 @@ def test_adaptive_beta_steers_the_kl():
 def test_returns_are_made_of_the_raw_advantages():
     """Bug 1 of the museum: with normalised ones the value network would learn returns of variance 1."""
     result = train_ppo("CartPole-v1", PPOConfig(total_steps=10_000, gamma=0.99))
-    observations = torch.zeros(1, 4)
-    assert float(result.values(observations).detach()) > 10.0
-    assert abs(float(whiten(torch.arange(100.0)).max())) < 2.0
+    assert float(result.values(torch.zeros(1, 4)).detach()) > 10.0
 
 
 @pytest.mark.parametrize("name", ["ppo", "trpo", "baseline"])

@@ -95,18 +95,23 @@ def test_activation_and_widths_are_what_was_asked():
     assert [layer.out_features for layer in policy.trunk[::2]] == [5, 7, 9]
 
 
+class Odd(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.MultiDiscrete([2, 2])
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"activation": "gelu"}, "activation must be one of"), ({"hidden": ()}, "hidden must name at least one layer")],
+    ("env", "options", "message"),
+    [
+        ("CartPole-v1", {"activation": "gelu"}, "activation must be one of"),
+        ("CartPole-v1", {"hidden": ()}, "hidden must name at least one layer"),
+        ("FrozenLake-v1", {}, "observations must be a flat Box"),
+        (lambda n: gymnasium.vector.SyncVectorEnv([Odd] * n), {}, "actions must be Discrete or a flat Box"),
+    ],
 )
-def test_bad_options_are_refused(options, message):
+def test_what_does_not_fit_is_refused(env, options, message):
     with pytest.raises(UserError, match=message):
-        make_networks("CartPole-v1", **options)
-
-
-def test_spaces_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="observations must be a flat Box"):
-        make_networks("FrozenLake-v1")
+        make_networks(env, **options)
 
 
 def test_evaluation_is_fixed_by_its_seed_and_counts_first_episodes_only(counting):
@@ -133,12 +138,3 @@ def test_evaluator_keeps_its_schedule_and_stops_at_the_target():
     easy = Evaluator("CartPole-v1", every=100, episodes=2, target=1.0)
     assert easy(Progress(1, 100, 0.5, networks, {})) is True
     assert easy.reached == easy.rows[0] and easy.reached.seconds == 0.5
-
-
-def test_other_action_spaces_are_refused():
-    class Odd(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-        action_space = gymnasium.spaces.MultiDiscrete([2, 2])
-
-    with pytest.raises(UserError, match="actions must be Discrete or a flat Box"):
-        make_networks(lambda n: gymnasium.vector.SyncVectorEnv([Odd] * n))

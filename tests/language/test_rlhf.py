@@ -1,8 +1,7 @@
 """PPO on language models: the ratio starts at 1, the KL at 0, and the two gradients of PPO-ptx are added."""
 
-from __future__ import annotations
-
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,139 +26,88 @@ def words(prompts, responses):
     return [float(len(text)) / 20 for text in responses]
 
 
-def train(causal, tokenizer, reward=words, *, blocks=None, recorder=None, reference=None, monitor=None, **settings):
-    policy = clone(causal)
-    value = scalar_model_from(causal, seed=2)
-    recorder = recorder or Recorder("rlhf", progress=False)
-    config = RLHFConfig(**(SMALL | settings))
-    result = train_rlhf(
-        policy,
-        value,
-        reference or causal,
-        reward,
-        tokenizer,
-        PROMPTS,
-        config,
-        corpus_blocks=blocks,
-        seed=1,
-        recorder=recorder,
-        monitor=monitor,
-    )
-    return result, policy, value, recorder.history
+class Trained(NamedTuple):
+    result: torch.nn.Module
+    policy: torch.nn.Module
+    value: torch.nn.Module
+    history: list[dict]
 
 
-@pytest.fixture
-def blocks(tokenizer):
-    return torch.randint(2, len(tokenizer), (12, 16), generator=torch.Generator().manual_seed(0))
+def train(causal, tokenizer, reward=words, *, blocks=None, monitor=None, **settings) -> Trained:
+    policy, value = clone(causal), scalar_model_from(causal, seed=2)
+    recorder, config = Recorder("rlhf", progress=False), RLHFConfig(**(SMALL | settings))
+    options = {"corpus_blocks": blocks, "seed": 1, "recorder": recorder, "monitor": monitor}
+    result = train_rlhf(policy, value, causal, reward, tokenizer, PROMPTS, config, **options)
+    return Trained(result, policy, value, recorder.history)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_first_minibatch_of_every_step(causal, tokenizer, temperature: float) -> None:
+def test_the_ratio_starts_at_one_and_the_kl_at_zero(causal, tokenizer, temperature: float) -> None:
     """The best single test there is: whatever is wrong with masks, positions or dropout shows here."""
+    before = {key: value.clone() for key, value in causal.state_dict().items()}
     settings = {"steps": 4, "batch_size": 16, "lr": 1e-3, "temperature": temperature, "micro_batch_tokens": 100}
-    _, _, _, history = train(causal, tokenizer, **settings)
+    _, policy, _, history = train(causal, tokenizer, **settings)
     assert len(history) == 4
     for row in history:
         assert row["policy/first_ratio_error"] < 1e-5
         assert abs(row["policy/first_approx_kl"]) < 1e-5
         assert row["policy/first_clip_fraction"] == 0
-    # And it does move afterwards: the zeros above are not zeros of a policy that stands still.
-    assert max(row["policy/ratio_error"] for row in history) > 1e-3
-
-
-def test_kl_starts_at_zero(causal, tokenizer) -> None:
-    _, _, _, history = train(causal, tokenizer, lr=1e-3)
     assert abs(history[0]["objective/kl"]) < 1e-4
     assert history[0]["objective/rlhf_reward"] == pytest.approx(history[0]["objective/score"], abs=1e-4)
-    assert abs(history[-1]["objective/kl"]) > 1e-4
-
-
-def test_reference_and_reward_stay_as_they_are(causal, tokenizer) -> None:
-    before = {key: value.clone() for key, value in causal.state_dict().items()}
-    _, policy, _, _ = train(causal, tokenizer)
+    # And it does move afterwards, the reference does not: the zeros are not those of a policy that stands still.
+    assert max(row["policy/ratio_error"] for row in history) > 1e-3 and abs(history[-1]["objective/kl"]) > 1e-4
     assert all(torch.equal(before[key], value) for key, value in causal.state_dict().items())
     assert any(not torch.equal(before[key], value) for key, value in policy.state_dict().items())
 
 
-def gradients_of_first_update(monkeypatch, causal, tokenizer, **settings):
-    """Policy and value gradients as they stand before the first clipping."""
-    kept: list[list[torch.Tensor]] = []
-
-    def keep(parameters, norm):
-        kept.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters])
-        return torch.zeros(())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-        train(causal, tokenizer, **({"steps": 1} | settings))
-    return kept[0], kept[1]
-
-
 @pytest.mark.parametrize("ptx_coef", [0.3, 27.8])
-def test_ptx_gradient_is_the_sum_of_the_two(causal, tokenizer, blocks, monkeypatch, ptx_coef: float) -> None:
-    ppo, _ = gradients_of_first_update(monkeypatch, causal, tokenizer)
-    both, _ = gradients_of_first_update(
-        monkeypatch, causal, tokenizer, blocks=blocks, ptx_coef=ptx_coef, ptx_batch_size=12
-    )
+def test_ptx_gradient_is_the_sum_of_the_two(causal, tokenizer, gradients, ptx_coef: float) -> None:
+    blocks = torch.randint(2, len(tokenizer), (12, 16), generator=generator_for(0))
+    train(causal, tokenizer, steps=1)
+    updates = len(gradients)
+    train(causal, tokenizer, steps=1, blocks=blocks, ptx_coef=ptx_coef, ptx_batch_size=12)
     model = clone(causal).eval()
     language_model_loss(model, blocks).backward()  # 12 of 12 blocks: the order is of no matter
-    biggest = 0.0
-    for total, own, parameter in zip(both, ppo, model.parameters(), strict=True):
-        expected = own + ptx_coef * parameter.grad
-        scale = float(expected.abs().max())
-        assert float((total - expected).abs().max()) < 1e-5 * max(1.0, scale)
-        biggest = max(biggest, float((total - own).abs().max()))
-    assert biggest > 1e-3
+    ppo, both = gradients[0], gradients[updates]
+    gradients.append([own + ptx_coef * p.grad for own, p in zip(ppo, model.parameters(), strict=True)])
+    gradients.assert_same(-1, updates, 1e-5)
+    assert max(float((total - own).abs().max()) for total, own in zip(both, ppo, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 100])
-def test_micro_batches_change_no_gradient(causal, tokenizer, blocks, monkeypatch, tokens: int) -> None:
-    whole = gradients_of_first_update(monkeypatch, causal, tokenizer)
-    parts = gradients_of_first_update(monkeypatch, causal, tokenizer, micro_batch_tokens=tokens)
-    for a, b in zip(whole[0] + whole[1], parts[0] + parts[1], strict=True):
-        assert float((a - b).abs().max()) < 1e-5 * max(1.0, float(a.abs().max()))
-
-
-def test_micro_batches_change_no_weight(make_causal, tokenizer) -> None:
-    model = make_causal(scale=3.0)
-    settings = {"lr": 1e-4, "value_lr": 1e-4, "adam_eps": 1e-3}  # a large epsilon: rounding isn't blown up to a sign
-    _, policy, value, history = train(model, tokenizer, **settings)
-    for tokens in (1, 60):
-        _, other, other_value, others = train(model, tokenizer, micro_batch_tokens=tokens, **settings)
-        for own, twin in ((policy, other), (value, other_value)):
-            for a, b in zip(own.parameters(), twin.parameters(), strict=True):
-                assert float((a - b).detach().abs().max()) < 1e-5
-        for a, b in zip(history, others, strict=True):
-            for key in ("policy/approx_kl", "value/loss", "policy/entropy", "objective/kl", "policy/clip_fraction"):
-                if key in a:
-                    assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
+def test_micro_batches_change_nothing(causal, tokenizer, gradients, tokens: int) -> None:
+    settings = {"steps": 1, "adam_eps": 1e-3}  # a large epsilon: rounding isn't blown up to a sign
+    whole = train(causal, tokenizer, **settings).history[0]
+    updates = len(gradients)
+    parts = train(causal, tokenizer, micro_batch_tokens=tokens, **settings).history[0]
+    for network in (0, 1):  # policy and value network, at the first update
+        gradients.assert_same(network, updates + network, 1e-5)
+    for key in ("policy/approx_kl", "value/loss", "policy/entropy", "objective/kl", "policy/clip_fraction"):
+        assert whole[key] == pytest.approx(parts[key], rel=1e-3, abs=1e-4), key
 
 
 def test_missing_eos_costs_a_fixed_penalty(causal, tokenizer) -> None:
     means = {}
     for penalty in (0.0, 3.0):
         # One step: the same answers.
-        _, _, _, history = train(causal, tokenizer, steps=1, missing_eos_penalty=penalty)
-        means[penalty] = history[0]
+        means[penalty] = train(causal, tokenizer, steps=1, missing_eos_penalty=penalty).history[0]
     unended = 1 - means[0.0]["objective/ended_fraction"]
     assert unended > 0
     assert means[0.0]["objective/score"] - means[3.0]["objective/score"] == pytest.approx(3.0 * unended, abs=1e-4)
 
 
 def test_reward_sees_the_cut_answer_and_the_plain_prompt(make_causal, tokenizer) -> None:
-    seen = []
+    seen, asked = [], []
 
     def reward(prompts, responses):
         seen.extend(zip(prompts, responses, strict=True))
         return torch.ones(len(responses), dtype=torch.float64)
 
-    asked = []
-
     def monitor(prompts, responses, ended):
         asked.append((list(zip(prompts, responses, strict=True)), ended))
         return {"objective/other": 7.0}
 
-    _, _, _, history = train(make_causal(scale=3.0), tokenizer, reward, steps=1, monitor=monitor)
+    history = train(make_causal(scale=3.0), tokenizer, reward, steps=1, monitor=monitor).history
     assert len(seen) == 8 and {prompt for prompt, _ in seen} <= set(PROMPTS)
     assert all("<eos>" not in text and "<pad>" not in text for _, text in seen)
     assert asked[0][0] == seen and len(asked[0][1]) == 8 and history[0]["objective/other"] == 7.0
@@ -170,7 +118,7 @@ def test_a_plain_function_is_learnt(make_causal, tokenizer) -> None:
     model = make_causal()
     lengths = lambda p, responses: [-abs(n - 3) / 4 for n in map(len, tokenizer(list(responses))["input_ids"])]  # noqa: E731
     settings = {"steps": 25, "batch_size": 64, "lr": 2e-2, "value_lr": 1e-2, "beta": 0.0, "warmup": 2}
-    _, _, _, history = train(model, tokenizer, lengths, missing_eos_penalty=0.5, **settings)
+    history = train(model, tokenizer, lengths, missing_eos_penalty=0.5, **settings).history
     scores = [row["objective/score"] for row in history]
     first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
     assert first < -1.2 and last > first + 0.6, scores
@@ -198,25 +146,32 @@ def test_a_plain_function_is_learnt(make_causal, tokenizer) -> None:
     ],
 )
 def test_a_bad_reward_is_named_and_leaves_the_weights(make_causal, tokenizer, reward, kind, words_) -> None:
-    causal = make_causal()
+    causal, recorder = make_causal(), Recorder("rlhf", progress=False)
     policy, value = clone(causal), scalar_model_from(causal, seed=2)
-    start = [p.clone() for p in [*policy.parameters(), *value.parameters()]]
     with pytest.raises(kind) as caught:
-        recorder = Recorder("rlhf", progress=False)
         train_rlhf(policy, value, causal, reward, tokenizer, PROMPTS, RLHFConfig(**SMALL), recorder=recorder)
-    for word in words_:
-        assert word in str(caught.value), caught.value
-    ends = [*policy.parameters(), *value.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(start, ends, strict=True))
+    assert all(word in str(caught.value) for word in words_), caught.value
+    for model, start in ((policy, causal), (value, scalar_model_from(causal, seed=2))):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
 
 
-def test_shapes_and_masks_of_the_experience(causal, tokenizer) -> None:
-    encoded = encode_prompts(tokenizer, PROMPTS)
-    samples = sample(causal, encoded, max_new_tokens=9, pad_id=0, eos_id=1, generator=generator_for(3), temperature=4.0)
-    value = scalar_model_from(causal, seed=2).eval()
-    scores = torch.arange(6.0)
-    config = RLHFConfig(whiten_advantages=False, micro_batch_tokens=60, temperature=4.0)
-    experience = rlhf._experience(samples, scores, value, causal, 0.1, config)
+@pytest.fixture
+def experience_of(causal, tokenizer):
+    """Experience of the same six answers, scored 0 to 5, and the value network that judged them."""
+    prompts, scores = encode_prompts(tokenizer, PROMPTS), torch.arange(6.0)
+    generator, value = generator_for(3), scalar_model_from(causal, seed=2).eval()
+    samples = sample(causal, prompts, max_new_tokens=9, pad_id=0, eos_id=1, generator=generator, temperature=4.0)
+
+    def make(**settings):
+        config = RLHFConfig(micro_batch_tokens=60, temperature=4.0, **settings)
+        return rlhf._experience(samples, scores, value, causal, 0.1, config), value
+
+    return make
+
+
+def test_shapes_and_masks_of_the_experience(experience_of) -> None:
+    experience, value = experience_of(whiten_advantages=False)
+    samples = experience.samples
     mask = samples.response_mask
     for part in (experience.ref_logprobs, experience.old_values, experience.advantages, experience.returns):
         assert part.shape == mask.shape
@@ -226,53 +181,43 @@ def test_shapes_and_masks_of_the_experience(causal, tokenizer) -> None:
     with torch.no_grad():
         full = token_values(value, samples.tokens, samples.mask)
     prompt = samples.prompt_tokens.shape[1]
-    for row in range(6):
-        length = int(samples.lengths[row])
+    for row, length in enumerate(samples.lengths.tolist()):
         # V before the first answer token is read at the last prompt token.
         expected = full[row, prompt - 1 : prompt - 1 + length]
         torch.testing.assert_close(experience.old_values[row, :length], expected, atol=2e-5, rtol=0)
         # The last return: nothing follows the last token, so it is the score itself (the KL is 0 here).
-        assert float(experience.returns[row, length - 1]) == pytest.approx(float(scores[row]), abs=1e-3)
-        assert float(experience.advantages[row, length - 1]) == pytest.approx(
-            float(scores[row] - expected[-1]), abs=1e-3
-        )
+        assert float(experience.returns[row, length - 1]) == pytest.approx(row, abs=1e-3)
+        assert float(experience.advantages[row, length - 1]) == pytest.approx(row - float(expected[-1]), abs=1e-3)
     part = experience.rows(torch.tensor([int(samples.lengths.argmin())]))
     assert part.advantages.shape == part.samples.response_mask.shape == (1, int(samples.lengths.min()))
 
 
-def test_returns_come_from_raw_advantages(causal, tokenizer) -> None:
+def test_returns_come_from_raw_advantages(experience_of) -> None:
     """Museum 1."""
-    samples = sample(
-        causal, encode_prompts(tokenizer, PROMPTS), max_new_tokens=9, pad_id=0, eos_id=1, generator=generator_for(3)
-    )
-    value = scalar_model_from(causal, seed=2).eval()
-    raw, white = (
-        rlhf._experience(samples, torch.arange(6.0), value, causal, 0.1, RLHFConfig(whiten_advantages=w))
-        for w in (False, True)
-    )
+    raw, white = (experience_of(whiten_advantages=flag)[0] for flag in (False, True))
     assert torch.equal(raw.returns, white.returns)
-    counted = white.advantages[samples.response_mask]
+    counted = white.advantages[white.samples.response_mask]
     assert abs(float(counted.mean())) < 1e-5 and float(counted.std(unbiased=False)) == pytest.approx(1.0, abs=1e-3)
     assert not torch.allclose(raw.advantages, white.advantages)
 
 
-def test_moving_average(make_causal, tokenizer) -> None:
+@pytest.mark.parametrize(("decay", "steps", "tolerance"), [(0.0, 3, 0.0), (0.5, 1, 1e-5), (1.0, 3, 0.0)])
+def test_moving_average(make_causal, tokenizer, decay: float, steps: int, tolerance: float) -> None:
     causal = make_causal()
-    average, policy, _, _ = train(causal, tokenizer, ema_decay=0.0)
-    assert average is not policy
-    assert all(torch.equal(a, b) for a, b in zip(average.parameters(), policy.parameters(), strict=True))
-    still, policy, _, _ = train(causal, tokenizer, ema_decay=1.0)
-    assert all(torch.equal(a, b) for a, b in zip(still.parameters(), causal.parameters(), strict=True))
-    half, policy, _, _ = train(causal, tokenizer, ema_decay=0.5, steps=1)
-    for a, b, c in zip(half.parameters(), policy.parameters(), causal.parameters(), strict=True):
-        torch.testing.assert_close(a, (b + c) / 2, atol=1e-7, rtol=1e-5)
-    last, policy, _, _ = train(causal, tokenizer)
+    average, policy, _, _ = train(causal, tokenizer, ema_decay=decay, steps=steps)
+    assert average is not policy and not average.training
+    for a, b, c in zip(average.parameters(), policy.parameters(), causal.parameters(), strict=True):
+        torch.testing.assert_close(a, (1 - decay) * b + decay * c, atol=tolerance / 100, rtol=tolerance)
+
+
+def test_without_an_average_the_last_policy_is_returned(make_causal, tokenizer) -> None:
+    last, policy, _, _ = train(make_causal(), tokenizer)
     assert last is policy and not last.training
 
 
 def test_adaptive_kl_is_the_controller(make_causal, tokenizer) -> None:
     settings = {"target_kl": 0.5, "kl_horizon": 40.0, "beta": 0.1, "steps": 4}
-    _, _, _, history = train(make_causal(), tokenizer, **settings)
+    history = train(make_causal(), tokenizer, **settings).history
     controller = AdaptiveKLController(0.1, target=0.5, horizon=40.0)
     for row in history:
         assert row["objective/beta"] == pytest.approx(controller.beta, rel=1e-6)
@@ -280,7 +225,7 @@ def test_adaptive_kl_is_the_controller(make_causal, tokenizer) -> None:
     assert history[1]["objective/beta"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 40), rel=1e-6)
 
 
-def test_refused_settings(make_causal, tokenizer) -> None:
+def test_ptx_without_text_is_refused(make_causal, tokenizer) -> None:
     with pytest.raises(UserError, match="corpus_blocks"):
         train(make_causal(), tokenizer, ptx_coef=0.3)
 
@@ -300,7 +245,7 @@ def test_an_epoch_is_cut_into_equal_minibatches_that_hold_every_row_once() -> No
 
 
 def test_learning_rate_falls_to_a_tenth(make_causal, tokenizer) -> None:
-    _, _, _, history = train(make_causal(), tokenizer, steps=11, warmup=2, lr=1e-3, max_response_tokens=2)
+    history = train(make_causal(), tokenizer, steps=11, warmup=2, lr=1e-3, max_response_tokens=2).history
     rates = [row["policy/lr"] for row in history]
     assert rates[0] == pytest.approx(0.5e-3) and rates[1] == rates[2] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(2e-4) and all(a > b for a, b in itertools.pairwise(rates[2:]))
