@@ -30,7 +30,7 @@ def dependencies(extra: str = "dev") -> list[Requirement]:
     found = {str(wanted): wanted for wanted in map(Requirement, project()["dependencies"])}
     for wanted in map(Requirement, project()["optional-dependencies"][extra]):
         parts = (
-            [part for name in wanted.extras for part in dependencies(name)] if wanted.name == "minirlhf" else [wanted]
+            [part for name in sorted(wanted.extras) for part in dependencies(name)] if wanted.name == "minirlhf" else [wanted]
         )
         found |= {str(part): part for part in parts}
     return list(found.values())
