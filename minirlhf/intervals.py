@@ -24,7 +24,8 @@ def wilson(rate: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
 
     It inverts the test of a share by its own standard error, sqrt(p (1 - p) / n) at the p that is tested and not at the
     one that was seen. So it stays inside [0, 1], and has a width where everything was won (Wilson 1927; Newcombe 1998
-    compares it with six others).
+    compares it with six others). Its coverage is near 95 %; it dips where few losses can be expected (to
+    85 % for 16 values at p = 0.99).
 
     Args:
         rate: the share that was seen, [...].

@@ -87,7 +87,7 @@ class Evaluator:
             measured |= {"headroom_closed": closed, "headroom_closed_interval": _ends(interval)}
         for other in ("sft", "base"):
             rate, interval = win_rate(own, self.scores[other], self.prompts)
-            measured |= {f"win_rate_vs_{other}": rate, f"win_rate_vs_{other}_interval": _ends(interval)}
+            measured |= {f"win_rate_vs_{other}": rate, f"win_rate_vs_{other}_interval": list(interval)}
             gain, interval = bootstrap(torch.sub, own, self.scores[other], groups=self.prompts)
             measured |= {f"gold_gain_vs_{other}": gain, f"gold_gain_vs_{other}_interval": _ends(interval)}
         measured["kl_to_sft"] = mean_and_error(said.kl)[0]
