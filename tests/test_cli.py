@@ -7,7 +7,8 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_every_numeric_setting_has_a_range() -> None:
     parts = [getattr(run, one.name) for one in fields(run) if is_dataclass(getattr(run, one.name))]
     for part in (run, *parts, ChatConfig(), EvaluateConfig(), WorldConfig(Path("none")), PPOConfig(), A2CConfig()):
         for name, hint in get_type_hints(type(part)).items():
-            kinds = {hint, *get_args(hint)} & {int, float}
+            kinds = {hint, *(get_args(hint) if get_origin(hint) in (Union, UnionType) else ())} & {int, float}
             for value in {int: (-1, 0.5, True), float: (-1.0, math.nan)}[kinds.pop()] if kinds else ():
                 with pytest.raises(UserError, match=f"{name}|{name.replace('_', '-')} {value}: must be"):
                     replace(part, **{name: value})

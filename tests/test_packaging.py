@@ -29,9 +29,8 @@ def dependencies(extra: str = "dev") -> list[Requirement]:
     """Everything that an extra asks for; an extra may be made of others, as in minirlhf[language]."""
     found = {str(wanted): wanted for wanted in map(Requirement, project()["dependencies"])}
     for wanted in map(Requirement, project()["optional-dependencies"][extra]):
-        parts = (
-            [part for name in sorted(wanted.extras) for part in dependencies(name)] if wanted.name == "minirlhf" else [wanted]
-        )
+        others = sorted(wanted.extras) if wanted.name == "minirlhf" else []
+        parts = [part for name in others for part in dependencies(name)] or [wanted]
         found |= {str(part): part for part in parts}
     return list(found.values())
 
