@@ -1,7 +1,7 @@
 """The four hot paths of reinforcement learning from human feedback, usable on their own with torch alone.
 
 - `token_logprobs`         logits and tokens to log-probabilities (and the entropy of each row)
-- `linear_token_logprobs`  the same from hidden states and the head's weight, never holding all logits
+- `linear_token_logprobs`  the same from hidden states and the head's weight; on a GPU it never holds all logits
 - `ppo_loss`               clipped policy loss, value loss, entropy, KL and every metric
 - `gae`                    generalised advantage estimation
 

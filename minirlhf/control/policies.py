@@ -54,7 +54,7 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        """log pi(action | observation) [...], differentiable once."""
+        """log pi(action | observation) [...]."""
         raise NotImplementedError
 
     def entropy(self, outputs: Tensor) -> Tensor:

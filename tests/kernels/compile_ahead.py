@@ -102,11 +102,9 @@ def main() -> None:
         sum(o.sum() for o in outs).backward()
     half = numbers(3, 5, 8, dtype=torch.bfloat16), numbers(600, 8, dtype=torch.bfloat16)
     fused.linear_token_logprobs(*half, tokens).sum().backward()
-    outs = fused.linear_token_logprobs(
-        numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True, chunk_size=1 << 16
-    )
+    outs = fused.linear_token_logprobs(numbers(3, 5, 8), numbers(600, 8), tokens, return_entropy=True)
     sum(o.sum() for o in outs).backward()
-    linear.plan = lambda rows, vocabulary, chunk_size: (rows, 4096)  # a first slab, one between and a last one
+    linear.plan = lambda rows, vocabulary: (rows, 4096)  # a first slab, one between and a last one
     for entropy in (False, True):
         fused.linear_token_logprobs(numbers(3, 5, 8), numbers(9000, 8), tokens, return_entropy=entropy)
     x = [numbers(3, 5) for _ in range(8)]

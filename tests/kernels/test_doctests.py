@@ -6,10 +6,7 @@ import importlib
 import pytest
 
 MODULES = (
-    "minirlhf_kernels.reference.gae",
-    "minirlhf_kernels.reference.linear",
-    "minirlhf_kernels.reference.logprobs",
-    "minirlhf_kernels.reference.ppo",
+    "minirlhf_kernels.reference",
     "minirlhf.kl",
     "minirlhf.losses",
     "minirlhf.returns",

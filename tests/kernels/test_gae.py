@@ -98,10 +98,10 @@ def test_equals_the_loop_in_both_layouts(rows, columns, dtype, gamma, lam, last,
         assert torch.equal(z, y) and torch.equal(u, y)  # bit for bit
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(70, 9), (3, 70), (3, 140), (70, 140), (4, 1000)])
+@pytest.mark.parametrize(("rows", "columns"), [(70, 9), (3, 140), (4, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_every_way_through_a_long_buffer(backend, rows, columns, dtype):
-    """The reference has several; what is kept as [T, N] takes the same and gives the same bits."""
+def test_a_long_buffer(backend, rows, columns, dtype):
+    """What is kept as [T, N] gives the same bits."""
     if backend == "triton" and not torch.cuda.is_available():
         rows, columns = min(rows, 6), columns // 9  # the interpreter walks a scan step by step
     torch.manual_seed(1)

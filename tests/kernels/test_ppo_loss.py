@@ -214,13 +214,11 @@ def test_equals_the_reference_in_float64(rows, columns, dtype, absent, denominat
 
 
 @triton_only
-def test_the_ticket_is_back_at_zero_after_every_call(monkeypatch):
-    """Two programs or thirty: the last one adds up, once, and leaves the counter as it found it."""
-    ticket = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr("minirlhf_kernels.fused.ppo._ticket", lambda device: ticket)
+def test_thirty_programs_add_up_once():
+    """Whoever draws the last ticket adds up, in the same order every time."""
     data = batch(10, 48)
-    losses = [ppo_loss(**data, **OPTIONS)[0] for _ in range(3)]
-    assert ticket.item() == 0 and losses[0] == losses[1] == losses[2]
+    losses = [ppo_loss(**data, **OPTIONS)[0] for _ in range(2)]
+    assert losses[0] == losses[1]
     torch.testing.assert_close(losses[0], reference.ppo_loss(**data, **OPTIONS)[0])
 
 

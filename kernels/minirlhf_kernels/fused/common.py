@@ -15,6 +15,12 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def refuse_second_derivative(name: str) -> None:
+    # Only create_graph=True runs a backward with gradients on; torch's once_differentiable would let some cases pass.
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once in Triton: set MINIRLHF_KERNELS=reference for more")
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where any tensor is float64 (the proofs are)."""
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)

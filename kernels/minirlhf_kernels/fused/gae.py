@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.fused.common import INTERPRETED, compute_dtype, on_device_of
-from minirlhf_kernels.reference.gae import _check
+from minirlhf_kernels.reference import _check_gae
 
 
 def configuration(steps: int) -> tuple[int, int, int]:
@@ -136,6 +136,6 @@ def gae(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.gae` in one kernel."""
-    _check(rewards, values, ends, last_values, truncated_values, mask)
+    _check_gae(rewards, last_values, values=values, ends=ends, truncated_values=truncated_values, mask=mask)
     call = gae_op if torch.compiler.is_compiling() else launch
     return call(rewards, values, ends, last_values, truncated_values, mask, float(gamma), float(lam))

@@ -20,20 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minirlhf_kernels.fused.common import compute_dtype, on_device_of
+from minirlhf_kernels.fused.common import compute_dtype, on_device_of, refuse_second_derivative
 from minirlhf_kernels.fused.logprobs import configuration, launch_backward, read_row, read_token, store_row
 from minirlhf_kernels.fused.rows import LOG2E, finish, merge
-from minirlhf_kernels.reference.linear import _check_linear
-from minirlhf_kernels.reference.logprobs import (
+from minirlhf_kernels.reference import (
     IGNORED_TOKEN,
+    _check_linear,
     _check_tokens,
     _checked_temperature,
     _counted_rows,
-    _refuse_second_derivative,
 )
 
 SLAB = 1 << 24  # logits in memory at once: 64 MiB of float32
-ROWS = 4096  # of a slab, unless the caller says
+ROWS = 4096  # of a slab, at most
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "row_stride", "first_row", "first_column", "vocabulary"])
@@ -110,9 +109,9 @@ def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def plan(rows: int, vocabulary: int, chunk_size: int) -> tuple[int, int]:
-    """Rows and columns of a slab. chunk_size 0 leaves the choice here."""
-    tall = max(1, min(rows, chunk_size or ROWS))
+def plan(rows: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of a slab."""
+    tall = max(1, min(rows, ROWS))
     return tall, max(1, min(vocabulary, max(256, SLAB // tall // 256 * 256)))
 
 
@@ -123,17 +122,16 @@ def launch_forward(
     mask: Tensor | None,
     temperature: float,
     want_entropy: bool,
-    chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [M, H], weight [V, H], tokens and mask [M] give logprobs [M], entropy [M] or [0], stats [4, M]."""
     rows, vocabulary = len(tokens), len(weight)
     if not tokens.is_cuda:
-        _counted_rows(tokens, mask, tokens.shape, vocabulary)
+        _counted_rows(tokens, mask, vocabulary)
     x, w = _operands(hidden, weight)
     dtype = compute_dtype(x)
     logprobs = torch.empty(rows, dtype=dtype, device=x.device)
     entropy, stats = logprobs.new_empty(rows if want_entropy else 0), logprobs.new_empty(4, rows)
-    tall, wide = plan(rows, vocabulary, chunk_size)
+    tall, wide = plan(rows, vocabulary)
     state = logprobs.new_empty(5, rows if wide < vocabulary else 0)
     tokens, mask = tokens.contiguous(), None if mask is None else mask.contiguous()
     block, warps = configuration(wide)
@@ -162,7 +160,6 @@ def launch_backward_of(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
-    chunk_size: int,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -171,7 +168,7 @@ def launch_backward_of(
     counts = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
     x, w = _operands(torch.where(counts[:, None], hidden, 0), weight)
     dtype = compute_dtype(x)
-    tall, wide = plan(rows, vocabulary, chunk_size)
+    tall, wide = plan(rows, vocabulary)
     total_hidden = torch.zeros(hidden.shape if of_hidden else (0,), dtype=dtype, device=x.device)
     grad_weight = weight.new_empty(weight.shape if of_weight else (0,))
     for words in slices(vocabulary, wide):
@@ -207,7 +204,7 @@ backward_op = torch.library.custom_op("minirlhf::linear_token_logprobs_backward"
 
 @forward_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Any, temperature: float, want_entropy: bool, chunk_size: int
+    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Any, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.empty(tokens.shape, dtype=compute_dtype(hidden, weight), device=hidden.device)
     return logprobs, logprobs.new_empty(tokens.shape if want_entropy else (0,)), logprobs.new_empty(4, len(tokens))
@@ -220,30 +217,30 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, tokens, mask, temperature, want_entropy, chunk_size = inputs
+    hidden, weight, tokens, mask, temperature, want_entropy = inputs
     ctx.save_for_backward(hidden, weight, tokens, mask, output[1], output[2])
-    ctx.options, ctx.want_entropy = (temperature, chunk_size), want_entropy
+    ctx.temperature, ctx.want_entropy = temperature, want_entropy
     ctx.set_materialize_grads(False)
 
 
 def _gradients(call: Any, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     of_hidden, of_weight = ctx.needs_input_grad[:2]
     grad_entropy = grads[1] if ctx.want_entropy else None
-    out = call(*ctx.saved_tensors, grads[0], grad_entropy, *ctx.options, of_hidden, of_weight)
-    return out[0] if of_hidden else None, out[1] if of_weight else None, None, None, None, None, None
+    out = call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature, of_hidden, of_weight)
+    return out[0] if of_hidden else None, out[1] if of_weight else None, None, None, None, None
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
-    forward = staticmethod(launch_forward)
-
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launch_forward(*inputs)
         setup_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[2])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative("linear_token_logprobs")
         return _gradients(launch_backward_of, ctx, grads)
 
 
@@ -258,14 +255,13 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     return_entropy: bool = False,
-    chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear_token_logprobs` by slabs. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
     temperature = _checked_temperature(temperature)
-    _check_linear(hidden, weight, chunk_size)
+    _check_linear(hidden, weight)
     _check_tokens(tokens, mask, hidden.shape[:-1])
     call = forward_op if torch.compiler.is_compiling() else LinearTokenLogprobs.apply
     flat = hidden.reshape(-1, hidden.shape[-1]), weight, tokens.reshape(-1), None if mask is None else mask.reshape(-1)
-    logprobs, entropy, _ = call(*flat, temperature, return_entropy, chunk_size or 0)
+    logprobs, entropy, _ = call(*flat, temperature, return_entropy)
     logprobs = logprobs.view(tokens.shape)
     return (logprobs, entropy.view(tokens.shape)) if return_entropy else logprobs

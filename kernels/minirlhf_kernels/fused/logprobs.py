@@ -17,15 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of
+from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of, refuse_second_derivative
 from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, LOWEST64, exp, finish, fold, fold_apart, gradient, join
-from minirlhf_kernels.reference.logprobs import (
-    IGNORED_TOKEN,
-    _check_tokens,
-    _checked_temperature,
-    _counted_rows,
-    _refuse_second_derivative,
-)
+from minirlhf_kernels.reference import IGNORED_TOKEN, _check_tokens, _checked_temperature, _counted_rows
 
 # Lanes of a block and warps of a program, for rows up to 1024 logits and for longer ones. Two variants, for any V.
 SHORT, LONG = (1024, 4), (2048, 4)
@@ -283,7 +277,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [4, rows]."""
     if not tokens.is_cuda:
-        _counted_rows(tokens, mask, logits.shape[:-1], logits.shape[-1])  # on the CPU, looking costs no sync
+        _counted_rows(tokens, mask, logits.shape[-1])  # on the CPU, looking costs no sync
     dtype = compute_dtype(logits)
     logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
     entropy = torch.empty(tokens.shape if want_entropy else (0,), dtype=dtype, device=logits.device)
@@ -317,16 +311,16 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 class TokenLogprobs(torch.autograd.Function):
-    forward = staticmethod(launch_forward)
-
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launch_forward(*inputs)
         setup_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[2])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative("token_logprobs")
         logits, tokens, mask, entropy, stats = ctx.saved_tensors
         grad = launch_backward(logits, tokens, mask, entropy, stats, grads[0], grads[1], ctx.temperature)
         return grad, None, None, None, None

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minirlhf_kernels.fused.common import compute_dtype, on_device_of
-from minirlhf_kernels.reference.ppo import _check
+from minirlhf_kernels.fused.common import compute_dtype, on_device_of, refuse_second_derivative
+from minirlhf_kernels.reference import _check_ppo
 
 METRICS = (
     "policy/loss", "policy/clip_fraction", "policy/approx_kl", "policy/ratio_mean", "value/loss", "value/clip_fraction",
@@ -119,7 +119,6 @@ def forward_kernel(
     # What this program wrote must be seen by whoever draws the last ticket.
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
-        tl.store(ticket, 0)  # ready for the next call
         if DENOMINATOR == 0:
             divisor = table_sum(table + 9 * programs, programs, ACC, BLOCK)
         elif DENOMINATOR == 1:
@@ -182,19 +181,6 @@ def backward_kernel(
         tl.store(grad_entropies + at, tl.where(counts, -weight * scale, 0.0), mask=there)
 
 
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _ticket(device: torch.device) -> Tensor:
-    """A zero that every launch leaves at zero: one for each stream, and a fresh one for each launch in a CUDA graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
-
-
 def launch_forward(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -228,11 +214,12 @@ def launch_forward(
     metrics, loss = new(len(METRICS), dtype=dtype, device=device), new((), dtype=dtype, device=device)
     programs = max(1, triton.cdiv(tokens, BLOCK))
     table = new((len(METRICS), programs), dtype=dtype, device=device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
     inputs = [None if x is None else x.contiguous() for x in given]
     with on_device_of(mask):
         forward_kernel[(programs,)](
             *(mask if x is None else x for x in (*inputs, denominator)),
-            grad_logprobs, grad_values, table, _ticket(device), loss, metrics, tokens, programs,
+            grad_logprobs, grad_values, table, ticket, loss, metrics, tokens, programs,
             1 - clip_range, 1 + clip_range, 0.0 if value_clip_range is None else value_clip_range,
             value_coef, entropy_coef, kl_coef, 0.0 if denominator_value is None else denominator_value,
             VALUES=values is not None, VALUE_CLIP=value_clip_range is not None, ENTROPY=entropy is not None,
@@ -301,17 +288,16 @@ def _gradients(call: Any, ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class PPOLoss(torch.autograd.Function):
-    forward = staticmethod(launch_forward)
-
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = launch_forward(*inputs)
         setup_context(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
+        return output
 
     @staticmethod
     def backward(ctx: Any, up: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("ppo_loss is differentiable once: set MINIRLHF_KERNELS=reference for more")
+        refuse_second_derivative("ppo_loss")
         return _gradients(launch_backward, ctx, up)
 
 
@@ -347,7 +333,7 @@ def ppo_loss(
     """`reference.ppo_loss` in two kernels. On CUDA a mask that counts nothing gives NaN (no host sync)."""
     given = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values}
     given |= {"returns": returns, "old_values": old_values, "entropy": entropy, "ref_logprobs": ref_logprobs}
-    _check(given, response_mask, clip_range, value_clip_range, entropy_coef, kl_coef)
+    _check_ppo(given, response_mask, clip_range, value_clip_range, entropy_coef, kl_coef)
     call = forward_op if torch.compiler.is_compiling() else PPOLoss.apply
     tensor = isinstance(denominator, Tensor)
     loss, metrics, *_ = call(
