@@ -67,10 +67,6 @@ def test_what_can_not_be_drawn_is_an_error(axes, seeds, message: str) -> None:
         plotting.learning_curves(axes, seeds, "reinforce")
 
 
-def test_learners_are_told_apart() -> None:
-    assert len({colour for _, colour in plotting.LEARNERS.values()}) == len(plotting.LEARNERS)
-
-
 def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
     """Committed lessons hold their pictures: 64 colours weigh a quarter, and must not shift what the legend says."""
     with plotting.style():
@@ -83,6 +79,7 @@ def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
     picture = Image.open(io.BytesIO(png))
     assert picture.mode == "P"
     shown = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    assert len({colour for _, colour in plotting.LEARNERS.values()}) == len(plotting.LEARNERS)
     for _, colour in plotting.LEARNERS.values():
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert np.abs(shown - wanted).max(1).min() <= 8, colour
