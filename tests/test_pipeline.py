@@ -147,10 +147,10 @@ def test_first_minibatch_of_every_step_of_the_run(finished: Path) -> None:
 
 
 def test_finished_run_is_quick_and_changes_nothing(finished: Path, fast_run) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # also on a machine that is busy with other things
     with unchanged(finished):
         assert main(fast_run(finished)) == 0
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 1
         assert main(fast_run(finished, "--save-seconds", "3")) == 0
 
 
