@@ -57,33 +57,14 @@ def make_causal(tokenizer) -> Callable:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if architecture == "gpt2":
+                shape = {"n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}
                 # Dropout stands in the configuration, as in every published GPT-2.
-                model = GPT2LMHeadModel(
-                    GPT2Config(
-                        vocab_size=size,
-                        n_positions=128,
-                        n_embd=16,
-                        n_layer=2,
-                        n_head=2,
-                        resid_pdrop=0.1,
-                        embd_pdrop=0.1,
-                        attn_pdrop=0.1,
-                        **common,
-                    )
-                )
+                dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+                model = GPT2LMHeadModel(GPT2Config(vocab_size=size, **shape, **dropout, **common))
             else:
-                model = LlamaForCausalLM(
-                    LlamaConfig(
-                        vocab_size=size,
-                        hidden_size=16,
-                        intermediate_size=32,
-                        num_hidden_layers=2,
-                        num_attention_heads=2,
-                        num_key_value_heads=2,
-                        max_position_embeddings=128,
-                        **common,
-                    )
-                )
+                shape = {"max_position_embeddings": 128, "hidden_size": 16, "intermediate_size": 32}
+                shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+                model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape, **common))
         if scale != 1.0:
             # Sharper weights make positions and padding matter far above rounding.
             with torch.no_grad():

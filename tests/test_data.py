@@ -63,14 +63,11 @@ PAIR = {"prompt": "p", "responses": ["a", "b"]}
 MALFORMED = [
     ("corpus", b'{"text": "cut', ["not valid JSON", "column"]),
     ("corpus", b"[1, 2]", ["JSON object", "a list"]),
-    ("corpus", b"12", ["JSON object", "a number"]),
     ("corpus", b'{"text": "caf\xe9"}', ["UTF-8"]),
     ("corpus", {"txt": "a"}, ["'text'", "missing", "txt"]),
-    ("corpus", {"text": ""}, ["'text'", "empty"]),
     ("corpus", {"text": " \n"}, ["'text'", "empty"]),
     ("corpus", {"text": 3}, ["'text'", "string", "a number"]),
     ("corpus", {"text": None}, ["'text'", "string", "null"]),
-    ("prompts", {}, ["'prompt'", "missing"]),
     ("prompts", {"prompt": ["a"]}, ["'prompt'", "string", "a list"]),
     ("demonstrations", {"prompt": "a"}, ["'completion'", "missing"]),
     ("demonstrations", {"prompt": "a", "completion": "  "}, ["'completion'", "empty"]),
@@ -78,12 +75,10 @@ MALFORMED = [
     ("comparisons", {"prompt": "p", "scores": [1, 2]}, ["'responses'", "list"]),
     ("comparisons", {"prompt": "p", "responses": "ab", "scores": [1, 2]}, ["'responses'", "list"]),
     ("comparisons", {"prompt": "p", "responses": ["a"], "scores": [1]}, ["1 response", "at least two"]),
-    ("comparisons", {"prompt": "p", "responses": [], "scores": []}, ["at least two"]),
     ("comparisons", {"prompt": "p", "responses": ["a", ""], "scores": [1, 0]}, ["responses[1]", "empty"]),
     ("comparisons", {"prompt": "p", "responses": ["a", 5], "scores": [1, 0]}, ["responses[1]", "a number"]),
     ("comparisons", PAIR | {"responses": ["a b", "a b"], "scores": [1, 0]}, ["same text"]),
-    ("comparisons", PAIR | {"ranking": [-7, 1]}, ["ranking[0]", "1 (the best) or more", "-7"]),
-    ("comparisons", PAIR | {"ranking": [1, 0]}, ["ranking[1]", "whole number"]),
+    ("comparisons", PAIR | {"ranking": [1, 0]}, ["ranking[1]", "whole number, 1 (the best) or more, found 0"]),
     ("comparisons", PAIR | {"ranking": [1, 2.5]}, ["ranking[1]", "whole number", "2.5"]),
     ("comparisons", b'{"prompt": "p", "responses": ["a", "b"], "scores": [NaN, 1]}', ["scores[0]", "finite", "nan"]),
     ("comparisons", b'{"prompt": "p", "responses": ["a", "b"], "scores": [1, Infinity]}', ["scores[1]", "finite"]),
@@ -147,19 +142,19 @@ def test_plain_and_packed_side_by_side(folder: Path) -> None:
 PACKED = gzip.compress(b'{"text": "abc def"}\n' * 50)
 
 
-@pytest.mark.parametrize(
-    "payload",
-    {
-        "cut": PACKED[:-12],
-        "not gzip": b"this is no gzip file",
-        "checksum": PACKED[:-6] + bytes([PACKED[-6] ^ 0xFF]) + PACKED[-5:],
-        "body": PACKED[:10] + b"\xff" * 10 + PACKED[20:],
-    }.values(),
-)
-def test_damaged_gz(folder: Path, payload: bytes) -> None:
+DAMAGED = {
+    "cut": PACKED[:-12],
+    "not gzip": b"this is no gzip file",
+    "checksum": PACKED[:-6] + bytes([PACKED[-6] ^ 0xFF]) + PACKED[-5:],
+    "body": PACKED[:10] + b"\xff" * 10 + PACKED[20:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_gz(folder: Path, damage: str) -> None:
     (folder / "corpus.jsonl").unlink()
     file = folder / "corpus.jsonl.gz"
-    file.write_bytes(payload)
+    file.write_bytes(DAMAGED[damage])
     with pytest.raises(DataError, match=re.escape(f"{file}:") + r"\d+: can't be read"):
         read_folder(folder)
 
@@ -276,18 +271,6 @@ class TestCommandLine:
     def test_broken_world_file(self, folder: Path, message, content: str) -> None:
         (folder / "world.json").write_text(content)
         assert f"{folder / 'world.json'}: " in message()
-
-    def test_prompt_of_another_world(self, folder: Path, heldout: Path, message) -> None:
-        (folder / "world.json").write_text('{"seed": 0}')
-        known = PAIR | {"prompt": "where does an owl live ?", "scores": [1, 0]}
-        for place in (folder, heldout):
-            write_json_lines(place / "corpus.jsonl", ROWS["corpus"] * 5)
-            write_json_lines(place / "prompts.jsonl", [known] * 4)
-            write_json_lines(place / "comparisons.jsonl", [known] * 4)
-        for place, name in ((folder, "prompts"), (heldout, "prompts"), (heldout, "comparisons")):
-            where, said = put(place, name, known | {"prompt": "what is a transistor ?"}, line=3), message()
-            assert f"{where}: gold can't judge" in said and "transistor" in said
-            put(place, name, known, line=3)
 
     def test_the_mistake_can_be_mended(self, folder: Path, tmp_path: Path, message) -> None:
         """A mistyped --data must not claim the folder: the corrected command may use the same --out."""

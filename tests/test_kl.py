@@ -47,17 +47,6 @@ def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k3_is_not():
     assert k1.abs().max() < 1e-12 and not torch.allclose(forward, backward, rtol=0.1)
 
 
-def test_k3_keeps_its_digits_where_the_policies_are_close():
-    d = torch.logspace(-6, -1, 200)
-    truth = (-d.double()).expm1() + d.double()
-    ours, zeros = kl_k3(d, torch.zeros(200)), torch.zeros(200)
-    cancelling = (torch.exp(-d) - 1) + d
-    assert ((ours.double() - truth).abs() <= 1.2e-7 * d.double()).all()
-    assert (ours >= 0).all() and (kl_k3(-d, zeros) >= 0).all()
-    worst = [((k.double() - truth) / truth).abs()[d > 1e-3].max() for k in (ours, cancelling)]
-    assert worst[0] < 1e-3 and worst[1] > 1e-2
-
-
 def test_exact_kl_with_impossible_tokens():
     a, b = torch.tensor([0.0, 0.0, -torch.inf], requires_grad=True), torch.tensor([0.0, 0.0, 0.0])
     kl = exact_kl(a, b)

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from minirlhf_course.world import write_world
 
 from minirlhf.checkpoints import load_state
 from minirlhf.cli import main
@@ -38,13 +40,16 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    before = contents(folder)
+    yield
+    assert contents(folder) == before
+
+
 def read(file: Path) -> dict:
     """JSON as other programs read it: without NaN and Infinity."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(file.read_text(), parse_constant=refuse)
+    return json.loads(file.read_text(), parse_constant=pytest.fail)
 
 
 def rows(file: Path) -> list[dict]:
@@ -116,12 +121,8 @@ def test_report_has_every_key(finished: Path) -> None:
 
     seconds = report["seconds"]
     assert set(seconds) == {"preparation", *STEPS, "evaluation", "total"}
-    apart = sum(v for k, v in seconds.items() if k != "total")
-    if report["side_by_side"]:  # as long as the longer of the two, and not as both
-        assert apart - seconds["ppo"] - 1e-6 <= seconds["total"]
-    else:
-        assert seconds["total"] == pytest.approx(apart)
-    assert all(v > 0 for v in seconds.values())
+    assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
+    assert all(v > 0 for v in seconds.values()) and not report["side_by_side"]
     assert report["parameters"] > 1000
     keys = {
         "accuracy",
@@ -156,11 +157,11 @@ def test_first_minibatch_of_every_step_of_the_run(finished: Path) -> None:
 
 
 def test_finished_run_is_quick_and_changes_nothing(finished: Path, fast_run) -> None:
-    before, began = contents(finished), time.monotonic()
-    assert main(fast_run(finished)) == 0
-    assert time.monotonic() - began < 2
-    assert main(fast_run(finished, "--save-seconds", "3")) == 0
-    assert contents(finished) == before
+    began = time.process_time()  # also on a machine that is busy with other things
+    with unchanged(finished):
+        assert main(fast_run(finished)) == 0
+        assert time.process_time() - began < 1
+        assert main(fast_run(finished, "--save-seconds", "3")) == 0
 
 
 def test_the_total_is_the_time_on_the_clock(fast_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +183,9 @@ def test_the_total_is_the_time_on_the_clock(fast_run, tmp_path: Path, monkeypatc
     ],
 )
 def test_other_settings_are_refused(finished: Path, fast_run, refused, option: str, value: str, said: str) -> None:
-    before = contents(finished)
-    message = refused(fast_run(finished, option, value))
+    with unchanged(finished):
+        message = refused(fast_run(finished, option, value))
     assert str(finished) in message and said in message
-    assert contents(finished) == before
 
 
 def test_other_evaluation_is_measured_again(finished: Path, run: Path, fast_run) -> None:
@@ -196,8 +196,8 @@ def test_other_evaluation_is_measured_again(finished: Path, run: Path, fast_run)
     mine, theirs = (read(folder / "report.json") for folder in (run, finished))
     assert mine["evaluation"] == theirs["evaluation"] and mine["command"].endswith("--evaluation.examples 3")
     assert "--evaluation.examples 3" in (run / "report.html").read_text()
-    before = contents(run)
-    assert main(command) == 0 and contents(run) == before
+    with unchanged(run):
+        assert main(command) == 0
 
 
 def test_the_pipeline_measures_and_draws_nothing(finished: Path, run: Path, tiny_folder: Path) -> None:
@@ -248,25 +248,22 @@ def test_other_data_are_refused(
 ) -> None:
     """Also where the run is finished, and nothing would be read again."""
     data = Path(shutil.copytree(tiny_folder, tmp_path / "data"))
-    (run / "config.json").write_text(json.dumps(read(run / "config.json") | {"data": str(data)}))
+    put(run / "config.json", json.dumps(read(run / "config.json") | {"data": str(data)}))
     (data / "notes.txt").write_text("not read by any step")
     assert main(fast_run(run, data=data)) == 0
-    if said == "a":
-        (data / name).unlink()
-    else:
-        (data / name).open("a").write("\n")
-    before = contents(run)
-    message = refused(fast_run(run, data=data))
+    put(data / name, None if said == "a" else "\n")
+    with unchanged(run):
+        message = refused(fast_run(run, data=data))
     assert f"base was trained with {said} {data / name}; give the same settings and data" in message
-    assert f"delete {run / 'base'}, " in message and contents(run) == before
+    assert f"delete {run / 'base'}, " in message
 
 
 def test_a_run_of_an_older_version_knows_its_data_by_their_path(run: Path, tiny_folder: Path, fast_run) -> None:
     settings = read(run / "config.json")
     assert set(settings.pop("data_sha256")) == {f.name for f in tiny_folder.iterdir()}
     (run / "config.json").write_text(json.dumps(settings))
-    before = contents(run)
-    assert main(fast_run(run)) == 0 and contents(run) == before
+    with unchanged(run):
+        assert main(fast_run(run)) == 0
 
 
 NO_SUMS = [None, "{}", "null", "[]"]
@@ -315,12 +312,10 @@ def test_what_the_message_says_mends_it(
 
 
 def test_damaged_config_and_foreign_folder(fast_run, refused, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "not empty" in refused(fast_run(tmp_path / "mine"))
-    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
+    put(tmp_path / "mine" / "thesis.txt", "precious")
+    with unchanged(tmp_path / "mine"):
+        assert "not empty" in refused(fast_run(tmp_path / "mine"))
+    put(tmp_path / "broken" / "config.json", "{")
     assert "config.json" in refused(fast_run(tmp_path / "broken"))
 
 
@@ -388,9 +383,8 @@ def test_killed_three_times_ends_with_the_same_weights(finished: Path, fast_run,
     for step, steps in (("base", 15), ("ppo", 3), ("ppo_ptx", 4)):
         partial = out / f"{step}.partial"
         background.kill_when(lambda file=partial / "metrics.jsonl", n=steps: count(file) >= n, command)
-        assert partial.is_dir() and not (out / step).exists()
         assert (partial / "state.safetensors").is_file()
-        assert not (out / "report.json").exists()
+        assert not (out / step).exists() and not (out / "report.json").exists()
     background.finish(command)
     assert weights(out) == weights(finished)
     assert not list(out.rglob("*.partial")) and not list(out.rglob("state.safetensors"))
@@ -495,31 +489,29 @@ def test_keyboard_interrupt_while_two_train(unfinished: Path, fast_run, backgrou
 
 
 def test_one_run_at_a_time(finished: Path, fast_run, refused, tmp_path: Path) -> None:
-    before = contents(finished)
-    with locked(finished):
+    with unchanged(finished), locked(finished):
         assert f"another minirlhf run is working in {finished}" in refused(fast_run(finished))
-    assert contents(finished) == before
-    (finished / "run.lock").touch()  # left by a killed run
-    assert main(fast_run(finished)) == 0 and contents(finished) == before
+    with unchanged(finished):
+        (finished / "run.lock").touch()  # left by a killed run
+        assert main(fast_run(finished)) == 0
     refused(fast_run(tmp_path / "deep" / "run", data=tmp_path / "no_data"))
     assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.slow
 def test_a_step_that_fails_beside_another_is_reported(unfinished: Path, fast_run, background) -> None:
-    (unfinished / "ppo.partial").mkdir()
-    (unfinished / "ppo.partial" / "state.safetensors").write_bytes(b"damaged")
+    put(unfinished / "ppo.partial" / "state.safetensors", "damaged")
     said = background.finish(fast_run(unfinished), threads=2, code=2)
     assert "damaged training state" in said and "ppo stopped with exit code 2" in said
     assert not (unfinished / "report.json").exists()
 
 
 def test_small_world_is_judged_by_gold(fast_run, tmp_path: Path) -> None:
-    out, small_world = tmp_path / "run", Path(__file__).parents[1] / "data" / "small_world"
-    quick = ["--sft.epochs", "0.1", "--rlhf.steps", "1", "--rlhf.batch-size", "8", "--rlhf.max-response-tokens", "6"]
+    out, world = tmp_path / "run", tmp_path / "world"
+    write_world(world, corpus=200, demonstrations=60, comparisons=30, prompts=60, heldout_comparisons=20)
+    quick = ["--rlhf.steps", "1", "--rlhf.batch-size", "8", "--rlhf.max-response-tokens", "6", "--base.steps", "2"]
     quick += ["--evaluation.max-response-tokens", "6", "--evaluation.prompts", "8", "--evaluation.corpus-blocks", "4"]
-    quick += ["--base.steps", "2", "--reward-model.epochs", "0.01"]
-    assert main(fast_run(out, *quick, data=small_world)) == 0
+    assert main(fast_run(out, *quick, data=world)) == 0
     report = read(out / "report.json")
     assert report["judge"] == "gold"
     base, ppo = (report["evaluation"][name] for name in ("base", "ppo"))

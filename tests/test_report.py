@@ -1,7 +1,5 @@
 """The page and the table of a finished run: true numbers, honest sentences, nothing fetched, nothing half-written."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -16,11 +14,10 @@ import pytest
 
 from minirlhf.errors import CheckpointError
 from minirlhf.report import plotting, summary_table, write_report
-from minirlhf.report.read import load_run
+from minirlhf.report.read import STEPS, load_run
 from minirlhf.report.text import duration, findings, headline, interval, number, parameters, percent, readable
 
-POLICIES = ("base", "sft", "ppo", "ppo_ptx")
-PHASES = ("preparation", "base", "sft", "reward_model", "ppo", "ppo_ptx", "evaluation", "total")
+PHASES = ("preparation", *STEPS, "evaluation", "total")
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -71,61 +68,43 @@ REPORT: dict[str, Any] = {
     "machine": {"device": "cpu", "threads": 2, "platform": "Linux"},
 }
 PARTS = {"helpful": 2.31, "truthful": -0.8, "harmless": 0.0, "well_formed": 0.5}
+ANSWERS = {  # of each policy, with its score
+    "base": ("write a poem \n where does a fox <script>alert(1)</script>", -1.25),
+    "sft": ("", -2.6),
+    "ppo": ("sure ! a penguin lives in the snow , i hope this helps !", 2.01),
+    "ppo_ptx": ('an "owl" & a <b>bee</b> .', 1.11),
+}
+PPO = {"objective/score": (0.0, 0.1), "objective/kl": (0.0, 0.4), "objective/beta": (0.1, 0.0)}  # start and slope
+PPO |= {"objective/entropy": (11.0, -0.2), "objective/response_length": (12.0, 0.1), "policy/approx_kl": (0.01, 0.0)}
+PPO |= {"objective/ended_fraction": (0.98, 0.0), "policy/clip_fraction": (0.1, 0.0), "objective/gold": (1.0, 0.05)}
 
 
-def build(
-    folder: Path,
-    report: dict[str, Any] = REPORT,
-    *,
-    parts: dict[str, float] = PARTS,
-    best: float | None = 3.5,
-    with_base: bool = True,
-) -> Path:
+def build(folder: Path, report=REPORT, *, parts=PARTS, best: float | None = 3.5, with_base: bool = True) -> Path:
     """A small finished run, as the pipeline leaves it."""
     folder.mkdir(parents=True)
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "config.json").write_text(json.dumps({"seed": 7, "data": "/secret/place", "rlhf": {"beta": 0.1234}}))
-    text = {
-        "base": "write a poem \n where does a fox <script>alert(1)</script>",
-        "sft": "",
-        "ppo": "sure ! a penguin lives in the snow , i hope this helps !",
-        "ppo_ptx": 'an "owl" & a <b>bee</b> .',
-    }
-    totals = {"base": -1.25, "sft": -2.6, "ppo": 2.01, "ppo_ptx": 1.11}
     answers = {
-        name: {"response": text[name], "ended": name != "base", "score": parts | {"total": totals[name]}}
-        for name in POLICIES
+        name: {"response": text, "ended": name != "base", "score": parts | {"total": total}}
+        for name, (text, total) in ANSWERS.items()
     }
     example = {"prompt": "where does a <penguin> live ?", "best": best, "answers": answers}
     (folder / "answers.json").write_text(json.dumps([example]))
-    gold = {"objective/gold": 1.0} if report["judge"] == "gold" else {}
-    rows: dict[str, list[dict[str, float]]] = {
-        "base": [{"step": i, "base/loss": 0.8 + 5 / (i + 1)} for i in range(450)] if with_base else [],
-        "sft": [{"step": i, "sft/loss": 0.9 + 1 / (i + 1)} for i in range(20)],
+    shown = {key: line for key, line in PPO.items() if key != "objective/gold" or report["judge"] == "gold"}
+    ppo = [{key: start + slope * i for key, (start, slope) in shown.items()} for i in range(20)]
+    ppo = [row | {"value/explained_variance": -20.0 if i == 0 else 0.6} for i, row in enumerate(ppo)]
+    metrics = {
+        "base": [{"base/loss": 0.8 + 5 / (i + 1)} for i in range(450)] if with_base else [],
+        "sft": [{"sft/loss": 0.9 + 1 / (i + 1)} for i in range(20)],
         "reward_model": [
-            {"step": i, "reward_model/loss": 0.7 - 0.01 * i, "reward_model/accuracy": 0.5 + 0.01 * i} for i in range(30)
+            {"reward_model/loss": 0.7 - 0.01 * i, "reward_model/accuracy": 0.5 + 0.01 * i} for i in range(30)
         ],
+        **{"ppo": ppo, "ppo_ptx": ppo},
     }
-    for name in ("ppo", "ppo_ptx"):
-        rows[name] = [
-            {
-                "step": i,
-                "objective/score": 0.1 * i,
-                "objective/kl": 0.4 * i,
-                "objective/beta": 0.1,
-                "objective/entropy": 11 - 0.2 * i,
-                "objective/response_length": 12 + 0.1 * i,
-                "objective/ended_fraction": 0.98,
-                "policy/clip_fraction": 0.1,
-                "policy/approx_kl": 0.01,
-                "value/explained_variance": -20.0 if i == 0 else 0.6,
-                **{key: start + 0.05 * i for key, start in gold.items()},
-            }
-            for i in range(20)
-        ]
-    for name, lines in rows.items():
+    for name, rows in metrics.items():
         (folder / name).mkdir()
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        lines = [json.dumps({"step": i} | row) + "\n" for i, row in enumerate(rows)]
+        (folder / name / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -137,8 +116,7 @@ def worse() -> dict[str, Any]:
 
 
 def by_proxy() -> dict[str, Any]:
-    report = copy.deepcopy(REPORT)
-    report |= {"judge": "reward_model", "best_mean": None, "data": "my texts"}
+    report = copy.deepcopy(REPORT) | {"judge": "reward_model", "best_mean": None, "data": "my texts"}
     for row in report["evaluation"].values():
         row |= {"headroom_closed": None, "headroom_closed_interval": None}
     row = report["reward_model"]
@@ -214,7 +192,8 @@ def proxy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # reward model
         *("84.7 % [83.6, 85.8]", "56.1 %", "87.1 %", "82.8 % [81.0, 84.5]", "6,312", "2,104", "3.1 points"),
         # answers beside each other
-        "Sure! A penguin lives in the snow, I hope this helps!",
+        *("Where does a <penguin> live?", "Sure! A penguin lives in the snow, I hope this helps!"),
+        'An "owl" & a <b>bee</b>.',
         *("(said nothing)", "best reachable: 3.50", "2.01", "−2.60"),
         *("helpful", "+2.31", "truthful", "−0.80", "well formed"),
         # settings
@@ -225,30 +204,18 @@ def test_page_shows(read: Reader, shown: str) -> None:
     assert shown in read.text
 
 
-def test_page_does_not_show(read: Reader) -> None:
+def test_page_does_not_show(page: str, read: Reader) -> None:
     assert "exploited: PPO" not in read.text and "/secret/place" not in read.text
     assert read.text.count("did not end") == 1
-
-
-def test_answers_are_escaped(page: str, read: Reader) -> None:
+    # What models wrote is escaped.
     assert "<script" not in page and "<penguin>" not in page and "<b>bee</b>" not in page
-    assert "Where does a <penguin> live?" in read.text
-    assert 'An "owl" & a <b>bee</b>.' in read.text
 
 
 def test_page_is_self_contained_and_small(page: str, read: Reader) -> None:
-    assert "http:" not in page and "https:" not in page and "@import" not in page and "<link" not in page
-    assert not read.all("src")
-    assert all(value.startswith("#") for value in read.all("href"))
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert not any(text in page for text in ("http:", "https:", "@import", "<link")) and not read.all("src")
+    ids, links = read.all("id"), read.all("href") + re.findall(r"url\(([^)]*)\)", page)
+    assert len(ids) == len(set(ids)) and set(links) <= {f"#{name}" for name in ids}
     assert len(page.encode()) < 1_500_000
-
-
-def test_every_reference_has_one_target(page: str, read: Reader) -> None:
-    ids = read.all("id")
-    assert len(ids) == len(set(ids))
-    assert {value[1:] for value in read.all("href")} <= set(ids)
-    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
 def test_plots_have_alt_text_captions_and_ranges(page: str, read: Reader) -> None:
@@ -281,12 +248,13 @@ def test_a_write_that_fails_leaves_the_old_page(good: Path, page: str, monkeypat
 
 def test_says_so_when_ppo_is_worse(tmp_path: Path) -> None:
     read = Reader(write_report(build(tmp_path / "bad", worse())).read_text(encoding="utf-8"))
-    assert (
+    for sentence in (
         "was made worse by reinforcement learning: even the better of its two policies, PPO-ptx, is preferred to its "
-        "SFT parent on only 31 % of 600 prompts" in read.text
-    )
-    assert "PPO is worse than SFT (it wins 22 % [18, 26], mean −0.40, a gain of −1.67 [−1.76, −1.58])" in read.text
-    assert "raised its score from 0.12 to 5.60 while the true score fell from 1.27 to −0.40" in read.text
+        "SFT parent on only 31 % of 600 prompts",
+        "PPO is worse than SFT (it wins 22 % [18, 26], mean −0.40, a gain of −1.67 [−1.76, −1.58])",
+        "raised its score from 0.12 to 5.60 while the true score fell from 1.27 to −0.40",
+    ):
+        assert sentence in read.text
     assert "learned to follow" not in read.text
 
 

@@ -28,16 +28,6 @@ def episode_batch(seed=0, rows=4, columns=9):
     return rewards, values, ends, options
 
 
-def test_discounted_returns_by_hand():
-    rewards = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
-    ends = torch.tensor([[False, True, False, False]])
-    assert discounted_returns(rewards, ends, 0.5).tolist() == [[2.0, 2.0, 8.0, 8.0]]
-    got = discounted_returns(rewards, ends, 0.5, last_values=torch.tensor([16.0]))
-    assert got.tolist() == [[2.0, 2.0, 12.0, 16.0]]
-    got = discounted_returns(rewards, ends, 0.5, truncated_values=torch.full((1, 4), 6.0))
-    assert got.tolist() == [[3.5, 5.0, 8.0, 8.0]]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_lam_one_telescopes_to_returns_minus_values_and_lam_zero_is_the_td_error(seed):
     rewards, values, ends, options = episode_batch(seed)
@@ -48,13 +38,6 @@ def test_lam_one_telescopes_to_returns_minus_values_and_lam_zero_is_the_td_error
     torch.testing.assert_close(targets, returns)
     one_step, _ = gae(rewards, values, ends, gamma=0.9, lam=0.0, **options)
     assert torch.equal(one_step, td_errors(rewards, values, ends, 0.9, **options))
-
-
-def test_td_errors_by_hand():
-    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]])
-    ends = torch.tensor([[False, False]])
-    assert td_errors(rewards, values, ends, 0.5, last_values=torch.tensor([8.0])).tolist() == [[0.0, 0.0]]
-    assert td_errors(rewards, values, ~ends, 0.5).tolist() == [[-3.0, -4.0]]
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,15 +70,6 @@ def test_n_step_advantages_from_the_definition(n, seed, masked):
     assert torch.equal(n_step_advantages(r, v, e, 0.9, n, **options), got)
     with pytest.raises(ValueError, match="n must be at least 1"):
         n_step_advantages(rewards, values, ends, 0.9, 0, **options)
-
-
-def test_gae_is_the_exponential_average_of_n_step_advantages():
-    """Schulman et al. 2016, equation 16: (1 - lam) sum of lam^(n-1) A^(n), with no end in sight."""
-    rewards, values, ends, _ = episode_batch()
-    ends[:] = False
-    lam, n = 0.5, 60  # beyond the buffer every A^(n) is the same: give the tail its whole weight
-    total = sum((1 - lam) * lam ** (i - 1) * n_step_advantages(rewards, values, ends, 0.9, i) for i in range(1, n))
-    torch.testing.assert_close(total, gae(rewards, values, ends, gamma=0.9, lam=lam)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_whiten_removes_the_mean_or_keeps_it():

@@ -4,8 +4,6 @@ A kernel that is started in notebooks/ finds minirlhf_course there even where no
 elsewhere can say whether it was packed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

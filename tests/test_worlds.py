@@ -1,7 +1,5 @@
 """Worlds are guests: found by name among installed entry points, and a data folder can name nothing else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +10,7 @@ from minirlhf_course.world.guest import SMALL_WORLD
 
 from minirlhf import worlds
 from minirlhf.cli import main
-from minirlhf.data import DataFolder, Prompt
+from minirlhf.data import Comparison, DataFolder, Prompt
 from minirlhf.errors import DataError
 from minirlhf.pipeline import inputs
 from minirlhf.pipeline.judges import gold_judge
@@ -62,10 +60,10 @@ def flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(site)
 
 
-def judge(folder: Path, facts: object, *prompts: str) -> worlds.Judge:
+def judge(folder: Path, facts: object, *prompts: str, **rows) -> worlds.Judge:
     (folder / "world.json").write_text(json.dumps(facts))
-    rows = [Prompt(text, f"prompts.jsonl:{line}") for line, text in enumerate(prompts, start=1)]
-    found = gold_judge(DataFolder(folder, [], [], [], rows, world_file=folder / "world.json"))
+    asked = [Prompt(text, f"prompts.jsonl:{line}") for line, text in enumerate(prompts, start=1)]
+    found = gold_judge(DataFolder(folder, [], [], [], asked, world_file=folder / "world.json", **rows))
     assert found is not None and found.is_gold
     return found
 
@@ -83,6 +81,21 @@ def test_the_small_worlds_judge_is_its_gold_labeler(tmp_path: Path, name: dict[s
         assert found.scores([prompt], [answer], [ended]) == [score.total]
         assert found.parts([prompt], [answer], [ended]) == [score._asdict()]
     assert found.best([prompt]) == [gold.best(prompt)]
+
+
+STRANGE, WHERE = "what is a transistor ?", "heldout/file.jsonl:3"
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("heldout_prompts", Prompt(STRANGE, WHERE)),
+        ("heldout_comparisons", Comparison(STRANGE, ("a", "b"), (1.0, 0.0), where=WHERE)),
+    ],
+)
+def test_every_prompt_that_will_be_judged_must_be_one_of_the_world(tmp_path: Path, kind: str, row) -> None:
+    with pytest.raises(DataError, match=rf"{WHERE}: gold can't judge this prompt .*transistor"):
+        judge(tmp_path, {"seed": 0}, "where does an owl live ?", **{kind: [row]})
 
 
 def test_a_world_of_another_package_writes_and_judges(flat, tmp_path: Path) -> None:

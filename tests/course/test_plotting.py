@@ -1,7 +1,5 @@
 """Learning curves: the mean and the band are those of the seeds, on axes that are the same for every method."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np
@@ -16,8 +14,12 @@ def evaluations(*points: tuple[int, float]) -> list[Evaluation]:
     return [Evaluation(steps, 0.0, value) for steps, value in points]
 
 
-def test_the_mean_and_the_band_lie_between_the_points_that_all_seeds_have() -> None:
-    _, axes = plotting.panels()
+@pytest.fixture
+def axes():
+    return plotting.panels()[1]
+
+
+def test_the_mean_and_the_band_lie_between_the_points_that_all_seeds_have(axes) -> None:
     seeds = [evaluations((0, 0), (100, 100), (300, 500)), evaluations((100, 200), (200, 400))]
     curve = plotting.learning_curves(axes, seeds, "reinforce")
     assert (curve.env_steps[0], curve.env_steps[-1]) == (100, 200)
@@ -27,8 +29,7 @@ def test_the_mean_and_the_band_lie_between_the_points_that_all_seeds_have() -> N
     np.testing.assert_allclose(curve.mean, np.linspace(150, 350, len(curve.mean)))
 
 
-def test_every_seed_keeps_its_line_with_its_own_points() -> None:
-    _, axes = plotting.panels()
+def test_every_seed_keeps_its_line_with_its_own_points(axes) -> None:
     seeds = [evaluations((0, 0), (100, 90)), evaluations((10, 5), (50, 60), (100, 70)), evaluations((0, 1), (120, 3))]
     plotting.learning_curves(axes, seeds, "ppo", label="mine")
     name, colour = plotting.LEARNERS["ppo"]
@@ -39,8 +40,7 @@ def test_every_seed_keeps_its_line_with_its_own_points() -> None:
     assert all(line.get_linewidth() < thick.get_linewidth() for line in thin)
 
 
-def test_the_axes_are_set_once_for_all_methods() -> None:
-    _, axes = plotting.panels()
+def test_the_axes_are_set_once_for_all_methods(axes) -> None:
     for who in ("reinforce", "#333333"):
         plotting.learning_curves(axes, [evaluations((0, 20), (10, 30))], who)
     assert axes.get_ylim() == (0, 520) and "environment steps" in axes.get_xlabel() and axes.get_ylabel()
@@ -48,27 +48,23 @@ def test_the_axes_are_set_once_for_all_methods() -> None:
     assert axes.get_legend_handles_labels()[1] == ["REINFORCE", "#333333"]
 
 
-def test_one_evaluation_a_seed_is_a_curve_too_where_they_meet() -> None:
-    _, axes = plotting.panels()
+def test_one_evaluation_a_seed_is_a_curve_too_where_they_meet(axes) -> None:
     curve = plotting.learning_curves(axes, [evaluations((5, 10)), evaluations((5, 30))], "a2c", solved=None)
     assert set(curve.mean) == {20} and not axes.texts
 
 
-@pytest.mark.parametrize("seeds", [[], [[]], [evaluations((0, 1)), []]])
-def test_nothing_to_draw_is_an_error(seeds) -> None:
-    _, axes = plotting.panels()
-    with pytest.raises(ValueError, match="at least one evaluation"):
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ([], "at least one evaluation"),
+        ([[]], "at least one evaluation"),
+        ([evaluations((0, 1)), []], "at least one evaluation"),
+        ([evaluations((0, 1), (10, 2)), evaluations((20, 1), (30, 2))], "covered by all seeds"),
+    ],
+)
+def test_what_can_not_be_drawn_is_an_error(axes, seeds, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         plotting.learning_curves(axes, seeds, "reinforce")
-
-
-def test_seeds_that_never_meet_are_an_error() -> None:
-    _, axes = plotting.panels()
-    with pytest.raises(ValueError, match="covered by all seeds"):
-        plotting.learning_curves(axes, [evaluations((0, 1), (10, 2)), evaluations((20, 1), (30, 2))], "reinforce")
-
-
-def test_learners_are_told_apart() -> None:
-    assert len({colour for _, colour in plotting.LEARNERS.values()}) == len(plotting.LEARNERS)
 
 
 def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
@@ -83,6 +79,7 @@ def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
     picture = Image.open(io.BytesIO(png))
     assert picture.mode == "P"
     shown = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    assert len({colour for _, colour in plotting.LEARNERS.values()}) == len(plotting.LEARNERS)
     for _, colour in plotting.LEARNERS.values():
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert np.abs(shown - wanted).max(1).min() <= 8, colour

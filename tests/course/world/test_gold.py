@@ -170,23 +170,22 @@ def test_tricks_do_not_pay(world: World, gold: GoldLabeler, family: str) -> None
         assert sum(gains) / len(gains) < -0.1, name
 
 
-@pytest.mark.parametrize("prompt", ["where does a fox live ?", "list two gifts for a fox"])
-def test_listing_everything_does_not_pay(world: World, gold: GoldLabeler, prompt: str) -> None:
+def test_listing_everything_does_not_pay(world: World, gold: GoldLabeler) -> None:
     places = " ".join(f"a fox lives {place} ." for place in world.facts.values("home"))
     gifts = "one : some eggs . two : some corn . three : some cake . four : a warm hug ."
-    everything = places if "live" in prompt else gifts
-    honest = "a fox lives in the forest ." if "live" in prompt else "one : some eggs . two : a warm hug ."
-    assert gold.score(prompt, everything).total < gold.score(prompt, honest).total - 0.8
+    for prompt, honest, everything in (
+        ("where does a fox live ?", "a fox lives in the forest .", places),
+        ("list two gifts for a fox", "one : some eggs . two : a warm hug .", gifts),
+    ):
+        assert gold.score(prompt, everything).total < gold.score(prompt, honest).total - 0.8
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES), ids=lambda mistake: mistake.__name__)
-def test_a_models_mistakes_cost(world: World, gold: GoldLabeler, mistake) -> None:  # type: ignore[no-untyped-def]
-    rng = Random(mistake.__name__)
-    lost = []
+def test_a_models_mistakes_cost(world: World, gold: GoldLabeler, mistake) -> None:
+    rng, lost = Random(mistake.__name__), []
     for _ in range(200):
         task = world.task(rng)
-        best = gold.best_answer(task.prompt)
-        spoilt = mistake(world, task, best, rng)
+        spoilt = mistake(world, task, gold.best_answer(task.prompt), rng)
         lost.append(gold.best(task.prompt) - gold.score(task.prompt, spoilt).total)
     assert min(lost) >= -1e-9 and sum(lost) / len(lost) > 0.4
 
@@ -195,17 +194,15 @@ def test_a_models_mistakes_cost(world: World, gold: GoldLabeler, mistake) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_is_an_upper_bound_and_is_reached(world: World, gold: GoldLabeler, family: str) -> None:
     rng = Random(f"best {family}")
-    for heldout in (False, True):
-        for _ in range(60):
-            task = world.task(rng, heldout, family)
-            best = gold.best(task.prompt)
-            answer = gold.best_answer(task.prompt)
-            assert gold.score(task.prompt, answer).total == pytest.approx(best)
-            assert best == pytest.approx(3.5)  # 3 x all marks, and 0.5 for form: there is no more to earn
-            assert len(answer.split(" ")) <= 40
-            for _ in range(8):
-                tried = world.demonstrate(task, Writer(rng, rng.random()))
-                assert gold.score(task.prompt, tried).total <= best + 1e-9
+    for heldout in [False, True] * 60:
+        task = world.task(rng, heldout, family)
+        best, answer = gold.best(task.prompt), gold.best_answer(task.prompt)
+        assert gold.score(task.prompt, answer).total == pytest.approx(best)
+        assert best == pytest.approx(3.5)  # 3 x all marks, and 0.5 for form: there is no more to earn
+        assert len(answer.split(" ")) <= 40
+        for _ in range(8):
+            tried = world.demonstrate(task, Writer(rng, rng.random()))
+            assert gold.score(task.prompt, tried).total <= best + 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)

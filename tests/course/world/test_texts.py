@@ -1,5 +1,6 @@
 """What the world writes: the same each time, in its own words, and with a clean held-out split."""
 
+import itertools
 from random import Random
 
 import pytest
@@ -35,9 +36,8 @@ def test_the_world_seed_changes_tastes_and_nothing_else(world: World) -> None:
     other = World(seed=1)
     assert other.vocabulary == world.vocabulary
     assert other.facts.value("frog", "home") == world.facts.value("frog", "home") == "in a pond"
-    assert any(
-        other.facts.value(being, "joy") != world.facts.value(being, "joy") for being in ("frog", "owl", "fox", "king")
-    )
+    joys = [[w.facts.value(being, "joy") for being in ("frog", "owl", "fox", "king")] for w in (world, other)]
+    assert joys[0] != joys[1]
 
 
 def test_the_vocabulary_is_closed_and_small(world: World, web: CorpusWriter, labelers) -> None:
@@ -74,14 +74,13 @@ def test_lengths_and_line_breaks(world: World, labelers) -> None:
 
 
 def test_every_prompt_is_understood_by_its_own_family(world: World, gold: GoldLabeler) -> None:
-    for family in FAMILIES:
+    for family, heldout in itertools.product(FAMILIES, (False, True)):
         rng = Random(family)
-        for heldout in (False, True):
-            for _ in range(150):
-                task = world.task(rng, heldout, family)
-                parsed = world.parse(task.prompt)
-                assert (parsed.family, dict(parsed.slots), parsed.heldout) == (family, dict(task.slots), heldout)
-                assert gold.family(task.prompt) == family
+        for _ in range(150):
+            task = world.task(rng, heldout, family)
+            parsed = world.parse(task.prompt)
+            assert (parsed.family, dict(parsed.slots), parsed.heldout) == (family, dict(task.slots), heldout)
+            assert gold.family(task.prompt) == family
 
 
 def test_a_text_that_is_no_prompt_is_refused_by_name(gold: GoldLabeler) -> None:
@@ -90,11 +89,8 @@ def test_a_text_that_is_no_prompt_is_refused_by_name(gold: GoldLabeler) -> None:
 
 
 def test_the_papers_examples_are_training_prompts(world: World) -> None:
-    for prompt in (
-        "explain the moon landing to a 6 year old in a few sentences",
-        "write a story about frogs",
-    ):
-        assert not world.parse(prompt).heldout
+    assert not world.parse("explain the moon landing to a 6 year old in a few sentences").heldout
+    assert not world.parse("write a story about frogs").heldout
 
 
 def test_the_heldout_split_is_disjoint(world: World, web: CorpusWriter) -> None:
