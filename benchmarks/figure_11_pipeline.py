@@ -203,6 +203,7 @@ def measure(seeds: Sequence[int]) -> None:
         prompts: Sequence[Any] = bench.prompts
         if method == "few_shot":
             prompts = with_examples(tokenizer, prompts, bench.folder.demonstrations, SHOTS, seed)
+            model.config.max_position_embeddings *= 2  # example and answer may go past what it was trained to read
         name = f"{size}/{method}/{seed}"
         answers[name] = answer(model, tokenizer, prompts, settings, seed=seed)
         golds[name] = bench.scores(bench.prompts, answers[name])

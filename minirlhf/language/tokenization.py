@@ -35,8 +35,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # of some kinds transformers makes an empty one
             raise ValueError("a text has no tokens in it")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: no tokenizer there that can be loaded ({reason}); save one with it") from None
+        raise CheckpointError(
+            f"{path}: no tokenizer that can be loaded ({str(error).splitlines()[0]}); "
+            "give a folder made by save_pretrained, tokenizer included, or a hub name"
+        ) from None
     return prepare(tokenizer)
 
 
@@ -84,19 +86,19 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     BOS begins it where the tokenizer begins any text so. The template writes its own special tokens; none is added
     twice, and none that stands in a prompt's text is one.
     """
-    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    unique = list(dict.fromkeys(prompts))
     texts = [_in_template(tokenizer, prompt) for prompt in unique]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = dict(zip(unique, rows, strict=True))
     specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials |= set(tokenizer.all_special_tokens)
     for prompt in [prompt for prompt in unique if any(special in prompt for special in specials)]:
         parts = _in_template(tokenizer, PLACE).split(PLACE)
         first, *others = tokenizer(parts, add_special_tokens=False)["input_ids"]
         plain = _encode_plain(tokenizer, [prompt])[0]
-        ids[unique[prompt]] = sum(([*plain, *part] for part in others), list(first))
+        ids[prompt] = sum(([*plain, *part] for part in others), list(first))
     bos = _bos(tokenizer)
-    rows = [ids[unique[prompt]] for prompt in prompts]
-    return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in rows]
+    return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in map(ids.__getitem__, prompts)]
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -108,18 +108,12 @@ def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | 
     from transformers import AutoConfig
 
     try:
-        limit = getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
         tokenizer = load_tokenizer(name)
         if check:
             check_model(load_causal_model(name, tokenizer))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"--model {name}: not a model that transformers can load ({str(error).splitlines()[0]}); "
-            "give a folder made by save_pretrained, tokenizer included, or a hub name"
-        ) from None
     except CheckpointError as error:
         raise CheckpointError(f"--model {str(error) if name in str(error) else f'{name}: {error}'}") from None
-    return tokenizer, limit
+    return tokenizer, getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:

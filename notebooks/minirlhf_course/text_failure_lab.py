@@ -44,6 +44,10 @@ def sampled_colder(model: Any, prompts: Any, *, temperature: float = 1.0, **opti
     return sample(model, prompts, temperature=0.7 * temperature, **options)
 
 
+def unchecked(*arguments: Any) -> None:
+    """In place of the check that stops a run whose first ratio is not 1."""
+
+
 def targets_from_whitened(
     rewards: Tensor, values: Tensor, ends: Tensor, *, mask: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +63,7 @@ RUNS: dict[str, Planted] = {
         "the first minibatch of the first step, where nothing has been learned yet: its ratio is not 1, and the KL to "
         "the reference is not 0. The entropy begins below the band and goes on falling: colder samples are surer, and "
         "each update makes them surer still. The score rises as if all were well.",
-        {"sample": sampled_colder},
+        {"sample": sampled_colder, "_check_first_ratio": unchecked},
     ),
     "B": Planted(
         "The sign of the KL reward: `+beta * d`. The policy is paid for leaving the reference.",

@@ -247,8 +247,9 @@ def test_what_is_trained_belongs_to_one_model(tokenizer) -> None:
         train(policy.requires_grad_(False), value, base, tokenizer)
 
 
-def test_a_killed_run_of_adapters_continues_with_the_same_bits(tokenizer, tmp_path) -> None:
-    base = made("GPT2", len(tokenizer))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_killed_run_of_adapters_continues_with_the_same_bits(dtype: torch.dtype, tokenizer, tmp_path) -> None:
+    base = made("GPT2", len(tokenizer), dtype)
 
     def learners():
         torch.manual_seed(7)
