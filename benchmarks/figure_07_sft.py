@@ -10,7 +10,7 @@ fewer demonstrations are read more often and nothing else differs. 0 demonstrati
 epochs -> data/results/sft_epochs.csv: 512 demonstrations, read 16 times. A row for each epoch in MEASURED.
 
     epochs         times that each demonstration was read
-    train_loss     nats a token of the completions trained on (at most 512 of them)
+    train_loss     nats per token of the completions trained on (at most 512 of them)
     heldout_loss   the same for demonstrations of held-out prompts, which the world's demonstrator writes for this file
     gold           the mean of gold over one sampled answer (temperature 1) to each of these held-out prompts
     proxy          the mean score of the shipped reward model for the same answers

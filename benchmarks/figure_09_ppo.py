@@ -9,12 +9,12 @@ it (the first row is the SFT model, where all of them begin):
 
     score, gold       means of EVALUATED held-out prompts answered once: the reward model's, and the truth
     gold_error        standard error of that mean over the prompts
-    kl                nats an answer from the SFT model, exact at each token of those answers
+    kl                nats per answer from the SFT model, exact at each token of those answers
     length, ended     tokens of an answer; share of them that ended by themselves
-    corpus_loss       nats a token of the held-out corpus
+    corpus_loss       nats per token of the held-out corpus
 
 data/results/text_failure_lab.csv: every run of `minirlhf_course.text_failure_lab`, two seeds, and five healthy ones:
-the sweep's at beta BETA without PPO-ptx, and two more; one row a step, with the metrics that lesson 09 draws.
+the sweep's at beta BETA without PPO-ptx, and two more; one row per step, with the metrics that lesson 09 draws.
 
 Each run uses one thread; the first line of a file names machine, date and command. Seeds make results repeat on one
 machine; another processor rounds differently, and single runs come out differently there.

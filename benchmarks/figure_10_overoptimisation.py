@@ -14,7 +14,7 @@ data/results/overoptimisation_reward_models.csv   a row a judge: accuracy on hel
 data/results/overoptimisation_best_of_n.csv       the best of n answers by proxy, from a pool of POOL a prompt: n, kl
     (nats, exact: log n - (n - 1) / n), proxy, gold, length in words
 data/results/overoptimisation_ppo.csv             PPO by RUNS: after MEASURED_STEPS the policy's kl from the SFT model
-    (nats an answer), proxy, gold, length in tokens, share of answers that ended; and validation, the score of a second
+    (nats per answer), proxy, gold, length in tokens, share of answers that ended; and validation, the score of a second
     judge, trained on VALIDATION rankings that the first has not seen (empty where it has seen all). Step 0 is SFT
 data/results/overoptimisation_answers.csv         the first prompt of each family, answered by the SFT model, near
     gold's peak, and at the end of the run ANSWERS_OF

@@ -18,12 +18,12 @@ what a size needs, SIZES. That was chosen with seed 100 by gold on training prom
 Methods: base, few_shot (base with SHOTS demonstrations before each prompt), sft, ppo, ppo_ptx. Every model answers each
 held-out prompt once, at temperature 1, and TRAINING training prompts.
 
-data/results/pipeline_gold.csv.gz    a row a prompt; gold of each model's answer in columns SIZE/METHOD/SEED. kind:
+data/results/pipeline_gold.csv.gz    a row per prompt; gold of each model's answer in columns SIZE/METHOD/SEED. kind:
                                      phrasing, pair or being (what is new about a held-out prompt), or training
 data/results/pipeline_models.csv     a row a model: parameters, mean gold, tokens and share of answers that ended, and
                                      preferred: the share of held-out prompts where gold prefers its answer to the large
                                      SFT model's of the same seed, ties half
-data/results/pipeline_corpus.csv     nats a token of fresh documents, a row for each kind of document
+data/results/pipeline_corpus.csv     nats per token of fresh documents, a row for each kind of document
 data/results/pipeline_labelers.csv   how often each simulated labeler prefers an answer to the SFT model's of the same
                                      size and seed, on held-out prompts; heldout: no labeler of the training data
 data/checkpoints/tiny_ppo_ptx        the tiny PPO-ptx model of seed 0, in half precision: the lesson talks to it

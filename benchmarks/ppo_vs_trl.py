@@ -333,7 +333,7 @@ def check_same_work(work: str, ours: dict[str, Any], theirs: dict[str, Any]) -> 
     for side, result in (("minirlhf", ours), ("trl", theirs)):
         expected, tolerance = (NEW_TOKENS, 0.0) if work == "full" else (MEAN_LENGTH, 2.0)
         if abs(result["new_tokens"] - expected) > tolerance:
-            sys.exit(f"{side} sampled {result['new_tokens']} tokens an answer, not {expected}")
+            sys.exit(f"{side} sampled {result['new_tokens']} tokens per answer, not {expected}")
         if result["updates"] != updates:
             sys.exit(f"{side} made these optimizer steps in a PPO step: {result['updates']}, not {updates}")
     if ours["checksum"] != theirs["checksum"]:

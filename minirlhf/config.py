@@ -43,8 +43,7 @@ class RunConfig(Settings, option=""):
     tensorboard: bool = False
     """Also write TensorBoard events; needs the extra `tensorboard`."""
     side_by_side: bool = True
-    """On a CPU with two threads or more, train PPO and PPO-ptx at the same time, each in a process of its own with half
-    of the threads."""
+    """On a CPU with two threads or more, train PPO and PPO-ptx at the same time, with half of the threads each."""
     model_size: ModelConfig = field(default_factory=ModelConfig)
     """Size of the base model that is trained from nothing."""
     base: PretrainingConfig = field(default_factory=PretrainingConfig)

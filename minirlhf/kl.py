@@ -75,7 +75,7 @@ def kl_rewards(
         shapes = [tuple(x.shape) for x in (old_logprobs, ref_logprobs, response_mask)]
         raise ValueError(f"old_logprobs, ref_logprobs and response_mask must share one shape [B, T], not {shapes}")
     if scores.shape != response_mask.shape[:1]:
-        raise ValueError(f"scores must be one a row, ({len(response_mask)},), not {tuple(scores.shape)}")
+        raise ValueError(f"scores must be one per row, ({len(response_mask)},), not {tuple(scores.shape)}")
     if response_mask.dtype != torch.bool:
         raise TypeError(f"response_mask must be bool (True = counts), not {response_mask.dtype}")
     empty = ~response_mask.any(1)

@@ -136,7 +136,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
-    """The cross-entropy of the completion's tokens, in nats a token: -sum of counted logprobs / denominator.
+    """The cross-entropy of the completion's tokens, in nats per token: -sum of counted logprobs / denominator.
 
     logprobs and response_mask (True on completion tokens, EOS among them; False on prompt and padding) [B, T].
 
@@ -150,7 +150,7 @@ def _ranked_pairs(rewards: Tensor, scores: Tensor, mask: Tensor | None) -> tuple
     """Differences r_i - r_j and which of them are pairs (i strictly better than j, both counted), each [B, K, K]."""
     _check_same_shape(rewards, scores, "rewards and scores")
     if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, K], a row a prompt, not {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be [B, K], a row per prompt, not {tuple(rewards.shape)}")
     pairs = scores.unsqueeze(2) > scores.unsqueeze(1)
     if mask is not None:
         if mask.shape != rewards.shape or mask.dtype != torch.bool:

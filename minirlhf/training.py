@@ -122,7 +122,7 @@ class Recorder:
 
         Args:
             total: how many steps there are; with ``done``, how much of something else: environment steps, for one.
-            done: how much of the total is done, asked after every step; left out: one a step.
+            done: how much of the total is done, asked after every step; left out: one per step.
         """
         from tqdm.auto import tqdm
 

@@ -184,7 +184,7 @@ def proxy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "A model of 0.38 million parameters learned to follow instructions in 3 min 41 s: its PPO answers are "
         "preferred to its SFT parent’s on 74 % of 600 prompts it had never seen.",
         "PPO-ptx is better than SFT (it wins 69 % [65, 73], mean 1.94, a gain of 0.67 [0.58, 0.76])",
-        "PPO loses 0.401 nats a token more than the base model (0.226 of them were lost in SFT already)",
+        "PPO loses 0.401 nats per token more than the base model (0.226 of them were lost in SFT already)",
         "PPO-ptx wins 93 % of it back",
         # results, with every kind of number
         *("−0.87", "± 0.05", "67 %", "74 %", "[70, 78]", "[65, 68]", "2.30", "6.78", "0.851", "13.4", "99 %", "3.46"),

@@ -4,7 +4,7 @@
 
     result = train_ppo("CartPole-v1", PPOConfig(total_steps=30_000), seed=1)
     result.policy, result.values      # trained networks
-    result.history                    # one row of metrics an iteration
+    result.history                    # one row of metrics per iteration
     result.episodes                   # every episode that ended: (env_steps, episode_return, length, terminated)
     result.env_steps, result.seconds  # what it took
 

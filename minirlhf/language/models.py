@@ -39,7 +39,7 @@ class ModelConfig(Settings, option="model_size"):
     layers: Count = 4
     """Number of transformer blocks."""
     heads: Count = 4
-    """Attention heads a block."""
+    """Attention heads per block."""
     intermediate_size: Count = 256
     """Width of the feed-forward layer."""
     init_std: Positive = 0.05

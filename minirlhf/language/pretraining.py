@@ -33,9 +33,9 @@ class PretrainingConfig(Settings, option="base"):
     steps: Count = 1000
     """Optimizer steps."""
     batch_size: Count = 16
-    """Blocks a step."""
+    """Blocks per step."""
     block_length: Annotated[int, whole(2)] = 64  # the first token of a block predicts, the last is predicted
-    """Tokens a block."""
+    """Tokens per block."""
     lr: NotNegative = 4e-3
     """Peak learning rate (cosine, to a tenth)."""
     warmup: CountOrZero = 20
@@ -51,7 +51,7 @@ def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
 
     Args:
         documents: token ids, each closed with EOS.
-        block_length: tokens a block; the rest that fills no block is dropped.
+        block_length: tokens per block; the rest that fills no block is dropped.
 
     Raises:
         ValueError: the documents together are shorter than one block.

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], "Sequence[float] | Tensor"]
-"""Any callable (prompts, responses) -> one score a response; higher is better."""
+"""Any callable (prompts, responses) -> one score per response; higher is better."""
 
 
 def scores_tensor(returned: object, count: int) -> Tensor:
-    """What a reward function returned, as one number a response: -> [count] float32 on the CPU.
+    """What a reward function returned, as one number per response: -> [count] float32 on the CPU.
 
     Args:
         returned: a tensor or array [count], or anything that yields ``count`` numbers: a list, a generator.
@@ -87,7 +87,7 @@ class RewardModelConfig(Settings, option="reward_model"):
     epochs: Positive = 1.0
     """Passes over the comparisons; more than one over-fits."""
     batch_size: Count = 8
-    """Prompts a step, each with all its answers."""
+    """Prompts per step, each with all its answers."""
     lr: NotNegative = 1e-3
     """Peak learning rate (cosine, to a tenth)."""
     warmup: CountOrZero = 10
@@ -100,7 +100,7 @@ class RewardModelConfig(Settings, option="reward_model"):
     """Let the score depend on the log-probabilities that the model itself gives the answer's tokens (InstructGPT's
     does not; see language/surprise.py)."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass: memory, not mathematics."""
+    """Padded tokens per forward pass: memory, not mathematics."""
 
 
 def train_reward_model(
@@ -216,7 +216,7 @@ def _score_group(
 def _score_rows(
     model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Tensor:
-    """One score a row, whose answer begins at token `starts`: -> [N]."""
+    """One score per row, whose answer begins at token `starts`: -> [N]."""
     tokens, mask = (part.to(model.device) for part in pad(rows, tokenizer.pad_token_id))
     return answer_scores(model, tokens, mask, torch.tensor(starts, device=model.device))
 
@@ -229,7 +229,7 @@ class RewardModelScorer:
         >>> reward(["write a story about frogs"], ["once upon a time ..."])  # doctest: +SKIP
         tensor([1.3])
 
-    ``micro_batch_tokens``: padded tokens a forward pass, memory and speed, not mathematics.
+    ``micro_batch_tokens``: padded tokens per forward pass, memory and speed, not mathematics.
     """
 
     def __init__(

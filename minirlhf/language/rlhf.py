@@ -61,7 +61,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     steps: Count = 70
     """PPO steps; each samples one batch."""
     batch_size: Count = 128
-    """Answers sampled a step."""
+    """Answers sampled per step."""
     epochs: Count = 1
     """Passes over each batch (as InstructGPT: fresh answers teach more than a second look)."""
     minibatch_size: Count = 64
@@ -97,7 +97,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     max_grad_norm: PositiveOrInf = 1.0
     """Gradients are clipped to this norm, policy and value apart; inf for no clip."""
     micro_batch_tokens: Count = 4096
-    """Padded tokens a forward pass: memory and speed, not mathematics."""
+    """Padded tokens per forward pass: memory and speed, not mathematics."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ def train_rlhf(
         policy: starts as the SFT model.
         value_model: a scalar model; starts as the reward model.
         reference: the SFT model, never changed.
-        reward: (prompts, responses) -> one score a response. It sees answers cut after their end.
+        reward: (prompts, responses) -> one score per response. It sees answers cut after their end.
         tokenizer: of policy and value model.
         prompts: to answer.
         config: the hyper-parameters.
@@ -177,7 +177,7 @@ def train_rlhf(
 
     Raises:
         UserError: ptx_coef > 0 without corpus_blocks; models that share what is trained; or the reward returned
-            anything but one number a response.
+            anything but one number per response.
         TrainingError: a loss or a score became NaN or infinite; or the log-probs of sampling are not those of
             training, so that the first ratio is not 1.
 

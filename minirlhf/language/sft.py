@@ -37,7 +37,7 @@ class SFTConfig(Settings, option="sft"):
     epochs: Positive = 1.0
     """Passes over the demonstrations."""
     batch_size: Count = 16
-    """Demonstrations a step."""
+    """Demonstrations per step."""
     lr: NotNegative = 2e-3
     """Peak learning rate (cosine, to a tenth)."""
     warmup: CountOrZero = 5
@@ -47,7 +47,7 @@ class SFTConfig(Settings, option="sft"):
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     micro_batch_tokens: Count = 4096
-    """Padded tokens a forward pass: memory and speed, not mathematics."""
+    """Padded tokens per forward pass: memory and speed, not mathematics."""
 
 
 def train_sft(

@@ -26,7 +26,7 @@ PPO_METRICS = {
     ),
     "objective/kl": Metric(
         "KL to the SFT model",
-        "nats an answer",
+        "nats per answer",
         "How far the policy has walked from its parent: log-ratio summed over an answer. It grows, then slows.",
     ),
     "policy/clip_fraction": Metric(
@@ -36,7 +36,7 @@ PPO_METRICS = {
     ),
     "policy/approx_kl": Metric(
         "KL of one update (approx_kl)",
-        "nats a token",
+        "nats per token",
         "How far a single batch moves the policy. Spikes here come before a collapse.",
     ),
     "value/explained_variance": Metric(
@@ -46,7 +46,7 @@ PPO_METRICS = {
     ),
     "objective/entropy": Metric(
         "Entropy",
-        "nats an answer",
+        "nats per answer",
         "How varied the answers are. A fall is expected; a fall to nothing means one answer for all.",
     ),
     "objective/response_length": Metric(

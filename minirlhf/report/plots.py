@@ -107,7 +107,7 @@ def loss_plot(run: Run, step: str) -> Plot | None:
             level(axes, held_out, f"held-out text {number(held_out, 3)}", above=False)
             bottom, top = axes.get_ylim()
             axes.set_ylim(min(bottom, held_out - 0.1 * (top - bottom)), top)  # room for the name below its line
-        label_axes(axes, "optimizer step", "loss, nats a token")
+        label_axes(axes, "optimizer step", "loss, nats per token")
         return f"{step} loss {_from_to(curves)}"
 
     caption = {
@@ -126,7 +126,7 @@ def reward_model_plots(run: Run) -> list[Plot]:
     def draw_loss(axes: Axes) -> str:
         curves = _curves(axes, run, ["reward_model"], "reward_model/loss")
         level(axes, math.log(2), "a coin toss: ln 2")
-        label_axes(axes, "optimizer step", "ranking loss, nats a pair")
+        label_axes(axes, "optimizer step", "ranking loss, nats per pair")
         return f"Loss {_from_to(curves)}"
 
     def draw_accuracy(axes: Axes) -> str:
@@ -261,9 +261,9 @@ def tax_plot(run: Run) -> Plot:
         axes.invert_yaxis()
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
-        label_axes(axes, f"loss on held-out text above base ({number(base, 3)}), nats a token", "")
+        label_axes(axes, f"loss on held-out text above base ({number(base, 3)}), nats per token", "")
         told = ", ".join(f"{NAMES[n]} {number(t, 3, sign=True)}" for n, t in zip(names, taxes, strict=True))
-        return f"{told} nats a token."
+        return f"{told} nats per token."
 
     caption = "How much of plain language each policy forgot. PPO-ptx mixes the corpus back in and should be shortest."
     return _draw("tax", "Alignment tax", caption, draw, height=2.3, left=0.16)

@@ -82,7 +82,7 @@ HEALTHY: dict[str, Range] = {
     "policy/approx_kl": Range(0.0, 0.03),
     "value/explained_variance": Range(0.3, 1.0),
 }
-"""Rules of thumb, not laws: outside of its range a metric asks for a look, in nats an answer where it is a KL."""
+"""Rules of thumb, not laws: outside of its range a metric asks for a look, in nats per answer where it is a KL."""
 
 
 def style() -> AbstractContextManager[None]:
@@ -100,8 +100,8 @@ def panels(
     Args:
         rows: of panels.
         columns: of panels.
-        width: inches a panel.
-        height: inches a panel.
+        width: inches per panel.
+        height: inches per panel.
         constrained: whether margins are fitted to the labels; False leaves them to you.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

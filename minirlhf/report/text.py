@@ -207,11 +207,11 @@ def _tax(run: Run) -> str:
     if paid is None or not math.isfinite(paid):
         return ""
     if abs(paid) < 0.01:
-        return f"PPO cost next to nothing in language: {number(paid, 3)} nats a token on held-out text."
+        return f"PPO cost next to nothing in language: {number(paid, 3)} nats per token on held-out text."
     if paid < 0:
         return f"PPO cost nothing in language: its loss on held-out text is {number(-paid, 3)} nats below the base’s."
     text = (
-        f"Alignment has a price in language: on held-out text PPO loses {number(paid, 3)} nats a token more than the "
+        f"Alignment has a price in language: on held-out text PPO loses {number(paid, 3)} nats per token more than the "
         f"base model ({number(tax['sft'], 3)} of them were lost in SFT already)"
     )
     if removed is None or with_ptx is None:
