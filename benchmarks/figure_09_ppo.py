@@ -45,7 +45,7 @@ from minirlhf.training import Recorder
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 
 # Two epochs at a rate above the default run's: short runs must go far enough for beta to matter.
-SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 64, "epochs": 2, "lr": 1e-3, "warmup": 4}
+SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 64, "minibatch_size": 32, "epochs": 2, "lr": 1e-3, "warmup": 4}
 BETA = 0.1
 SWEEP = (
     (0.0, 0.0),

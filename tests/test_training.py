@@ -68,7 +68,7 @@ def train(make_causal, tokenizer):
             more = {"demonstrations": DEMONSTRATIONS, "seed": 3, "recorder": recorder}
             return train_reward_model(model, tokenizer, COMPARISONS, config, **more)
         special = {"target_kl": 0.5, "kl_horizon": 40.0, "ema_decay": 0.5, "ptx_coef": 0.3, "ptx_batch_size": 3}
-        config = RLHFConfig(steps=5, batch_size=8, max_response_tokens=6, warmup=1, **special)
+        config = RLHFConfig(steps=5, batch_size=8, minibatch_size=4, max_response_tokens=6, warmup=1, **special)
         return train_rlhf(
             model,
             scalar_model_from(model, seed=2),

@@ -22,7 +22,6 @@ from minirlhf.language.forward import bare_head, hidden_states, next_token_logit
 from minirlhf.language.surprise import ScalarModel, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
-from minirlhf.training import generator_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,17 +162,18 @@ def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     causal = clone(model)
     if without_adapter(causal) is not causal:
         causal = causal.merge_and_unload()
-    scalar = empty_scalar(causal).train(causal.training)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scalar = empty_scalar(causal, device="cpu").train(causal.training)
+        nn.init.normal_(scalar.score.weight, std=(scalar.score.in_features + 1) ** -0.5)
     setattr(scalar, scalar.base_model_prefix, causal.base_model)
-    width = scalar.score.in_features
-    head = torch.empty(1, width).normal_(std=(width + 1) ** -0.5, generator=generator_for(seed, "scalar_head"))
-    scalar.score.weight = nn.Parameter(head.to(model.device, model.dtype))
+    scalar.score.to(model.device, model.dtype)
     scalar.config.score_offset = 0.0
     return scalar.requires_grad_(True)
 
 
-def empty_scalar(model: PreTrainedModel) -> PreTrainedModel:
-    """A scalar model of a causal model's kind and size, on torch's meta device: without weights, at no cost.
+def empty_scalar(model: PreTrainedModel, device: str = "meta") -> PreTrainedModel:
+    """A scalar model of a causal model's kind and size, untrained; on torch's meta device without weights, at no cost.
 
     Raises:
         CheckpointError: transformers has none of that kind, or none with such a body.
@@ -183,7 +183,7 @@ def empty_scalar(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             scalar = AutoModelForSequenceClassification.from_config(config)
     except ValueError:
         scalar = None
