@@ -75,7 +75,7 @@ def test_kl_rewards_refuses():
     x, mask = torch.zeros(2, 3), torch.tensor([[True, True, False], [False, False, False]])
     with pytest.raises(ValueError, match="row 1 of response_mask counts no token"):
         kl_rewards(torch.zeros(2), x, x, mask, 0.1)
-    with pytest.raises(ValueError, match="scores must be one a row"):
+    with pytest.raises(ValueError, match="scores must be one per row"):
         kl_rewards(torch.zeros(2, 1), x, x, mask, 0.1)
     with pytest.raises(ValueError, match="share one shape"):
         kl_rewards(torch.zeros(2), x, x[:, :2], mask, 0.1)

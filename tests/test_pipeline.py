@@ -517,7 +517,7 @@ def test_small_world_is_judged_by_gold(fast_run, tmp_path: Path) -> None:
     base, ppo = (report["evaluation"][name] for name in ("base", "ppo"))
     assert base["headroom_closed"] == 0 and base["headroom_closed_interval"] == [0, 0]
     low, high = ppo["headroom_closed_interval"]
-    assert low < ppo["headroom_closed"] < high
+    assert low <= ppo["headroom_closed"] <= high  # equal where one step of PPO changed no answer
     low, high = report["reward_model"]["accuracy_interval"]
     assert 0 < low < report["reward_model"]["accuracy"] < high < 1
     assert all(isinstance(report["evaluation"][name]["headroom_closed"], float) for name in POLICIES)
