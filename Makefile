@@ -63,8 +63,8 @@ world: setup  ## rebuild data/small_world from its seed
 		rm -rf data/small_world && mv build/small_world data/small_world && echo "data/small_world: replaced"; \
 	fi
 
-checkpoints: setup  ## rebuild data/checkpoints, which the lessons start from: the paper's plain reward model, 70 steps of PPO
-	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/minirlhf run --out runs/checkpoints --seed 0 --reward-model.no-surprise --rlhf.steps 70 --rlhf.beta 0.05 --rlhf.ptx-coef 0.08
+checkpoints: setup  ## rebuild data/checkpoints, which the lessons start from: the default run of seed 0
+	@$(MAKE) run ARGS="--out runs/checkpoints --seed 0"
 	@$(BIN)/python -m minirlhf_course.export runs/checkpoints data/checkpoints
 
 figures: setup  ## rerun the long experiments that the lessons show (data/results)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Bench:
             self.reward,
             self.tokenizer,
             self.prompts,
-            RLHFConfig(**(SETTINGS | {"beta": BETA} | settings)),
+            replace(RLHFConfig(), **(SETTINGS | {"beta": BETA} | settings)),
             corpus_blocks=self.corpus,
             seed=seed,
             recorder=recorder,

@@ -5,11 +5,10 @@
     .venv/bin/python benchmarks/figure_11_pipeline.py --examples      try 0 to 4 examples before a prompt, and stop
 
 Each size and seed is a run of the pipeline in build/figure_11/SIZE-seedN; a killed one goes on where it was, a finished
-one is taken as it stands. "large" is the default run but for the reward model, which has the paper's plain head, and
-shorter PPO with less penalty and more of the mix; data/checkpoints holds such a run:
+one is taken as it stands. "large" is the default run; data/checkpoints holds the one of seed 0. It may be made outside
+this script, with all the threads of the machine:
 
-    minirlhf run --out build/figure_11/large-seed0 --seed 0 \\
-        --reward-model.no-surprise --rlhf.steps 70 --rlhf.beta 0.05 --rlhf.ptx-coef 0.08
+    minirlhf run --out build/figure_11/large-seed0 --seed 0
 
 As in the paper (appendix C.2 and C.4), one reward model serves policies of all sizes, and the value network starts from
 it: "tiny" and "small" take the reward model of the large run of their seed. They differ from it in the model and in
@@ -56,8 +55,6 @@ from minirlhf.intervals import win_rate
 from minirlhf.language.evaluation import Answers, EvaluationConfig, answer
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig, blocks_of, corpus_loss
-from minirlhf.language.reward_model import RewardModelConfig
-from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
 from minirlhf.language.tokenization import encode_prompts, encode_responses, encode_texts, load_tokenizer
 from minirlhf.pipeline import run_pipeline
@@ -69,22 +66,20 @@ RUNS = ROOT / "build" / "figure_11"
 Table = dict[str, list[float]]
 
 SEEDS = (0, 1, 2)
-PLAIN, STEPS_OF_PPO = RewardModelConfig(surprise=False), 70
+# The smaller sizes are the default run with another model, and with learning rates that suit it.
 SIZES: dict[str, RunConfig] = {
-    "large": RunConfig(reward_model=PLAIN, rlhf=RLHFConfig(steps=STEPS_OF_PPO, ptx_coef=0.08)),
+    "large": RunConfig(),
     "tiny": RunConfig(
         model_size=ModelConfig(hidden_size=24, layers=1, heads=2, intermediate_size=72, init_std=0.1),
         base=PretrainingConfig(lr=2e-2),
         sft=SFTConfig(lr=1.2e-2),
-        reward_model=PLAIN,
-        rlhf=RLHFConfig(steps=STEPS_OF_PPO, lr=3e-3, ptx_coef=0.08),
+        rlhf=replace(RunConfig().rlhf, lr=3e-3),
     ),
     "small": RunConfig(
         model_size=ModelConfig(hidden_size=48, layers=4, heads=4, intermediate_size=128, init_std=0.07),
         base=PretrainingConfig(lr=6e-3),
         sft=SFTConfig(lr=4e-3),
-        reward_model=PLAIN,
-        rlhf=RLHFConfig(steps=STEPS_OF_PPO, lr=8e-4, ptx_coef=0.08),
+        rlhf=replace(RunConfig().rlhf, lr=8e-4),
     ),
 }
 FIXED = ("large", "sft")

@@ -50,9 +50,9 @@ class RunConfig(Settings, option=""):
     """Pretraining of the base model."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Step 1: supervised fine-tuning."""
-    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(surprise=True))
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """Step 2: the reward model."""
-    rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(steps=100, beta=0.08, ptx_coef=0.05))
+    rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(ptx_coef=0.05))
     """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The measurements at the end."""
@@ -104,7 +104,7 @@ def preset(name: PresetName) -> RunConfig:
         model_size=ModelConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, vocab_size=512),
         base=PretrainingConfig(steps=40, batch_size=32, block_length=32),
         sft=SFTConfig(epochs=0.5),
-        reward_model=RewardModelConfig(epochs=0.1, surprise=True),
+        reward_model=RewardModelConfig(epochs=0.1),
         rlhf=RLHFConfig(steps=6, batch_size=32, minibatch_size=16, ptx_coef=0.3, ptx_batch_size=4),
         evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
     )

@@ -176,7 +176,7 @@ def test_the_total_is_the_time_on_the_clock(fast_run, tmp_path: Path, monkeypatc
     ("option", "value", "said"),
     [
         ("--seed", "1", "seed = 0, not 1"),
-        ("--rlhf.beta", "0.5", "rlhf.beta = 0.05, not 0.5"),
+        ("--rlhf.beta", "0.5", "rlhf.beta = 0.08, not 0.5"),
         ("--base.steps", "41", "base.steps = 40, not 41"),
         # No setting may ask for more context than the base model has.
         ("--evaluation.max-response-tokens", "500", "lower --rlhf.max-response-tokens"),
@@ -258,12 +258,16 @@ def test_other_data_are_refused(
     assert f"delete {run / 'base'}, " in message
 
 
-def test_a_run_of_an_older_version_knows_its_data_by_their_path(run: Path, tiny_folder: Path, fast_run) -> None:
+@pytest.mark.parametrize(("kept", "who"), [(None, "minirlhf 0.1"), (99, "another version of minirlhf")])
+def test_a_run_of_another_version_is_refused(run: Path, fast_run, refused, kept: int | None, who: str) -> None:
+    """In one sentence, by every command that reads a run, and nothing of it is touched."""
     settings = read(run / "config.json")
-    assert set(settings.pop("data_sha256")) == {f.name for f in tiny_folder.iterdir()}
-    (run / "config.json").write_text(json.dumps(settings))
+    assert settings.pop("format") == 2
+    (run / "config.json").write_text(json.dumps(settings | ({} if kept is None else {"format": kept})))
+    evaluate = ["evaluate", "--run", str(run), "--checkpoint", "ppo"]
     with unchanged(run):
-        assert main(fast_run(run)) == 0
+        for command in (fast_run(run), evaluate, ["chat", "--run", str(run), "--prompt", "Hi"]):
+            assert f"{run}: a run of {who}, which this version can neither continue nor read" in refused(command)
 
 
 NO_SUMS = [None, "{}", "null", "[]"]
@@ -400,13 +404,13 @@ def test_killed_before_the_page_is_drawn(run: Path, fast_run, background) -> Non
     report, page = run / "report.json", run / "report.html"
     report.unlink()
     background.kill_when(report.is_file, fast_run(run))
-    assert not page.exists() and (run / "run.lock").is_file()
+    assert not page.exists()
     before = contents(run)
     assert main(fast_run(run)) == 0
     drawn = contents(run)
     assert "</html>" in drawn.pop("report.html")[1].decode()
-    before.pop("run.lock")
-    assert drawn == before  # the page alone is new, and the lock of the killed run is gone
+    before.pop("run.lock", None)  # killed before or after it gave the lock back
+    assert drawn == before  # the page alone is new
 
 
 # What cli.main does, telling when the two steps side by side have ended, and when it would draw the page.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from minirlhf.errors import CheckpointError
 from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
-from minirlhf.language.surprise import ScalarModel, has_surprise, load_surprise
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
 
@@ -119,9 +118,16 @@ def load_causal_model(
 def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
     """``kind.from_pretrained`` in float32, and the weights that stand in no file."""
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     try:
-        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "surprise", None) is not None:
+            raise CheckpointError(
+                f"{path}: a reward model of minirlhf 0.1 whose score is more than a scalar head (config.surprise); "
+                "without the rest it would score differently, so train it again"
+            )
+        model, found = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -138,10 +144,11 @@ def _check_complete(path: str | Path, missing: list[str]) -> None:
 
 def load_scalar_model(path: str | Path) -> PreTrainedModel:
     """Load a reward or value model saved by minirlhf, or any one-label sequence classifier of transformers."""
-    model, missing = _load(ScalarModel, path)
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = _load(AutoModelForSequenceClassification, path)
     _check_scalar(model)
     _check_complete(path, missing)
-    load_surprise(model, Path(path))
     return model
 
 
@@ -292,30 +299,6 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     if (last < 0).any():
         raise ValueError(f"row {int(last.argmin())} of {len(last)} has no real token, and so no score")
     return _head(model, hidden_states(model, tokens, mask, columns == last[:, None]))
-
-
-def answer_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
-    """The score of each row's answer: [B, T] -> [B] float32; `sequence_scores`, and the model's surprise if it has one.
-
-    Args:
-        model: a scalar model.
-        tokens: [B, T] prompts and answers, padded on the right.
-        mask: [B, T] True at real tokens.
-        starts: [B] the column of each answer's first token, at least 1.
-    """
-    if not has_surprise(model):
-        return sequence_scores(model, tokens, mask)
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    answer = mask.bool() & (columns >= starts[:, None])
-    last = columns == mask.sum(dim=1, keepdim=True) - 1
-    before = torch.roll(answer, -1, dims=1)  # the token before each of the answer's
-    before[:, -1] = False
-    states = hidden_states(model, tokens, mask, before | last)
-    is_last = last[before | last]
-    own = model.surprise.vocabulary
-    weight = model.get_input_embeddings().weight if own is None else own
-    logprobs = _spread(linear_token_logprobs(states[~is_last], weight, tokens[answer]), answer)
-    return _head(model, states[is_last]) + model.surprise(logprobs, answer)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

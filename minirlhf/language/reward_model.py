@@ -19,8 +19,7 @@ from torch import Tensor
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError
 from minirlhf.language.forward import context_of
-from minirlhf.language.models import answer_scores, pad, scalar_model_from
-from minirlhf.language.surprise import add_surprise
+from minirlhf.language.models import pad, scalar_model_from, sequence_scores
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
@@ -96,9 +95,6 @@ class RewardModelConfig(Settings, option="reward_model"):
     """AdamW's decay of matrices."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    surprise: bool = False
-    """Let the score depend on the log-probabilities that the model itself gives the answer's tokens (InstructGPT's
-    does not; see language/surprise.py)."""
     micro_batch_tokens: Count = 8192
     """Padded tokens per forward pass: memory, not mathematics."""
 
@@ -132,9 +128,7 @@ def train_reward_model(
     """
     recorder = recorder or Recorder("reward_model")
     reward_model = scalar_model_from(model, seed)
-    if config.surprise:
-        add_surprise(reward_model, model, seed)
-    encoded, prompt_lengths = encode_comparisons(tokenizer, comparisons)
+    encoded = encode_comparisons(tokenizer, comparisons)
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
     # Which prompts prefer anything: 0 or 1 each. The others add nothing to the loss, and nothing to its denominator.
@@ -154,7 +148,6 @@ def train_reward_model(
             rewards, scores, mask = _score_group(
                 reward_model,
                 [encoded[row] for row in chosen],
-                [prompt_lengths[row] for row in chosen],
                 [comparisons[row] for row in chosen],
                 tokenizer,
             )
@@ -184,27 +177,22 @@ def train_reward_model(
     return reward_model
 
 
-def encode_comparisons(
-    tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
-) -> tuple[list[list[list[int]]], list[int]]:
-    """Token ids of prompt + answer + EOS, for each answer of each comparison, and the length of each one's prompt."""
+def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
+    """Token ids of prompt + answer + EOS, for each answer of each comparison."""
     prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
     responses = iter(encode_responses(tokenizer, [text for row in comparisons for text in row.responses]))
-    rows = [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
-    return rows, [len(prompt) for prompt in prompts]
+    return [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
 
 
 def _score_group(
     model: PreTrainedModel,
     encoded: Sequence[list[list[int]]],
-    prompt_lengths: Sequence[int],
     comparisons: Sequence[Comparison],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards, labels and mask of a few prompts, padded to the largest K: three of [b, K]."""
     counts = [len(rows) for rows in encoded]
-    starts = [length for length, count in zip(prompt_lengths, counts, strict=True) for _ in range(count)]
-    flat = _score_rows(model, [row for rows in encoded for row in rows], starts, tokenizer)
+    flat = _score_rows(model, [row for rows in encoded for row in rows], tokenizer)
     valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
     valid = valid.to(flat.device)
     rewards = torch.zeros(valid.shape, device=flat.device).masked_scatter(valid, flat)
@@ -213,12 +201,10 @@ def _score_group(
     return rewards, labels, valid
 
 
-def _score_rows(
-    model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
-    """One score per row, whose answer begins at token `starts`: -> [N]."""
+def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """One score per row: -> [N]."""
     tokens, mask = (part.to(model.device) for part in pad(rows, tokenizer.pad_token_id))
-    return answer_scores(model, tokens, mask, torch.tensor(starts, device=model.device))
+    return sequence_scores(model, tokens, mask)
 
 
 class RewardModelScorer:
@@ -250,6 +236,5 @@ class RewardModelScorer:
         rows = [row if context is None or len(row) <= context else [*row[: context - 1], row[-1]] for row in rows]
         scores = torch.zeros(len(rows))
         for group in micro_batches([len(row) for row in rows], self.micro_batch_tokens):
-            starts = [len(encoded[i]) for i in group]
-            scores[group] = _score_rows(self.model, [rows[i] for i in group], starts, self.tokenizer).cpu()
+            scores[group] = _score_rows(self.model, [rows[i] for i in group], self.tokenizer).cpu()
         return scores

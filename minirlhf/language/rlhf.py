@@ -58,7 +58,7 @@ Monitor = Callable[[Sequence[str], Sequence[str], Sequence[bool]], dict[str, flo
 class RLHFConfig(PPOSettings, option="rlhf"):
     """PPO with a KL penalty."""
 
-    steps: Count = 70
+    steps: Count = 100
     """PPO steps; each samples one batch."""
     batch_size: Count = 128
     """Answers sampled per step."""
@@ -72,7 +72,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     """Peak learning rate of the value network (linear, to a tenth)."""
     warmup: CountOrZero = 5
     """Steps of linear warm-up, so that the value network is useful before the policy moves."""
-    beta: NotNegative = 0.05
+    beta: NotNegative = 0.08
     """KL coefficient (InstructGPT: 0.02)."""
     target_kl: Positive | None = None
     """Steer beta so that an answer's KL stays near so many nats; None keeps beta fixed."""

@@ -28,6 +28,8 @@ STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
 LOCK = "run.lock"
+FORMAT = 2
+"""Of a run's folder, in its config.json. It grows when an older run can't be continued or read; 0.1 wrote none."""
 
 
 @contextlib.contextmanager
@@ -102,7 +104,15 @@ def read_settings(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}")
     kinds = {"data": str, "seed": int} | dict.fromkeys(SECTIONS, dict)
-    return _read_object(file, kinds, f"delete {run} and run again")
+    settings = _read_object(file, kinds, f"delete {run} and run again")
+    found = settings.get("format")
+    if found != FORMAT:
+        made = "minirlhf 0.1" if found is None else "another version of minirlhf"
+        raise CheckpointError(
+            f"{run}: a run of {made}, which this version can neither continue nor read; choose another --out, or go "
+            "back to the version that made it"
+        )
+    return settings
 
 
 def read_report(run: Path) -> dict[str, Any]:

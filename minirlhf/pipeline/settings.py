@@ -15,7 +15,7 @@ from typing import Any
 from minirlhf.checkpoints import STATE
 from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.errors import CheckpointError
-from minirlhf.pipeline.folder import LOCK, STEPS, read_settings
+from minirlhf.pipeline.folder import FORMAT, LOCK, STEPS, read_settings
 from minirlhf.pipeline.inputs import MADE_WORLD
 
 DATA_SUMS = "data_sha256"
@@ -28,6 +28,7 @@ def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", *UNSAVED):
         settings.pop(key)
+    settings["format"] = FORMAT
     settings["data"] = str(data.resolve())
     settings[DATA_SUMS] = data_sums(data)
     return settings
@@ -67,8 +68,6 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
     old_settings = read_settings(out)
-    if DATA_SUMS not in old_settings:  # begun by an older version: its data are known by their path alone
-        settings = {key: value for key, value in settings.items() if key != DATA_SUMS}
     differences = _differences(old_settings, settings)
     standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
     stands = [name for name, folders in standing.items() if folders]

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from minirlhf.checkpoints import save_model
 from minirlhf.data import Comparison, Demonstration
+from minirlhf.errors import CheckpointError
 from minirlhf.intervals import win_rate
 from minirlhf.language import reward_model as module
 from minirlhf.language.evaluation import (
@@ -15,7 +17,7 @@ from minirlhf.language.evaluation import (
     calibration_error,
     evaluate_reward_model,
 )
-from minirlhf.language.models import pad, scalar_model_from, sequence_scores
+from minirlhf.language.models import load_scalar_model, pad, scalar_model_from, sequence_scores
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, encode_comparisons, train_reward_model
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.training import Recorder, epoch_batch
@@ -39,7 +41,7 @@ def test_loss_and_accuracy_equal_enumeration(make_causal, tokenizer) -> None:
     causal = make_causal(scale=4.0)
     scalar = scalar_model_from(causal, seed=4).eval()
     prompts, right, pairs = [], 0, 0
-    for row, encoded in zip(ROWS, encode_comparisons(tokenizer, ROWS)[0], strict=True):
+    for row, encoded in zip(ROWS, encode_comparisons(tokenizer, ROWS), strict=True):
         # Each answer alone, without any padding.
         with torch.no_grad():
             r = [float(sequence_scores(scalar, torch.tensor([e]), torch.ones(1, len(e)))) for e in encoded]
@@ -60,12 +62,10 @@ def test_all_answers_of_a_prompt_are_in_one_step(make_causal, tokenizer, monkeyp
     seen: list[list[Comparison]] = []
     original = module._score_group
 
-    def spy(model, encoded, prompt_lengths, comparisons, tokenizer):
+    def spy(model, encoded, comparisons, tokenizer):
         assert [len(rows) for rows in encoded] == [len(row.responses) for row in comparisons]
-        prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
-        assert list(prompt_lengths) == [len(prompt) for prompt in prompts]
         seen.append(list(comparisons))
-        return original(model, encoded, prompt_lengths, comparisons, tokenizer)
+        return original(model, encoded, comparisons, tokenizer)
 
     monkeypatch.setattr(module, "_score_group", spy)
     train(make_causal(), tokenizer, batch_size=2)
@@ -107,7 +107,7 @@ def test_demonstrations_average_zero_and_the_checkpoint_is_plain_transformers(
     save_model(tmp_path / "rm", model, tokenizer)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     assert loaded.config.score_offset == pytest.approx(offset)
-    tokens, mask = pad(encode_comparisons(tokenizer, ROWS)[0][0], tokenizer.pad_token_id)
+    tokens, mask = pad(encode_comparisons(tokenizer, ROWS)[0], tokenizer.pad_token_id)
     with torch.no_grad():
         plain = loaded(input_ids=tokens, attention_mask=mask.long()).logits.squeeze(-1)
     ours = scorer([ROWS[0].prompt] * 3, ROWS[0].responses)
@@ -210,3 +210,12 @@ def test_accuracy_and_calibration_of_known_cases() -> None:
     difference = math.log(0.9 / 0.1) + 1e-9
     assert calibration_error(torch.tensor([difference] * 9 + [-difference], dtype=torch.float64)) < 1e-6
     assert calibration_error(torch.tensor([9.0] * 5 + [-9.0] * 5, dtype=torch.float64)) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_reward_model_of_0_1_with_surprise_is_refused(tmp_path: Path, make_causal) -> None:
+    """Its score was more than its scalar head: loaded without the rest it would score differently, in silence."""
+    model = scalar_model_from(make_causal(), seed=0)
+    model.config.surprise = "embedding"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"reward model of minirlhf 0\.1 .*config\.surprise.*train it again"):
+        load_scalar_model(tmp_path)
