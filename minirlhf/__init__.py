@@ -1,7 +1,7 @@
 """minirlhf: from REINFORCE to InstructGPT, in notebooks and in one small package.
 
-Modules load when they are first named: ``import minirlhf`` is quick, and ``minirlhf.losses.ppo_loss`` works after it.
-The mathematics (`losses`, `returns`, `kl`) needs torch alone; what else a module needs, its extra installs:
+Modules load on first access, so ``import minirlhf`` is fast and ``minirlhf.losses.ppo_loss`` works right after it.
+The mathematics (`losses`, `returns`, `kl`) needs only torch; extras install what the other modules need:
 ``pip install "minirlhf[language]"``, ``[control]``, ``[run]``, ``[course]`` or ``[all]``.
 """
 

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and checkpoints that know when they are damaged.
+"""Files that are written atomically, and checkpoints whose checksums reveal damage.
 
-A finished model is a folder in the Hugging Face layout plus ``checksums.json``; it is written beside its place and
-renamed into it. The state of a training that still runs is one safetensors file with a checksum in its header.
+A finished model is a folder in the Hugging Face layout plus ``checksums.json``; it is written to another folder that
+is then renamed. The state of an unfinished training is one safetensors file with a checksum in its header.
 Nothing here reads or writes a pickle.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
-"""What the checksums of a model must name, whatever else stands beside it."""
+"""File patterns that the checksums of a model must cover."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside, then rename it into its place."""
+    """Write a text file to a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, then rename it into its place."""
+    """Write JSON to a temporary name, then rename it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -51,24 +51,24 @@ def save_model(
     aside: Path | None = None,
     summary: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Save a model and its tokenizer as one folder that appears whole or not at all.
+    """Save a model and its tokenizer atomically as one folder.
 
     Args:
-        folder: must not exist yet, or be empty.
+        folder: must be empty or not exist yet.
         model: any transformers model; saved as safetensors.
-        tokenizer: saved beside it.
-        aside: the folder to write in before it is renamed; what it already holds (metrics, TensorBoard events) comes
-            along, and a training state in it is deleted last, so that a kill at any instant loses nothing.
-        summary: facts of the training, written as summary.json. A function is called when the weights are written, so
-            that it can tell the time that this took.
+        tokenizer: saved with it.
+        aside: the folder to write to before it is renamed; files already in it (metrics, TensorBoard events) are kept,
+            and a training state in it is deleted last, so that a kill at any time loses nothing.
+        summary: facts about the training, written as summary.json. A function is called after the weights are written,
+            so that it can include the time that took.
 
     Raises:
-        CheckpointError: the model holds an adapter of peft; nothing is written.
+        CheckpointError: the model has a peft adapter; nothing is written.
         TrainingError: a weight is NaN or infinite; nothing is written.
     """
     if hasattr(model, "peft_config"):
         raise CheckpointError(
-            f"{folder}: not saved, the model holds an adapter of peft: merge it first (model.merge_and_unload()), or "
+            f"{folder}: not saved, the model has a peft adapter: merge it first (model.merge_and_unload()), or "
             "save the adapter alone with model.save_pretrained"
         )
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
@@ -76,7 +76,7 @@ def save_model(
         what = broken[0] if broken else "score_offset"
         raise TrainingError(
             f"{folder}: not saved, {what} of the trained model is NaN or infinite; lower that step's learning rate "
-            f"(--help names it){f' and delete {aside} to train it anew' if aside is not None else ''}"
+            f"(--help names it){f' and delete {aside} to retrain it' if aside is not None else ''}"
         )
     if aside is None:
         aside = folder.with_name(folder.name + ".partial")
@@ -95,8 +95,8 @@ def verify_model(folder: Path, *, required: bool = False) -> None:
     """Compare a checkpoint folder with its checksums.
 
     Args:
-        folder: made by `save_model`, or elsewhere.
-        required: whether it must have checksums, as the models of a run do; without, a folder that has none passes.
+        folder: written by `save_model` or by other code.
+        required: whether it must have checksums, as the models of a run do; if not, a folder without any passes.
 
     Raises:
         CheckpointError: a file is missing or differs, or the checksums are damaged or leave out what makes a model
@@ -124,7 +124,7 @@ def verify_model(folder: Path, *, required: bool = False) -> None:
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write a training state as one safetensors file with its own checksum, aside and then renamed."""
+    """Write a training state atomically, as one safetensors file with its own checksum."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -136,14 +136,14 @@ def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a training state back.
+    """Read a training state.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     from safetensors import safe_open
 
-    advice = f"delete {path} to begin this step anew, then run the same command again"
+    advice = f"delete {path} to restart this step, then run the same command again"
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

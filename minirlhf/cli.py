@@ -1,6 +1,6 @@
 """The command line: ``minirlhf run | world | chat | evaluate``.
 
-A user's mistake prints one message and exits with code 2. Heavy imports wait until a command needs them.
+A user error prints one message and exits with code 2. Heavy imports are deferred until a command needs them.
 """
 
 from __future__ import annotations
@@ -26,59 +26,59 @@ T = TypeVar("T")
 USAGE = """usage: minirlhf COMMAND [OPTIONS]
 
 commands:
-  run        from a folder of text to an aligned model and a report
-  chat       type an instruction and see a run's models answer beside each other
-  evaluate   measure one policy of a run on the held-out prompts
-  world      write a folder of text whose truth is known: the small world, or another that is installed
+  run        train an aligned model from a folder of text and write a report
+  chat       type an instruction and compare the answers of a run's models
+  evaluate   evaluate one policy of a run on the held-out prompts
+  world      write a data folder with known ground truth: the small world or another installed world
 
-minirlhf COMMAND --help explains the options of each.
+minirlhf COMMAND --help explains its options.
 """
 
 
 @dataclass(frozen=True)
 class WorldConfig(Settings, option=""):
-    """Write a world whose truth is known as a folder of JSON lines."""
+    """Write a folder of JSON lines with known ground truth."""
 
     out: Path
-    """Folder to write; must not exist yet, or be empty."""
+    """Folder to write; must be empty or not exist yet."""
     seed: Seed = 0
-    """Each seed makes another world."""
+    """Each seed makes a different world."""
     name: str = DEFAULT_WORLD
-    """An installed world: "small", or one that another package brings."""
+    """An installed world: "small", or one from another package."""
 
 
 @dataclass(frozen=True)
 class ChatConfig(Settings, option=""):
-    """Type instructions and see the models of a run answer beside each other."""
+    """Type instructions and compare the answers of a run's models."""
 
     run: Path = Path("runs/default")
     """Folder of a finished run."""
     prompt: tuple[str, ...] = ()
-    """Answer these and stop, in place of asking."""
+    """Answer these and exit instead of asking."""
     temperature: Positive = 0.7
-    """Temperature of sampling; lower is safer."""
+    """Sampling temperature; lower is safer."""
     greedy: bool = False
-    """Always take the most likely word."""
+    """Always take the most likely token."""
     max_response_tokens: Count | None = None
-    """Answers are cut after so many tokens; left out: as the run's own evaluation."""
+    """Maximum tokens per answer; default: as in the run's evaluation."""
     seed: Seed = 0
-    """Of sampling."""
+    """Random seed for sampling."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings, option=""):
-    """Measure one policy of a run, or any causal model, on the held-out prompts; prints JSON."""
+    """Evaluate one policy of a run, or any causal model, on the held-out prompts and print JSON."""
 
     run: Path = Path("runs/default")
-    """Folder of a finished run: gives the data, the judge and the SFT model to compare with."""
+    """Folder of a finished run: supplies the data, the judge and the SFT model to compare with."""
     checkpoint: str = "ppo_ptx"
-    """A policy of the run (base, sft, ppo, ppo_ptx) or a folder with a causal model of the same vocabulary."""
+    """A policy of the run (base, sft, ppo, ppo_ptx) or the folder of a causal model with the same vocabulary."""
     prompts: Count | None = None
-    """Held-out prompts to answer; left out, here and below: as the run's own evaluation."""
+    """Held-out prompts to answer; default, here and below: as in the run's evaluation."""
     temperature: Positive | None = None
-    """Temperature of sampling."""
+    """Sampling temperature."""
     max_response_tokens: Count | None = None
-    """Answers are cut after so many tokens."""
+    """Maximum tokens per answer."""
     seed: Seed = 0
     """Random seed for sampling."""
     device: str = "auto"
@@ -86,7 +86,7 @@ class EvaluateConfig(Settings, option=""):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 a mistake of the user's, 130 stopped by the keyboard."""
+    """Entry point. Returns the exit code: 0 on success, 2 on a user error, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"minirlhf: error: no command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"minirlhf: error: unknown command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
         COMMANDS[command](rest)
@@ -112,14 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'minirlhf: error: {package} is not installed: pip install "minirlhf[run]"', file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        # A full disk, a folder without permission, a value that only a library could refuse. Where it was raised stays
-        # in the message, for a report of a bug.
+        # A full disk, missing permissions, a value that only a library rejects. The message says where it was raised,
+        # for bug reports.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
         print(f"minirlhf: error: {' '.join(str(error).split())} ({where})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nminirlhf: stopped; the same command continues where it was", file=sys.stderr)
+        print("\nminirlhf: stopped; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
@@ -146,7 +146,7 @@ def _run(arguments: list[str]) -> None:
     run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
     page = config.out / "report.html"
     with locked(config.out):
-        if not page.is_file():  # a page that is there shows these measurements
+        if not page.is_file():  # an existing page shows these measurements
             write_report(config.out)
     print(summary_table(config.out))
     print(f"report: {page}")
@@ -154,7 +154,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _preset_name(arguments: Sequence[str]) -> PresetName:
-    """The preset on the command line: it fills in the defaults that --help shows and the other options change."""
+    """The preset on the command line: it sets the defaults that --help shows and other options override."""
     from minirlhf.config import PresetName
 
     chosen = "default"

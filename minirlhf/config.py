@@ -1,4 +1,4 @@
-"""Every setting of a run in one place: the learners' own configurations side by side, and two presets."""
+"""Every setting of a run: the trainers' configurations and two presets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minirlhf.settings import NotNegative, Seed, Settings, whole
 
 PresetName = Literal["fast", "default"]
 UNSAVED = ("save_seconds", "tensorboard")
-"""Settings that change no weight: a run may go on with others, so its config.json does not hold them."""
+"""Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,27 @@ class RunConfig(Settings, option=""):
     """The whole pipeline: base model, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
 
     data: Path | None = None
-    """Folder of JSON lines; left out: the small world, whose truth is known."""
+    """Folder of JSON lines; default: the small world, where the true score is known."""
     out: Path = Path("runs/default")
-    """Folder of the run. The same command continues a run that was stopped."""
+    """Folder of the run; the same command resumes a run that was stopped."""
     model: str | None = None
     """A pretrained causal model (folder or hub name) in place of the base-model step."""
     seed: Seed = 0
     """Random seed for weights, data order and sampling."""
     preset: PresetName = "default"
-    """fast: half a minute, to see that it works; default: a few minutes, for real results."""
+    """fast: half a minute, to check that it works; default: a few minutes, for real results."""
     context_length: Annotated[int, whole(2)] | None = None
-    """Longest sequence in tokens; left out: what the data needs, or what the pretrained model can."""
+    """Longest sequence in tokens; default: as long as the data needs or the pretrained model allows."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, or auto (cuda if available)."""
     save_seconds: NotNegative = 10.0
-    """Seconds between two saved training states."""
+    """Seconds between saves of the training state."""
     tensorboard: bool = False
     """Also write TensorBoard events; needs the extra `tensorboard`."""
     side_by_side: bool = True
-    """On a CPU with two threads or more, train PPO and PPO-ptx at the same time, with half of the threads each."""
+    """On a CPU with at least two threads, train PPO and PPO-ptx at the same time, with half of the threads each."""
     model_size: ModelConfig = field(default_factory=ModelConfig)
-    """Size of the base model that is trained from nothing."""
+    """Size of the base model that is trained from scratch."""
     base: PretrainingConfig = field(default_factory=PretrainingConfig)
     """Pretraining of the base model."""
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -53,9 +53,9 @@ class RunConfig(Settings, option=""):
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """Step 2: the reward model."""
     rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(ptx_coef=0.05))
-    """Step 3: PPO. The run trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
+    """Step 3: PPO. Trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """The measurements at the end."""
+    """Measurements at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class RunConfig(Settings, option=""):
             self._check_unused()
 
     def _check_unused(self) -> None:
-        """A pretrained model is not trained from nothing, so all of model_size and most of base would do nothing."""
+        """A pretrained model is not trained from scratch, so all of model_size and most of base would have no effect."""
         usual = preset(self.preset)
         for group in ("model_size", "base"):
             for one in fields(getattr(self, group)):

@@ -5,7 +5,7 @@
     comparisons.jsonl      {"prompt", "responses": [K], "scores": [K]}  or  "ranking": [K] (1 = best)
                            {"prompt", "chosen", "rejected"}  or  {"chosen", "rejected"} (whole dialogues)
     prompts.jsonl          {"prompt"}
-    heldout/               optional: the same names, never trained on; without it a tenth is split off
+    heldout/               optional: the same names, never trained on; without it a tenth is held out
     tokenizer.json         optional: a tokenizer that fits the text; without it one is trained on the corpus
 
 Each file may be plain or ``.gz``. A malformed row raises one `DataError` that names the file and the line.
@@ -27,8 +27,8 @@ from minirlhf.errors import DataError
 T = TypeVar("T")
 
 HELDOUT_FRACTION = 0.1
-COMMON_TIES = 20  # from so many rows on, rows in which all scores are equal are the judge's habit
-LARGEST_SCORE = 1e30  # fits float32 with room; NaN and infinity fail the comparison too
+COMMON_TIES = 20  # this many rows with all scores equal are the judge's habit, not a mistake
+LARGEST_SCORE = 1e30  # fits float32 with room to spare; NaN and infinity fail the comparison too
 DIALOGUE_MARK = "\n\nAssistant:"
 
 
@@ -70,7 +70,7 @@ class Text:
 
 @dataclass
 class DataFolder:
-    """All rows of a data folder, training and held-out apart."""
+    """All rows of a data folder, training and held-out separately."""
 
     path: Path
     corpus: list[Text]
@@ -83,7 +83,7 @@ class DataFolder:
     tokenizer_file: Path | None = None
     world_file: Path | None = None
     notes: list[str] = field(default_factory=list)
-    """What a reader should know of the rows, for example how many were left out."""
+    """What a reader should know about the rows, for example how many were left out."""
 
 
 def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
@@ -91,7 +91,7 @@ def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
 
     Args:
         path: the folder.
-        seed: chooses the tenth that is held out where the folder has no ``heldout/``.
+        seed: chooses the tenth that is held out if the folder has no ``heldout/``.
 
     Raises:
         DataError: the folder or a file is missing, a file is empty, or a row is malformed.
@@ -135,7 +135,7 @@ def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
         for name, rows in parts.items():
             if not rows:
                 raise DataError(
-                    f"{folder}: too few rows: after a tenth of the prompts was held out, no {name} are left; "
+                    f"{folder}: too few rows: after holding out a tenth of the prompts, no {name} are left; "
                     "add rows, or a heldout/ folder of your own"
                 )
     for name in ("tokenizer", "world"):
@@ -156,31 +156,31 @@ def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
 def _read(folder: Path, name: str, parse: Callable[[_Row], T]) -> list[T]:
     plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
     if plain.is_file() and packed.is_file():
-        raise DataError(f"{plain}: stands beside {packed.name}; keep one of the two")
+        raise DataError(f"{plain}: {packed.name} exists too; keep one of the two")
     file = packed if packed.is_file() else plain
     if not file.is_file():
-        raise DataError(f"{plain}: missing (nor is there a {packed.name}); every data folder needs it")
+        raise DataError(f"{plain}: missing, and so is {packed.name}; every data folder needs one of them")
     rows = [parse(row) for row in _json_lines(file)]
     if not rows:
-        raise DataError(f"{file}:1: the file is empty; expected one JSON object a line")
+        raise DataError(f"{file}:1: the file is empty; expected one JSON object per line")
     return rows
 
 
 def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
-    """Comparisons that prefer something.
+    """Read the comparisons that state a preference.
 
-    A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in making the file, so
-    they are an error; where they are common (a judge who often gives 0 to all) they are left out, and a note says so.
+    A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in the file, so they are
+    an error; if they are common (a judge that often gives 0 to all) they are left out, and a note says so.
     """
     rows = _read(folder, "comparisons", _comparison)
     tied = [row for row in rows if len(set(row.scores)) == 1]
     if not tied:
         return rows
     count = len(tied[0].scores)
-    first = f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row prefers nothing"
+    first = f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row states no preference"
     if len(tied) == len(rows) or len(tied) < COMMON_TIES:
-        raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are so); leave such rows out")
-    notes.append(f"{first}; {len(tied)} of {len(rows)} rows are so and were left out")
+        raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are like this); remove such rows")
+    notes.append(f"{first}; {len(tied)} of {len(rows)} rows are like this and were left out")
     return [row for row in rows if len(set(row.scores)) > 1]
 
 
@@ -201,7 +201,7 @@ def _json_lines(file: Path) -> Iterator[_Row]:
                     row = json.loads(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+                except (ValueError, RecursionError) as error:  # a number with thousands of digits; very deep nesting
                     raise DataError(f"{where}: JSON that can't be read ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: expected a JSON object, found {_kind(row)}")
@@ -216,7 +216,7 @@ def _kind(value: object) -> str:
 
 
 class _Row:
-    """One JSON object of a file, and where it stands."""
+    """One JSON object of a file, and its file and line."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -236,7 +236,7 @@ class _Row:
         try:
             value.encode()
         except UnicodeEncodeError:
-            self.require(False, f"{what} holds half a surrogate pair, which is no character")
+            self.require(False, f"{what} contains half a surrogate pair, which is not a character")
         return value
 
 
@@ -260,7 +260,7 @@ def _comparison(row: _Row) -> Comparison:
             prompt = row.string("prompt")
         else:
             prompt, chosen, rejected = _split_dialogue(row, chosen, rejected)
-        row.require(chosen != rejected, "'chosen' and 'rejected' are the same text, so the row prefers nothing")
+        row.require(chosen != rejected, "'chosen' and 'rejected' are the same text, so the row states no preference")
         return Comparison(prompt, (chosen, rejected), (1.0, 0.0), labeler, row.where)
     prompt = row.string("prompt")
     responses = _responses(row)
@@ -277,7 +277,7 @@ def _responses(row: _Row) -> tuple[str, ...]:
         row.require(fits, f"responses[{i}] must be a non-empty string, found {found}")
         row.characters(response, f"responses[{i}]")
     row.require(len(responses) >= 2, f"{len(responses)} response; a comparison needs at least two")
-    message = f"all {len(responses)} responses are the same text, so the row prefers nothing"
+    message = f"all {len(responses)} responses are the same text, so the row states no preference"
     row.require(len(set(responses)) > 1, message)
     return tuple(responses)
 
@@ -300,7 +300,7 @@ def _scores(row: _Row, count: int) -> tuple[float, ...]:
 
 
 def _split_dialogue(row: _Row, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Cut two whole dialogues (the Anthropic HH format) into their common prompt and the two last answers."""
+    """Split two dialogues (the Anthropic HH format) into their common prompt and their last answers."""
     start = chosen.rfind(DIALOGUE_MARK)
     cut = start + len(DIALOGUE_MARK)
     row.require(

@@ -1,10 +1,10 @@
-"""The one family of errors that a user can cause and mend."""
+"""The errors that a user can cause and fix."""
 
 import importlib.util
 
 
 class UserError(Exception):
-    """Something the user gave can't be used: the message says what was expected, where, and what to do.
+    """Invalid user input: the message says what was expected, where, and what to do.
 
     The command line prints it on one line and exits with code 2.
     """
@@ -19,11 +19,11 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training can't go on: a loss became NaN or infinite."""
+    """Training can't continue: a loss became NaN or infinite."""
 
 
 def require_installed(module: str, extra: str) -> None:
-    """Say which line installs a package that this needs and that is not there.
+    """Check that a package is installed, and say how to install it if not.
 
     Raises:
         UserError: the package can't be imported.

@@ -1,7 +1,7 @@
-"""How sure a mean, a win rate or a ratio is, where values of one prompt are not independent of each other.
+"""Confidence intervals for means, win rates and ratios, where values of one prompt are not independent.
 
-Every interval here is a 95 % one. `groups` says what each value belongs to, such as its prompt: values of one group may
-depend on each other in any way, so evidence is counted in groups. Without `groups` each value stands alone.
+Every interval is a 95 % interval. `groups` gives the group of each value, such as its prompt: values of one group may
+depend on each other in any way, so evidence is counted in groups. Without `groups` all values are independent.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ Values = Sequence[float] | Tensor
 
 
 def wilson(rate: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Low and high end of Wilson's score interval for a share: each [...].
+    """Lower and upper end of Wilson's score interval for a proportion, each [...].
 
-    It inverts the test of a share by its own standard error, sqrt(p (1 - p) / n) at the p that is tested and not at the
-    one that was seen. So it stays inside [0, 1], and has a width where everything was won (Wilson 1927; Newcombe 1998
-    compares it with six others). Its coverage is near 95 %; it dips where few losses can be expected (to
-    85 % for 16 values at p = 0.99).
+    It inverts a test whose standard error, sqrt(p (1 - p) / n), is taken at the hypothesised p, not the observed one.
+    So it stays inside [0, 1], and has a width even if every value is a win (Wilson 1927; Newcombe 1998 compares it with
+    six others). Its coverage is near 95 %; it dips where few losses are expected (to 85 % for 16 values at p = 0.99).
 
     Args:
-        rate: the share that was seen, [...].
-        count: of how many independent values, [...]; no whole number is needed.
+        rate: the observed proportion, [...].
+        count: the number of independent values, [...]; need not be whole.
 
     Example:
         >>> wilson(torch.tensor(1.0), 30)  # 30 of 30
@@ -38,23 +37,23 @@ def wilson(rate: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
     square = CONFIDENCE**2
     centre = (rate + square / (2 * count)) / (1 + square / count)
     half = CONFIDENCE / (1 + square / count) * (rate * (1 - rate) / count + square / (4 * count**2)).sqrt()
-    # Rounding aside, the rate lies inside and both ends in [0, 1].
+    # The rate is inside and both ends are in [0, 1], except for rounding.
     return (centre - half).clamp(min=0).minimum(rate), (centre + half).clamp(max=1).maximum(rate)
 
 
 def effective_count(outcomes: Tensor, groups: Groups = None) -> Tensor:
-    """How many independent outcomes these are worth: [..., N] give [...].
+    """The effective number of independent outcomes: [..., N] give [...].
 
-    That is N by the design effect: how much larger the variance of the mean is, estimated from sums of whole groups,
-    than the p (1 - p) / N of independent outcomes (Rao and Scott 1992). At most N, as Korn and Graubard (1998) have it,
-    and at least what is left when all outcomes of a group are equal (Kish 1965). Where p is near 0 or 1 hardly
-    anything is known about the dependence, and all wins or all losses show none at all. So the z^2 imaginary
-    outcomes of 1/2 that stand in Wilson's centre stand in both variances too, as whole groups: the fewer wins or
-    losses there are, the nearer the result is to that smallest count.
+    This is N divided by the design effect: the variance of the mean, estimated from group sums, over the p (1 - p) / N
+    of independent outcomes (Rao and Scott 1992). It is at most N, as in Korn and Graubard (1998), and at least what
+    remains if all outcomes of a group are equal (Kish 1965). If p is near 0 or 1, the data say hardly anything about
+    the dependence, and nothing if all are wins or all are losses. So the z^2 pseudo-outcomes of 1/2 in Wilson's centre
+    are added to both variances too, as whole groups: the fewer wins or losses there are, the closer the result is to
+    that minimum.
 
     Args:
-        outcomes: numbers from 0 to 1, [..., N]; a half is a tie.
-        groups: what each of the N belongs to.
+        outcomes: numbers from 0 to 1, [..., N]; 0.5 is a tie.
+        groups: the group of each of the N.
 
     Example:
         >>> effective_count(torch.tensor([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"])
@@ -65,7 +64,7 @@ def effective_count(outcomes: Tensor, groups: Groups = None) -> Tensor:
     count = outcomes.shape[-1]
     rate = outcomes.mean(-1)
     sizes = group_sums(torch.ones_like(outcomes), groups)
-    most = sizes.square().sum(-1) / count  # the design effect of equal outcomes in each group
+    most = sizes.square().sum(-1) / count  # the design effect if all outcomes of a group are equal
     if sizes.shape[-1] < 2:
         return count / most
     imaginary = CONFIDENCE**2 / 4
@@ -75,12 +74,12 @@ def effective_count(outcomes: Tensor, groups: Groups = None) -> Tensor:
 
 
 def win_rate(scores: Values, others: Values, groups: Groups = None) -> tuple[float, tuple[float, float]]:
-    """How often the first score is above the second, ties counted half, and Wilson's interval.
+    """How often the first score is above the second (ties count half), and Wilson's interval.
 
     Args:
         scores: of the first model's answers, N numbers.
         others: of the second model's answers to the same prompts.
-        groups: the prompts, where some occur more than once.
+        groups: the prompts, if some occur more than once.
 
     Example:
         >>> rate, (low, high) = win_rate([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 1.0, 1.0])
@@ -95,7 +94,7 @@ def win_rate(scores: Values, others: Values, groups: Groups = None) -> tuple[flo
 
 
 def mean_and_error(values: Values, groups: Groups = None) -> tuple[float, float]:
-    """Mean of N numbers and its standard error, from sums of whole groups (Liang and Zeger 1986, for a mean).
+    """Mean of N numbers and its standard error from group sums (Liang and Zeger 1986, for a mean).
 
     A single group shows no spread: its error is nan.
 
@@ -114,18 +113,18 @@ def mean_and_error(values: Values, groups: Groups = None) -> tuple[float, float]
 def bootstrap(
     statistic: Callable[..., Tensor], *columns: Values, groups: Groups = None, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """A function of the means of some columns, and its interval: a difference of two models, say, or a ratio.
+    """A function of the means of some columns, such as a difference of two models or a ratio, and its interval.
 
-    Whole groups are drawn with replacement, as many as there are, with the same draw for every column: so luck with
-    prompts that two models share cancels. The ends are quantiles of the function's values (Efron 1979; the cluster
-    bootstrap of Field and Welsh 2007), a little further out than 2.5 and 97.5 %, for those alone are too narrow for few
-    groups: by Student's t in place of the normal, and by sqrt(G / (G - 1)) (Hesterberg 2015, "expanded percentiles").
+    Whole groups are resampled with replacement, with the same draw for every column, so that luck with prompts that two
+    models share cancels. The ends are quantiles of the function's values (Efron 1979; the cluster bootstrap of Field
+    and Welsh 2007), a little further out than 2.5 and 97.5 %, which are too narrow for few groups: they use Student's t
+    instead of the normal, and a factor sqrt(G / (G - 1)) (Hesterberg 2015, "expanded percentiles").
     The same numbers and seed give the same interval; a single group gives nan.
 
     Args:
         statistic: gets one mean per column, as tensors of one shape, and returns a tensor of that shape.
         columns: N numbers each.
-        groups: what each of the N belongs to.
+        groups: the group of each of the N.
         seed: of the draws.
 
     Example:
@@ -158,7 +157,7 @@ def group_sums(values: Tensor, groups: Groups) -> Tensor:
 
 
 def _squares(sums: Tensor) -> Tensor:
-    """Sum of squared deviations of whole groups, [..., G] -> [...]; G / (G - 1) makes up for the mean they share."""
+    """Sum of squared deviations of whole groups, [..., G] -> [...]; G / (G - 1) corrects for the estimated mean."""
     return sums.square().sum(-1) * sums.shape[-1] / (sums.shape[-1] - 1)
 
 

@@ -1,4 +1,4 @@
-"""How far one policy is from another: estimators, the exact value, and the coefficient that holds it at a target.
+"""KL divergence of one policy from another: estimators, the exact value, and a coefficient that holds it at a target.
 
 With d = logpi - logref at tokens sampled from pi (Schulman 2020, "Approximating KL divergence"):
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The estimator d = logprobs - ref_logprobs of KL(pi || ref), a token, in nats.
+    """The estimator d = logprobs - ref_logprobs of KL(pi || ref), per token, in nats.
 
     >>> kl_k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.5000])
@@ -23,7 +23,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The estimator d^2 / 2 of KL(pi || ref), a token, in nats: biased, but right to second order.
+    """The estimator d^2 / 2 of KL(pi || ref), per token, in nats: biased, but right to second order.
 
     >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
@@ -32,7 +32,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The estimator exp(-d) - 1 + d of KL(pi || ref), a token, in nats: unbiased and never negative.
+    """The estimator exp(-d) - 1 + d of KL(pi || ref), per token, in nats: unbiased and never negative.
 
     `expm1` keeps the digits that `exp(-d) - 1` loses when the two policies are close.
 
@@ -46,7 +46,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(softmax(logits) || softmax(ref_logits)) in nats: [..., V] and [..., V] give [...]. Differentiable.
 
-    A token that the first cannot draw (-inf) adds 0; one that only the second cannot draw makes the result inf.
+    A token that the first cannot sample (-inf) adds 0; one that only the second cannot sample makes the result inf.
 
     >>> exact_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
     tensor(0.)
@@ -59,12 +59,12 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 def kl_rewards(
     scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
 ) -> Tensor:
-    """The rewards [B, T] of RLHF: KL charged at every token, the score paid at the last (Ouyang et al. 2022, eq. 2).
+    """The rewards [B, T] of RLHF: a KL penalty per token, plus the score at the last (Ouyang et al. 2022, eq. 2).
 
         rewards_t = -beta (old_logprobs - ref_logprobs)_t,     + score at the last counted token
 
-    scores [B]; old_logprobs, ref_logprobs and response_mask (bool, True = counts) [B, T]. Slots that do not count get
-    0, whatever lies there. The result carries no gradient: PPO's comes through the advantages.
+    scores [B]; old_logprobs, ref_logprobs and response_mask (bool, True = counts) [B, T]. Masked slots get 0,
+    whatever they hold. The result carries no gradient: it reaches PPO's loss only through the advantages.
     Raises ValueError for a row in which no token counts, since its score would be lost.
 
     >>> old, ref = torch.tensor([[-1.0, -1.0, 9.0]]), torch.tensor([[-2.0, -1.0, 5.0]])
@@ -81,7 +81,7 @@ def kl_rewards(
     empty = ~response_mask.any(1)
     if bool(empty.any()):
         row = int(empty.nonzero()[0])
-        raise ValueError(f"row {row} of response_mask counts no token, so its score has no place: drop the row")
+        raise ValueError(f"row {row} of response_mask counts no token that could get the score: drop the row")
     rewards = torch.where(response_mask, -beta * (old_logprobs - ref_logprobs), 0.0).detach()
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, positions, -1).amax(1, keepdim=True)
@@ -89,7 +89,7 @@ def kl_rewards(
 
 
 class FixedKLController:
-    """A KL coefficient that stays where it is put, with the face of `AdaptiveKLController`.
+    """A constant KL coefficient with the interface of `AdaptiveKLController`.
 
     >>> controller = FixedKLController(0.1)
     >>> controller.update(kl=7.0, episodes=64)
@@ -103,7 +103,7 @@ class FixedKLController:
         self.beta = float(beta)
 
     def update(self, kl: float, episodes: int) -> None:
-        """Hear of a measured KL; change nothing."""
+        """Ignore the measured KL."""
 
     def state_dict(self) -> dict[str, float]:
         return {"beta": self.beta}
@@ -113,12 +113,12 @@ class FixedKLController:
 
 
 class AdaptiveKLController(FixedKLController):
-    """A KL coefficient that steers the measured KL to `target` (Ziegler et al. 2019, section 2.2).
+    """A KL coefficient that adapts to keep the measured KL at `target` (Ziegler et al. 2019, section 2.2).
 
         error = clip(kl / target - 1, -0.2, 0.2),     beta <- beta (1 + error * episodes / horizon)
 
-    `target` and `kl` are in nats, a whole sequence or a token as you choose; `horizon` counts episodes. The state is
-    one plain float. Raises ValueError for a target or horizon not above 0 and for a KL that is not finite.
+    `target` and `kl` are in nats, both per sequence or both per token; `horizon` counts episodes. The state is one
+    float. Raises ValueError for a target or horizon not above 0 and for a KL that is not finite.
 
     >>> controller = AdaptiveKLController(0.1, target=6.0, horizon=1000)
     >>> controller.update(kl=60.0, episodes=500)  # far above: the error is clipped to 0.2
@@ -133,9 +133,9 @@ class AdaptiveKLController(FixedKLController):
         self.target, self.horizon = float(target), float(horizon)
 
     def update(self, kl: float, episodes: int) -> None:
-        """Move beta after `episodes` episodes whose mean KL was `kl`."""
+        """Update beta after `episodes` episodes whose mean KL was `kl`."""
         if not abs(kl) < float("inf"):
-            raise ValueError(f"the measured KL must be finite, not {kl}: look at the log-probabilities of this batch")
+            raise ValueError(f"the measured KL must be finite, not {kl}: check the log-probabilities of this batch")
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         # A batch larger than five horizons would otherwise turn beta negative.
         self.beta *= max(1.0 + error * episodes / self.horizon, 0.0)

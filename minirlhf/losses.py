@@ -1,8 +1,8 @@
 """Every loss of the course as a pure function of tensors, to be minimised.
 
-Each is a sum over what counts divided by `denominator`: the count of the WHOLE optimizer step (tokens; prompts for the
-reward model), so that the losses and gradients of micro-batches add up. Without it, the count of this call.
-Masks say what counts; what lies under them, NaN too, changes neither loss nor gradient.
+Each is a sum over the entries that count, divided by `denominator`: their number in the WHOLE optimizer step (tokens;
+prompts for the reward model), so that the losses and gradients of micro-batches add up. The default is the number in
+this call. Masks are True where an entry counts; masked values, even NaN, change neither loss nor gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x where it counts, 0 elsewhere: before any product or square, behind which the gradient would be 0 * NaN."""
+    """x where mask is True, 0 elsewhere. Apply it before any product or square, whose gradient would be 0 * NaN."""
     if mask is None:
         return x
     if x.shape != mask.shape or mask.dtype != torch.bool:
@@ -45,7 +45,7 @@ def _mean_of_counted(x: Tensor, mask: Tensor | None, denominator: Tensor | float
 
 
 def _check_same_shape(x: Tensor, other: Tensor, names: str) -> None:
-    # Broadcasting [N] against [N, 1] would give an N x N loss without a word.
+    # Broadcasting [N] against [N, 1] would silently give an N x N loss.
     if x.shape != other.shape:
         raise ValueError(f"{names} must share one shape, not {tuple(x.shape)} and {tuple(other.shape)}")
 
@@ -59,8 +59,8 @@ def policy_gradient_loss(
 ) -> Tensor:
     """-sum(logprobs * advantages) / denominator, whose gradient is minus the policy gradient (Williams 1992).
 
-    All [...]. The advantages are constants: returns for REINFORCE, G - V with a baseline, delta for actor-critic, and
-    times gamma^t where the discounted objective is meant to the letter (Sutton & Barto, section 13.3).
+    All [...]. The advantages are constants: returns for REINFORCE, G - V with a baseline, delta for actor-critic, each
+    times gamma^t for the exact discounted objective (Sutton & Barto, section 13.3).
 
     >>> policy_gradient_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 3.0]))
     tensor(3.5000)
@@ -81,7 +81,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """-min(r A, clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprobs - old_logprobs) (PPO, equation 7).
 
-    All [...]: the policy term of `ppo_loss` alone. clip_range=inf gives the unclipped surrogate of TRPO.
+    All [...]. Only the policy term of `ppo_loss`. clip_range=inf gives the unclipped surrogate of TRPO.
 
     >>> clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1.0]), torch.tensor([1.0]))  # r = 2.7
     tensor(-1.2000)
@@ -103,7 +103,7 @@ def value_loss(
     clip_range: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """1/2 (V - R)^2; with `clip_range`, the larger of that and the same with V kept within it of old_values. All [...].
+    """1/2 (V - R)^2; with `clip_range`, the larger of that and the same for V clipped to old_values ± it. All [...].
 
     The returns are constants. Raises ValueError if only one of old_values and clip_range is given.
 
@@ -126,7 +126,7 @@ def value_loss(
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """The entropy -sum p log p of softmax(logits), in nats: [..., V] gives [...]. -inf logits add nothing.
 
-    Differentiable any number of times (on a GPU the entropy of `token_logprobs` is so once).
+    Differentiable any number of times (on a GPU the entropy of `token_logprobs` only once).
 
     >>> entropy_from_logits(torch.tensor([0.0, 0.0, -torch.inf]))
     tensor(0.6931)
@@ -160,7 +160,7 @@ def _ranked_pairs(rewards: Tensor, scores: Tensor, mask: Tensor | None) -> tuple
 
 
 def count_ranked_prompts(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many prompts (rows of scores [B, K]) hold at least one pair that is not tied: `ranking_loss`'s denominator.
+    """The number of prompts (rows of scores [B, K]) with at least one untied pair: `ranking_loss`'s denominator.
 
     >>> count_ranked_prompts(torch.tensor([[2.0, 1.0], [3.0, 3.0]]))
     tensor(1)
@@ -179,11 +179,11 @@ def ranking_loss(
 
         -1/C(K, 2) * sum over pairs (w better than l) of log sigmoid(r_w - r_l),     averaged over prompts
 
-    rewards [B, K] are what the model gives, scores [B, K] what the labeler gave (higher is better; for ranks, 1 the
-    best, pass -ranks), mask [B, K] (True = an answer that is there) lets K differ. A prompt is one batch element.
-    Tied pairs are dropped, and a prompt's sum is divided by the pairs left: 1/C(K, 2) without ties, and a prompt with
-    ties weighs as much as any other. A prompt with no pair left adds 0 and is not counted in the default
-    denominator (`count_ranked_prompts`); pass the count of the whole optimizer step for micro-batches.
+    rewards [B, K] are the model's, scores [B, K] the labeler's (higher is better; for ranks, where 1 is best, pass
+    -ranks); mask [B, K] (True = an answer is present) lets K differ. A prompt is one batch element.
+    Tied pairs are dropped, and a prompt's sum is divided by its remaining pairs: 1/C(K, 2) without ties, and a prompt
+    with ties weighs as much as any other. A prompt with no pair left adds 0 and is not counted in the default
+    denominator (`count_ranked_prompts`); for micro-batches pass the count of the whole optimizer step.
     Raises ValueError if no pair is left at all and no denominator is given.
 
     >>> ranking_loss(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, 1.0]]))  # two pairs, one tie dropped
@@ -204,7 +204,7 @@ def ranking_loss(
 def pairwise_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(correct, total) over all pairs that the labeler ordered: add both up over batches, then divide.
 
-    Shapes as in `ranking_loss`. Pairs tied in scores are dropped; pairs tied in rewards are half right.
+    Shapes as in `ranking_loss`. Pairs tied in scores are dropped; pairs tied in rewards count half.
 
     >>> correct, total = pairwise_accuracy(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([[3.0, 2.0, 1.0]]))
     >>> correct.item(), total.item()

@@ -1,14 +1,14 @@
 """From rewards to returns and advantages, and the masked statistics that go with them.
 
-Every estimate here is one recursion read at different settings. With delta_t = r_t + gamma V(s_{t+1}) - V(s_t):
+Every estimate here is one recursion with different settings. With delta_t = r_t + gamma V(s_{t+1}) - V(s_t):
 
     td_errors            A_t = delta_t                                  lam = 0
     n_step_advantages    A_t = sum over k < n of gamma^k delta_{t+k}
     gae                  A_t = delta_t + gamma lam A_{t+1}
     discounted_returns   G_t = r_t + gamma G_{t+1}                      lam = 1 and V = 0
 
-Layout: [N, T]; what is kept as [T, N] goes in as `x.t()`, a view. `ends` (bool) marks the last step of an episode,
-terminated or truncated. Masks say what counts; what lies under them, NaN too, changes nothing.
+Layout: [N, T]; pass a [T, N] tensor as `x.t()`, a view. `ends` (bool) marks the last step of an episode, terminated or
+truncated. Masks are True where a step counts; masked values, even NaN, change nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def discounted_returns(
 ) -> Tensor:
     """The return G_t = r_t + gamma r_{t+1} + ... up to the end of the episode (Sutton & Barto, equation 3.8).
 
-    Shapes and the optional tensors are those of `gae`: without them an episode cut by the last column, or truncated, is
-    worth nothing from there on; `last_values` and `truncated_values` put a value in its place.
+    Shapes and optional tensors are as in `gae`. Without them, an episode that is truncated, or cut off by the last
+    column, is worth 0 from there on; `last_values` and `truncated_values` bootstrap from a value instead.
 
     >>> discounted_returns(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[False, True, False]]), 0.5)
     tensor([[1.5000, 1.0000, 1.0000]])
@@ -82,9 +82,9 @@ def n_step_advantages(
     truncated_values: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """n real rewards, then the value: r_t + ... + gamma^n V(s_{t+n}) - V(s_t) (Sutton & Barto, equation 7.1).
+    """n-step advantages: r_t + ... + gamma^n V(s_{t+n}) - V(s_t) (Sutton & Barto, equation 7.1).
 
-    Shorter at the end of an episode and of the buffer. n = 1 gives `td_errors`; n >= T gives G - V.
+    Fewer rewards are left at the end of an episode or the buffer. n = 1 gives `td_errors`; n >= T gives G - V.
     Shapes as in `gae`. Raises ValueError for n < 1.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
@@ -105,7 +105,7 @@ def n_step_advantages(
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """The sum over the slots where mask is True. x and mask [...]; over all dimensions or over `dim`.
+    """The sum of x where mask is True, over all dimensions or over `dim`. x and mask [...].
 
     >>> masked_sum(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
     tensor(1.)
@@ -118,12 +118,12 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None
 def _counts(mask: Tensor, at_least: int, dim: int | tuple[int, ...] | None) -> Tensor:
     counts = mask.sum(dim)
     if bool((counts < at_least).any()):
-        raise ValueError(f"{int(counts.min())} counted values where at least {at_least} are needed: look at the mask")
+        raise ValueError(f"the mask counts {int(counts.min())} values, but at least {at_least} are needed")
     return counts
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """The mean over the slots where mask is True. Raises ValueError where nothing counts.
+    """The mean of x where mask is True. Raises ValueError if there is no such value.
 
     >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False]))
     tensor(2.)
@@ -132,7 +132,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """The biased variance (divided by the count) of the slots where mask is True. ValueError if nothing counts.
+    """The biased variance (divided by the count) of x where mask is True. Raises ValueError if nothing counts.
 
     >>> masked_var(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False]))
     tensor(1.)
@@ -142,10 +142,10 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    """x scaled to variance 1 over the counted slots; shift_mean=True REMOVES the mean, False keeps it as it was.
+    """x scaled to variance 1 over the entries that count; shift_mean=True REMOVES the mean, False keeps it.
 
-    x and mask [...] (default: everything counts); slots that do not count give 0. The variance is the biased one, with
-    1e-8 added. Raises ValueError with fewer than two counted values. (Ziegler et al. 2019's code.)
+    x and mask [...] (default: everything counts); masked entries become 0. The variance is the biased one, with 1e-8
+    added. Raises ValueError with fewer than two counted values. (Ziegler et al. 2019's code.)
 
     >>> whiten(torch.tensor([1.0, 3.0]))
     tensor([-1.,  1.])

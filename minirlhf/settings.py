@@ -1,12 +1,12 @@
-"""Settings: frozen dataclasses in which each field's type says what values it takes.
+"""Settings: frozen dataclasses whose field types say which values are allowed.
 
     @dataclass(frozen=True)
     class SFTConfig(Settings, option="sft"):
         epochs: Positive = 1.0
         batch_size: Count = 16
 
-A value outside its range is refused when the settings are made, before any training starts. None passes where a field
-may be None.
+A value outside its range is rejected when the settings are created, before any training starts. None is accepted where
+a field may be None.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minirlhf.errors import UserError
 
 
 class Range(NamedTuple):
-    """What a setting must be, in words and as a test; NaN passes no test."""
+    """The allowed values of a setting, in words and as a test; NaN fails every test."""
 
     wanted: str
     fits: Callable[[Any], bool]
@@ -43,10 +43,10 @@ Fraction = Annotated[float, Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 class Settings:
-    """What all settings share: the check of every field against the range in its type.
+    """Base class of all settings: it checks every field against the range in its type.
 
-    ``option`` in a subclass's header is its place on the command line: "rlhf" for ``--rlhf.beta``, "" for the top
-    level. Settings that are no options are named by their class in messages.
+    ``option`` in a subclass's header is its prefix on the command line: "rlhf" for ``--rlhf.beta``, "" for the top
+    level. Settings without it are named by their class in messages.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Settings:
             self.require(number and fits(value), name, f"must be {wanted}")
 
     def require(self, fits: bool, name: str, message: str) -> None:
-        """Refuse the setting ``name`` unless it fits.
+        """Reject the setting ``name`` unless ``fits`` is true.
 
         Raises:
             UserError: names the option, its value, and what it must be.
@@ -85,7 +85,7 @@ class Settings:
 
 
 def _ranges(cls: type) -> dict[str, Range]:
-    """The range of each field that has one: it stands in ``Annotated``, alone or beside ``| None``."""
+    """The range of each field that has one in ``Annotated``, with or without ``| None``."""
     found = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for part in (hint, *get_args(hint)):
@@ -97,22 +97,22 @@ def _ranges(cls: type) -> dict[str, Range]:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(Settings):
-    """What PPO is told, whether it plays a game or writes text."""
+    """The settings of PPO, for control tasks and for text."""
 
     epochs: Count
     """K, passes over each batch."""
     minibatch_size: Count
-    """M, rows in each gradient, at most: an epoch is cut into equal parts."""
+    """M, maximum rows per minibatch; an epoch is split into equal parts."""
     lr: NotNegative
     """Peak learning rate of the policy."""
     gamma: Fraction
-    """Discount of a reward one step later."""
+    """Discount factor per step."""
     lam: Fraction = 0.95
     """GAE's lambda."""
     clip_range: Positive | None = 0.2
-    """Ratios are clipped to 1 ± this; None for no clip."""
+    """Ratios are clipped to 1 ± this; None disables clipping."""
     value_clip_range: Positive | None = None
-    """Values are clipped to the old ones ± this; None for no clip."""
+    """Values are clipped to the old values ± this; None disables it."""
     entropy_coef: NotNegative = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
@@ -120,8 +120,8 @@ class PPOSettings(Settings):
     beta: NotNegative = 0.0
     """KL coefficient."""
     target_kl: Positive | None = None
-    """Steer beta so that the KL stays near this; None keeps beta fixed."""
+    """Adapt beta to keep the KL near this; None keeps beta fixed."""
     max_grad_norm: PositiveOrInf
-    """Gradients are clipped to this norm; inf for no clip (the norm is still reported)."""
+    """Gradients are clipped to this norm; inf disables it (the norm is still reported)."""
     adam_eps: Positive = 1e-5
     """Adam's epsilon."""

@@ -1,7 +1,7 @@
-"""What every learner's loop needs around its algorithm: steps that can be killed and resumed, metrics, batches.
+"""The parts that all training loops share: steps that can be killed and resumed, metrics, batches.
 
-All randomness of a step is drawn from a generator made of (seed, name of the learner, step), so a resumed run needs
-no saved random state: weights, optimizer moments and the step are all there is, and they give the same bits.
+All randomness of a step comes from a generator seeded by (seed, name of the learner, step), so a resumed run needs no
+saved random state: weights, optimizer moments and the step number give bit-identical results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Metrics = dict[str, float]
 
 
 class Stateful(Protocol):
-    """Something with a few numbers to save: the adaptive KL controller, for one."""
+    """An object with a few numbers to save, such as the adaptive KL controller."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -33,23 +33,23 @@ class Stateful(Protocol):
 
 
 class Recorder:
-    """Walks a learner through its steps, keeps its metrics, and lets a killed run continue where it was.
+    """Runs a learner's steps, records its metrics, and lets a killed run resume.
 
     Without a folder it keeps the metrics in memory (for notebooks and small projects); with one it also writes
     ``metrics.jsonl`` and, every few seconds, ``state.safetensors``.
 
     Args:
-        name: of the learner: the label of the progress bar.
+        name: of the learner; labels the progress bar.
         folder: where to write, or None.
-        save_seconds: time between two saved states; 0 saves after every step.
+        save_seconds: seconds between two saved states; 0 saves after every step.
         show: the metrics to show in the progress bar.
         progress: whether to draw the progress bar.
-        position: the line of the progress bar, where several are drawn.
-        began: when the work began, by `time.monotonic`; left out: now.
+        position: the line of the progress bar, if several are drawn.
+        began: when the work began, by `time.monotonic`; default: now.
         tensorboard: whether to write TensorBoard events into the folder too.
 
     Raises:
-        UserError: tensorboard is asked for and not installed.
+        UserError: tensorboard is requested but not installed.
 
     Example:
         >>> recorder = Recorder("demo", progress=False)
@@ -75,13 +75,13 @@ class Recorder:
         self.show, self.progress, self.position = tuple(show), progress, position
         self.history: list[Metrics] = []
         self.first_step = 0
-        self.seconds = 0.0  # since the recorder was made, and in the earlier sessions of this run; see `lap`
+        self.seconds = 0.0  # since the recorder was created, and in earlier sessions of this run; see `lap`
         self._began, self._earlier = time.monotonic() if began is None else began, 0.0
         self._models: dict[str, nn.Module] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._extras: dict[str, Stateful] = {}
         self._step = 0
-        self._batch = self._advice = ""  # of the loss that was checked last
+        self._batch = self._advice = ""  # of the last loss that was checked
         self._saved: int | None = None  # the step of the state in the folder
         self._bar: Any = None
         self._board: Any = None  # TensorBoard's writer
@@ -95,7 +95,7 @@ class Recorder:
         optimizers: dict[str, torch.optim.Optimizer],
         extras: dict[str, Stateful] | None = None,
     ) -> None:
-        """Name what belongs to the state, and load it if a killed run left one.
+        """Register what belongs to the state, and load the state of a killed run if there is one.
 
         From here on no optimizer takes a step on a gradient that is NaN or infinite.
 
@@ -112,17 +112,17 @@ class Recorder:
         if state.is_file():
             self._load(state)
         metrics = self.folder / "metrics.jsonl"
-        # Rows that were logged after the saved state will be logged again: cut them off.
+        # Rows that were logged after the saved state will be logged again: drop them.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         self.history = [row for row in map(_row, lines) if row is not None and row["step"] < self.first_step]
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def steps(self, total: int, done: Callable[[], int] | None = None) -> Iterator[int]:
-        """Yield the steps that are left, saving the state in between.
+        """Yield the remaining steps, saving the state in between.
 
         Args:
-            total: how many steps there are; with ``done``, how much of something else: environment steps, for one.
-            done: how much of the total is done, asked after every step; left out: one per step.
+            total: the number of steps; with ``done``, the amount of something else, such as environment steps.
+            done: returns how much of the total is done, called after every step; default: one per step.
         """
         from tqdm.auto import tqdm
 
@@ -157,7 +157,7 @@ class Recorder:
             self._save(total)
 
     def log(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Keep one row of metrics for the current step (and write it, where there is a folder)."""
+        """Record one row of metrics for the current step (and write it, if there is a folder)."""
         row: Metrics = {"step": self._step}
         row |= {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in metrics.items()}
         self.history.append(row)
@@ -172,7 +172,7 @@ class Recorder:
                     self._writer().add_scalar(key, value, self._step)
 
     def lap(self) -> float:
-        """Count the time up to now into `seconds`, and return it: loading and encoding are work of a step as well."""
+        """Update `seconds` to the time up to now and return it: loading and encoding count as part of a step."""
         self.seconds = self._earlier + time.monotonic() - self._began
         return self.seconds
 
@@ -183,15 +183,15 @@ class Recorder:
             TrainingError: names the step, the batch and what to try.
         """
         self._batch = batch
-        self._advice = advice or "lower the learning rate (--help names it) or look at that batch for odd rows"
+        self._advice = advice or "lower the learning rate (--help names it) or check that batch for odd rows"
         value = float(loss.detach())
         if not math.isfinite(value):
             raise self._failure(f"the loss is {value}")
 
     def _check_gradient(self, optimizer: torch.optim.Optimizer, arguments: object, keywords: object) -> None:
-        """Before each optimizer step: a finite loss can have a gradient that is not."""
+        """Check each optimizer step's gradient: a finite loss can have a gradient that is not finite."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))  # much quicker than a look at each number
+        norm = float(torch.nn.utils.get_total_norm(gradients))  # much faster than checking each number
         if not math.isfinite(norm):
             raise self._failure(f"the gradient's norm is {norm}")
 
@@ -200,15 +200,15 @@ class Recorder:
         if self._batch:
             message += f", {self._batch}; {self._advice}"
         if self._step == 0 and not after:
-            message += " (at its first step: the model it starts from may be at fault)"
+            message += " (at the first step: the model it starts from may be at fault)"
         message += "."
         if self._saved is not None and self.folder is not None:
             message += (
-                f" Delete {self.folder} to train this step anew; the weights before step {self._saved}, all finite, "
+                f" Delete {self.folder} to restart this step; the weights before step {self._saved}, all finite, "
                 f"are in {self.folder / STATE}."
             )
         elif self.folder is not None:
-            message += f" No state of it is saved in {self.folder}: other settings begin it anew."
+            message += f" No state of it is saved in {self.folder}: rerun it with other settings."
         return TrainingError(message)
 
     def _writer(self) -> Any:
@@ -237,7 +237,7 @@ class Recorder:
         tensors, facts = load_state(path)
         if not _all_finite(tensors.values()):
             raise CheckpointError(
-                f"{path}: holds NaN or infinite weights; delete {path.parent} to begin this step anew"
+                f"{path}: contains NaN or infinite weights; delete {path.parent} to restart this step"
             )
         for name, model in self._models.items():
             own = _own_tensors(model)
@@ -245,7 +245,7 @@ class Recorder:
             saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             wrong = [key for key, value in own.items() if key not in saved or saved[key].shape != value.shape]
             if wrong:
-                raise CheckpointError(f"{path}: belongs to another model ({name} has no fitting {wrong[0]}); delete it")
+                raise CheckpointError(f"{path}: belongs to another model ({wrong[0]} of {name} doesn't fit); delete it")
             with torch.no_grad():
                 for key, value in own.items():
                     value.copy_(saved[key])
@@ -286,7 +286,7 @@ def _row(line: str) -> Metrics | None:
 
 
 def generator_for(seed: int, *keys: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator that depends on the seed and the keys alone: ``generator_for(0, "rlhf", step)``.
+    """A random generator that depends only on the seed and the keys: ``generator_for(0, "rlhf", step)``.
 
     Example:
         >>> a, b = generator_for(0, "sft", 3), generator_for(0, "sft", 3)
@@ -298,9 +298,9 @@ def generator_for(seed: int, *keys: object, device: torch.device | str = "cpu") 
 
 
 def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) -> list[int]:
-    """The rows of one step: epochs of shuffled rows laid end to end and cut into batches of one size.
+    """The rows of one step: shuffled epochs, concatenated and cut into batches of one size.
 
-    Every row is seen once before any is seen again, also where batch_size does not divide count.
+    Every row is seen once before any is seen again, even if batch_size does not divide count.
     """
     begin, rows = step * batch_size, list[int]()
     while len(rows) < batch_size:
@@ -310,7 +310,7 @@ def epoch_batch(count: int, batch_size: int, step: int, seed: int, name: str) ->
     return rows
 
 
-@functools.lru_cache(maxsize=16)  # drawn once an epoch: a step costs the same however many rows there are
+@functools.lru_cache(maxsize=16)  # drawn once per epoch, so a step's cost doesn't grow with count
 def _epoch_order(count: int, seed: int, name: str, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator_for(seed, name, "epoch", epoch))
 
@@ -318,10 +318,10 @@ def _epoch_order(count: int, seed: int, name: str, epoch: int) -> Tensor:
 def length_grouped_batch(
     lengths: Sequence[int], batch_size: int, step: int, total: int, seed: int, name: str, pool: int = 16
 ) -> list[int]:
-    """The rows of one step out of ``total``, all of like length, so that little of the batch is padding.
+    """The rows of one step out of ``total``, all of similar length, so that little of the batch is padding.
 
-    The batches of `epoch_batch` are taken ``pool`` at a time (never more than an epoch holds), sorted by length, cut
-    again, and come in random order. So the same rows are seen as without, and each batch depends on the step alone.
+    The batches of `epoch_batch` are pooled ``pool`` at a time (never more than one epoch), sorted by length, cut again,
+    and returned in random order. So the rows seen are those of `epoch_batch`, and each batch depends only on the step.
 
     Example:
         >>> length_grouped_batch([9, 1, 9, 1], batch_size=2, step=0, total=2, seed=0, name="x") in ([1, 3], [0, 2])
@@ -339,10 +339,10 @@ def length_grouped_batch(
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of like length so that each group, padded to its longest row, holds at most max_tokens.
+    """Group rows of similar length so that each group, padded to its longest row, holds at most max_tokens.
 
     The gradient of an optimizer step is the sum over its micro-batches; each loss is divided by a count of the whole
-    step, so how the rows are grouped changes speed and memory and nothing else.
+    step, so the grouping changes only speed and memory.
 
     Example:
         >>> micro_batches([3, 10, 4, 9], max_tokens=20)
@@ -362,7 +362,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def learning_rate_factor(
     step: int, total: int, warmup: int = 0, final: float = 0.1, shape: Literal["cosine", "linear"] = "cosine"
 ) -> float:
-    """Linear warm-up, then a cosine or a line down to ``final`` of the peak (InstructGPT, appendix C: 10 %).
+    """Linear warm-up, then cosine or linear decay to ``final`` of the peak (InstructGPT, appendix C: 10 %).
 
     Example:
         >>> [round(learning_rate_factor(s, 100, warmup=10), 2) for s in (0, 9, 55, 100)]
@@ -377,7 +377,7 @@ def learning_rate_factor(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
@@ -390,7 +390,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; matrices decay, gains and biases don't."""
+    """AdamW over all trainable parameters, with weight decay only on matrices."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [

@@ -1,13 +1,13 @@
-"""Worlds whose truth is known. They are guests: other packages bring them, and this one finds them by name.
+"""Worlds with known ground truth: other packages provide them, and this one finds them by name.
 
-A package offers a world under the entry-point group ``minirlhf.worlds``; the course's own pyproject has these lines:
+A package registers a world in the entry-point group ``minirlhf.worlds``; the course's own pyproject has these lines:
 
     [project.entry-points."minirlhf.worlds"]
     small = "minirlhf_course.world.guest:SMALL_WORLD"
 
-A data folder whose truth is known has a file ``world.json``, such as ``{"world": "small", "seed": 0}``; the name may be
-left out where it is "small". It is compared with the names of the installed entry points and used for nothing else, so
-nothing in a data folder can name code.
+A data folder with known ground truth has a file ``world.json``, such as ``{"world": "small", "seed": 0}``; the name may
+be left out if it is "small". It is only compared with the names of the installed entry points, so nothing in a
+data folder can name code.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ class Judge(Protocol):
     """Scores answers; higher is better."""
 
     is_gold: bool
-    """Whether the scores are the truth, and no guess."""
+    """Whether the scores are the ground truth, not an estimate."""
 
     def check(self, prompt: str) -> None:
         """Raise ValueError, with the reason, for a prompt whose answers it can't score."""
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
-        """Score an answer to each prompt; `ended` is False where an answer ran into the limit of tokens."""
+        """Score an answer to each prompt; `ended` is False where an answer hit the token limit."""
         ...
 
     def parts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[dict[str, float]]:
-        """What each score is made of; the score itself is in it as "total"."""
+        """The parts of each score, with the score itself as "total"."""
         ...
 
     def best(self, prompts: Sequence[str]) -> list[float] | None:
-        """The best reachable score of each prompt, where that is known."""
+        """The best reachable score of each prompt, if known."""
         ...
 
 
 class WorldGuest(Protocol):
-    """What an entry point of the group loads: a world that writes data, and judges answers by what is true in it."""
+    """What an entry point of the group loads: a world that writes data and judges answers by its ground truth."""
 
     def write(self, folder: Path, seed: int) -> None:
         """Write a data folder, `world.json` included. The same seed gives the same bytes.
 
         Raises:
-            FileExistsError: there is something in the folder already.
+            FileExistsError: the folder is not empty.
         """
 
     def judge(self, facts: Mapping[str, Any]) -> Judge:
-        """The judge who knows the truth of the world that a folder's `world.json` describes.
+        """The judge that knows the ground truth of the world that a folder's `world.json` describes.
 
         Args:
             facts: the JSON object in that file.
@@ -71,7 +71,7 @@ def find_world(name: object) -> WorldGuest:
     """Load an installed world by its name.
 
     Raises:
-        UserError: no installed package brings a world of this name, or its code can't be loaded.
+        UserError: no installed package provides a world of this name, or its code can't be loaded.
 
     Example:
         >>> find_world("flat")  # doctest: +ELLIPSIS
@@ -85,10 +85,10 @@ def find_world(name: object) -> WorldGuest:
                 guest: WorldGuest = point.load()
             except (ImportError, AttributeError) as error:
                 raise UserError(
-                    f"the world {name!r} is installed as {point.value}, and can't be loaded ({error}); install its "
+                    f"the world {name!r} is installed as {point.value} but can't be loaded ({error}); install its "
                     "package again"
                 ) from None
             return guest
     names = ", ".join(sorted(found.names)) or "none"
-    package = "minirlhf again, with its course" if name == DEFAULT_WORLD else "the package that brings it"
+    package = "minirlhf again, with its course" if name == DEFAULT_WORLD else "the package that provides it"
     raise UserError(f"no world named {name!r} is installed (installed: {names}); install {package}")

@@ -149,7 +149,7 @@ def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setitem(COMMANDS, "run", interrupted)
     assert main(["run"]) == 130
-    assert "continues" in capsys.readouterr().err
+    assert "to continue" in capsys.readouterr().err
 
 
 def test_world_refuses_a_folder_that_exists(tmp_path: Path, refused) -> None:

@@ -487,7 +487,7 @@ def test_keyboard_interrupt_while_two_train(unfinished: Path, fast_run, backgrou
     assert process.wait(timeout=60) == 130
     said = background.log.read_text()
     assert "Traceback" not in said and "Warning" not in said
-    assert said.count("minirlhf: ") == 1 and "stopped; the same command" in said
+    assert said.count("minirlhf: ") == 1 and "stopped; run the same command" in said
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

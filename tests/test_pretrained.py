@@ -92,7 +92,7 @@ def test_no_model_and_a_context_that_is_too_long(made: Path, message, tmp_path: 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_model_without_a_tokenizer(architecture: str, make_causal, message, tmp_path: Path) -> None:
     make_causal(architecture).save_pretrained(tmp_path / "alone")
-    assert "no tokenizer that" in message(tmp_path / "alone")
+    assert "the tokenizer can't be loaded" in message(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])

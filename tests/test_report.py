@@ -265,7 +265,7 @@ def test_says_so_when_nothing_is_sure(tmp_path: Path) -> None:
     report["evaluation"]["sft"] |= {"win_rate_vs_base": 0.3, "win_rate_vs_base_interval": [0.27, 0.33]}
     report["alignment_tax"] = {"sft": 0.1, "ppo": 0.2, "ppo_ptx": 0.3, "removed_by_ptx": -0.5}
     run = load_run(build(tmp_path / "unsure", report))
-    assert "gained nothing sure" in headline(run)
+    assert "gained nothing certain" in headline(run)
     told = " ".join(findings(run))
     assert "SFT model is worse than its base" in told and "PPO can’t be told from SFT" in told
     assert "PPO-ptx loses more still" in told

@@ -94,7 +94,7 @@ STRANGE, WHERE = "what is a transistor ?", "heldout/file.jsonl:3"
     ],
 )
 def test_every_prompt_that_will_be_judged_must_be_one_of_the_world(tmp_path: Path, kind: str, row) -> None:
-    with pytest.raises(DataError, match=rf"{WHERE}: gold can't judge this prompt .*transistor"):
+    with pytest.raises(DataError, match=rf"{WHERE}: the gold judge can't score this prompt .*transistor"):
         judge(tmp_path, {"seed": 0}, "where does an owl live ?", **{kind: [row]})
 
 
@@ -104,7 +104,9 @@ def test_a_world_of_another_package_writes_and_judges(flat, tmp_path: Path) -> N
     assert judge(tmp_path, {"world": "flat", "height": 0}, "meadow").scores(["a"], ["four"], [True]) == [4.0]
     with pytest.raises(DataError, match=r"world\.json: a flat world has the height 0; write the folder again"):
         judge(tmp_path, {"world": "flat"})
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: gold can't judge this prompt \(this world is dry\)"):
+    with pytest.raises(
+        DataError, match=r"prompts\.jsonl:2: the gold judge can't score this prompt \(this world is dry\)"
+    ):
         judge(tmp_path, {"world": "flat", "height": 0}, "meadow", "marsh")
 
 

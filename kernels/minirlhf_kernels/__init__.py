@@ -5,7 +5,7 @@
 - `ppo_loss`               clipped policy loss, value loss, entropy, KL and every metric
 - `gae`                    generalised advantage estimation
 
-`minirlhf_kernels.reference` defines each of them in plain PyTorch; `minirlhf_kernels.fused` is its twin in Triton,
+`minirlhf_kernels.reference` defines each of them in plain PyTorch; `minirlhf_kernels.fused` is the Triton version,
 which runs for tensors on a GPU. `MINIRLHF_KERNELS=reference|triton` forces one (see `dispatch`).
 """
 

@@ -1,7 +1,7 @@
-"""Which half runs: Triton for tensors on a GPU where triton is installed, else the reference, silently.
+"""Choose the implementation: Triton for tensors on a GPU if triton is installed, else, silently, the reference.
 
-`MINIRLHF_KERNELS=reference|triton` in the environment forces one of them. Triton on the CPU is its interpreter, slow
-and exact, for tests: set TRITON_INTERPRET=1 as well, before triton is first imported.
+`MINIRLHF_KERNELS=reference|triton` in the environment forces one of them. On the CPU Triton runs in its
+interpreter, slow but exact, for tests: also set TRITON_INTERPRET=1 before triton is first imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def path_for(x: Tensor) -> str:
-    """Which half, reference or triton, runs for tensors on x's device. Raises if the forced one can't run there."""
+    """The implementation, reference or triton, for tensors on x's device. Raises if the forced one can't run there."""
     forced = os.environ.get(FORCE, "")
     if forced == "":
         return "triton" if HAS_TRITON and x.is_cuda else "reference"
@@ -48,7 +48,7 @@ def _interpreted() -> bool:
 
 
 def _either(definition: F) -> F:
-    """The public call: `definition` from the reference, or its twin of the same name. Triton is imported when used."""
+    """The public function: the reference `definition` or its Triton version. Triton is imported when first used."""
 
     @functools.wraps(definition)
     def call(*args: Any, **options: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What each operation means, in plain PyTorch: the formula of its paper, with autograd for every backward.
+"""The definition of each operation in plain PyTorch: the formula of its paper, with autograd for every backward.
 
-This is what runs where there is no GPU, and what the Triton kernels in `fused/` are tested against. Half precision is
-computed in float32, float64 in float64.
+This runs where there is no GPU, and the Triton kernels in `fused/` are tested against it. Half precision is computed in
+float32, float64 in float64.
 
-What a mask leaves out is set to 0 with `where` before any arithmetic. A mask applied by multiplication, or only at the
-end, turns a NaN under it into a NaN loss or, through 0 * NaN in the backward, into NaN gradients.
+Masked values are set to 0 with `where` before any arithmetic. A mask applied by multiplication, or only at the end,
+turns a masked NaN into a NaN loss or, through 0 * NaN in the backward, into NaN gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LEAST_TEMPERATURE = 1e-38  # float32 still holds its reciprocal
 
 
 def _counted(x: Tensor, mask: Tensor) -> Tensor:
-    """x where it counts and 0 elsewhere; half precision is read as float32."""
+    """x where mask is True, 0 elsewhere; half precision becomes float32."""
     return torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
 
 
@@ -43,7 +43,7 @@ def token_logprobs(
 
     Rows where mask is False or the token is -100 give 0 and no gradient, whatever their logits hold. Logits of -inf are
     tokens that cannot be drawn. `return_entropy=True` returns (logprobs, entropy), both [...]. Raises ValueError for a
-    token outside [0, V) and for a temperature below 1e-38. In Triton asking for a second derivative raises.
+    token outside [0, V) and for a temperature below 1e-38. In Triton a second derivative raises an error.
 
     >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     >>> token_logprobs(logits, torch.tensor([1, 0]))
@@ -75,7 +75,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     return_entropy: bool = False,
 ) -> Any:
-    """`token_logprobs(hidden @ weight.T, tokens)`. Its Triton twin never holds all the logits; this one does.
+    """`token_logprobs(hidden @ weight.T, tokens)`. The Triton version never holds all the logits; this one does.
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
     as `token_logprobs` does, with the same masks and the same errors.
@@ -109,13 +109,13 @@ def gae(
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t),      A_t = delta_t + gamma lam A_{t+1},      returns = A + V
 
-    rewards, values and ends (bool) are [N, T], and so are both results. Strides are honoured: what is kept as [T, N]
-    goes in as `x.t()`, a view. `ends[t]` says that the episode ends with step t, terminated or truncated: nothing flows
-    back over it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the value
-    of a truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last column
-    is `last_values` [N], or 0.
-    Where `mask` is False both results are 0 and nothing leaks out (NaN may lie there); the value after the last counted
-    step before such a slot is 0 too. No gradient flows. Raises ValueError or TypeError for wrong shapes or types.
+    rewards, values and ends (bool) are [N, T], and so are both results. Any strides work: pass a [T, N] tensor as
+    `x.t()`, a view. `ends[t]` means that the episode ends with step t, terminated or truncated: nothing flows back
+    across it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the value of a
+    truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last column is
+    `last_values` [N], or 0.
+    Where `mask` is False both results are 0 and nothing leaks out (even NaN); the value after the last counted step
+    before such a slot is 0 too. No gradient flows. Raises ValueError or TypeError for wrong shapes or types.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
     >>> gae(rewards, values, torch.tensor([[False, True]]), gamma=1.0, lam=0.5)
@@ -158,12 +158,12 @@ def ppo_loss(
     """PPO's loss, to be minimised, and its metrics (Schulman et al. 2017, equations 7 and 9).
 
         policy    -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A),       r = exp(logprobs - old_logprobs)
-        value     1/2 (V - R)^2; with `value_clip_range` the larger of that and the same with V kept near old_values
+        value     1/2 (V - R)^2; with `value_clip_range` the larger of that and the same for V clipped near old_values
         loss      policy + value_coef value - entropy_coef entropy + kl_coef KL
 
     Each term is summed over the tokens where response_mask is True and divided by `denominator`: the number of counted
     tokens of the WHOLE optimizer step (default: of this call), so that micro-batches add up to the same gradient.
-    All tensors share one shape, [B, T] or any other; what lies under the mask, NaN too, changes nothing.
+    All tensors share one shape, [B, T] or any other; masked values, even NaN, change nothing.
     Gradients flow into logprobs, values and entropy only. The KL term is k2 = (logprobs - ref_logprobs)^2 / 2 whose
     gradient, on samples of the policy, is that of KL(policy || ref); k3's would be that of KL(ref || policy).
 
@@ -171,7 +171,7 @@ def ppo_loss(
     policy/approx_kl (k3 of old against new), policy/ratio_mean, policy/ratio_max; value/loss with values and
     value/clip_fraction with value_clip_range; policy/entropy with entropy; policy/ref_kl (k3) with ref_logprobs.
     All but policy/ratio_max are sums over counted tokens divided by `denominator`, and so add up over micro-batches.
-    Raises ValueError where a coefficient lacks its tensor, shapes differ, or no token counts and no denominator is
+    Raises ValueError if a coefficient lacks its tensor, shapes differ, or no token counts and no denominator is
     given.
 
     >>> logprobs = torch.tensor([[-1.0, -0.5]], requires_grad=True)
@@ -211,7 +211,7 @@ def ppo_loss(
             old_values = _counted(old_values.detach(), mask)
             move = values - old_values
             near = old_values + move.clamp(-value_clip_range, value_clip_range)
-            # Within reach the value itself: old + move is off by a rounding, and would be counted as clipped.
+            # Within the range use the value itself: old + move is rounded, and would be counted as clipped.
             near = torch.where(move.abs() <= value_clip_range, values, near)
             clipped_error = (near - returns).square()
             metrics["value/clip_fraction"] = (clipped_error > error).sum(dtype=error.dtype) / denominator
@@ -228,7 +228,7 @@ def ppo_loss(
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
-# What is refused, by these and by their Triton twins.
+# The checks of arguments, here and in the Triton versions.
 
 
 def _require(condition: bool, message: str) -> None:
@@ -239,7 +239,7 @@ def _require(condition: bool, message: str) -> None:
 def _checked_temperature(temperature: float) -> float:
     fits = LEAST_TEMPERATURE <= temperature < math.inf
     _require(fits, f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, not {temperature}")
-    return float(temperature)  # of a tensor: a number, through which no gradient goes
+    return float(temperature)  # a tensor becomes a number, which passes no gradient
 
 
 def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:

@@ -1,4 +1,4 @@
-"""From REINFORCE to PPO on gymnasium tasks: one file an algorithm, the same call and the same result for each.
+"""From REINFORCE to PPO on gymnasium tasks: one file per algorithm, all with the same call and result.
 
     from minirlhf.control.ppo import PPOConfig, train_ppo
 
@@ -18,23 +18,23 @@
 Every trainer takes:
 
 - `env`: a gymnasium id, or a function from a number of environments to a VectorEnv that resets on the next step.
-- `config`: its settings, a frozen dataclass (`dataclasses.replace(config, lr=1e-3)` to vary); the defaults are tuned
-  for CartPole-v1.
-- `seed`: of the weights, the environments, the actions and the minibatches: the same seed, the same result.
-- `networks`: a `Networks(policy, values)` from `policies.make_networks` (or your own) to train in place; None makes
+- `config`: its settings, a frozen dataclass (vary it by `dataclasses.replace(config, lr=1e-3)`); the defaults are
+  tuned for CartPole-v1.
+- `seed`: of the weights, the environments, the actions and the minibatches; the same seed gives the same result.
+- `networks`: a `Networks(policy, values)` from `policies.make_networks` (or your own) to train in place; None creates
   them from `config.hidden`, `config.activation` and `seed`.
-- `progress`: whether to draw a bar.
+- `progress`: whether to draw a progress bar.
 - `callback`: called with a `run.Progress` after every iteration; returning True ends the training. Its time is not
   counted in the seconds. `evaluation.Evaluator` is one: it evaluates on a schedule and can stop at a target.
 
-and raises `UserError` for settings or environments that don't fit, and `TrainingError` where a loss, a reward or an
-observation is NaN or infinite.
+and raises `UserError` for invalid settings or environments, and `TrainingError` if a loss, a reward or an observation
+is NaN or infinite.
 
-Around them: `policies` (networks for discrete and continuous actions), `rollout` (vectorised play, terminated and
-truncated told apart), `evaluation` (`evaluate`, `Evaluator`), and `run` (the clock and the metrics). The
-mathematics is that of `minirlhf.returns`, `minirlhf.losses` and `minirlhf.kl`, the same that RLHF runs on.
+Other modules: `policies` (networks for discrete and continuous actions), `rollout` (vectorised play that tells
+terminated from truncated), `evaluation` (`evaluate`, `Evaluator`), and `run` (time and metrics). The mathematics is in
+`minirlhf.returns`, `minirlhf.losses` and `minirlhf.kl`, which RLHF uses too.
 
 Metric names: perf/env_steps, perf/seconds; objective/episode_return and objective/episode_length (the mean over the
-episodes that ended in the iteration; absent where none did); policy/loss, policy/entropy, policy/grad_norm;
+episodes that ended in the iteration; absent if none did); policy/loss, policy/entropy, policy/grad_norm;
 value/loss, value/explained_variance; and what each algorithm adds.
 """

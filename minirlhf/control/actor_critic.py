@@ -1,4 +1,4 @@
-"""Actor-critic: the value network no longer only judges, it also stands in for the future (bootstrapping).
+"""Actor-critic: the value network is not only a baseline, it also replaces future rewards (bootstrapping).
 
 One-step actor-critic (Sutton & Barto, section 13.5, page 332), at each step of each episode:
 
@@ -7,9 +7,9 @@ One-step actor-critic (Sutton & Barto, section 13.5, page 332), at each step of 
     theta <- theta + alpha I delta grad log pi(A | S)                                `policy_gradient_loss`
     I     <- gamma I                                      I = 1 at the start of an episode
 
-`train_actor_critic` does this to the letter, in N environments at once: the N gradients are averaged and taken by Adam.
+`train_actor_critic` does exactly this in N environments at once: the N gradients are averaged and passed to Adam.
 
-A2C (Mnih et al. 2016, the synchronous form) waits for T steps and uses a longer look ahead: n steps, or GAE(lambda)
+A2C (Mnih et al. 2016, the synchronous form) collects T steps and looks further ahead: n steps, or GAE(lambda)
 (Schulman et al. 2016). With `value_updates=1`, `train_a2c` is PPO with one epoch, one minibatch and nothing to clip.
 """
 
@@ -44,7 +44,7 @@ class ActorCriticConfig(ControlConfig):
     value_lr: Positive = 3e-3
     """Learning rate of the value network."""
     weigh_by_gamma_t: bool = False
-    """Keep Sutton's factor I = gamma^t, as the discounted objective asks to the letter; False holds I at 1."""
+    """Keep Sutton's factor I = gamma^t, as the exact discounted objective requires; False keeps I at 1."""
     entropy_coef: NotNegative = 0.0
     """Weight of an entropy bonus; Sutton's algorithm has none."""
 
@@ -56,7 +56,7 @@ class A2CConfig(ControlConfig):
     num_envs: Count = 16
     """N, environments played at once."""
     rollout_steps: Annotated[int, SHORTEST] = 32
-    """T, columns played before each update."""
+    """T, steps per environment before each update."""
     lr: Positive = 1e-3
     """Learning rate of the policy."""
     value_lr: Positive = 3e-3
@@ -64,9 +64,9 @@ class A2CConfig(ControlConfig):
     value_updates: Count = 10
     """Gradient steps of the value network on each batch (1 in Mnih et al.)."""
     lam: Fraction | None = 0.95
-    """GAE's lambda; None where `n_step` is given."""
+    """GAE's lambda; None if `n_step` is given."""
     n_step: Count | None = None
-    """Rewards to take before the value stands in; None where `lam` is given."""
+    """Rewards to sum before bootstrapping; None if `lam` is given."""
     whiten_advantages: bool = True
     """Scale each batch's advantages to mean 0 and variance 1."""
     entropy_coef: NotNegative = 0.0
@@ -92,7 +92,7 @@ def train_actor_critic(
 ) -> Result:
     """Train by one-step actor-critic, learning after every step. Arguments and result as in `minirlhf.control`.
 
-    A row of metrics is the mean over `REPORT_EVERY` steps, those in which all environments only reset left out.
+    A row of metrics is the mean over `REPORT_EVERY` steps, without those in which all environments only reset.
 
     Example:
         >>> result = train_actor_critic("CartPole-v1", ActorCriticConfig(total_steps=1_000), seed=1)
@@ -112,7 +112,7 @@ def train_actor_critic(
             step = run.collector.collect(policy, 1)  # every field [N, 1]
             observations, after = step.observations, step.last_observations
             if not bool(step.mask.any()):
-                continue  # every environment was resetting: nothing was experienced
+                continue  # every environment was resetting: there is no experience
 
             # delta = R + gamma v(S') - v(S). v(S') is 0 where the episode terminated, and v of the last observation
             # where it was only cut.
@@ -187,7 +187,7 @@ def train_a2c(
         batch = run.collector.collect(policy, config.rollout_steps)
         old = batch.estimate(values)
         advantages = _advantages(batch, old, config)
-        returns = advantages + old.values  # made of the raw advantages, not of the normalised ones
+        returns = advantages + old.values  # from the raw advantages, not the normalised ones
 
         logprobs, entropy = policy.logprobs_and_entropy(policy(batch.observations), batch.actions)
         entropy = masked_mean(entropy, batch.mask)
@@ -221,9 +221,9 @@ def train_a2c(
 
 
 def _advantages(batch: Trajectory, old: Values, config: A2CConfig) -> Tensor:
-    """[N, T] by the estimator that the settings name."""
+    """Advantages [N, T] by the estimator that the settings choose."""
     options = {"ends": batch.ends, "mask": batch.mask, "gamma": config.gamma, **old._asdict()}
     if config.n_step is not None:
         return n_step_advantages(batch.rewards, n=config.n_step, **options)
-    assert config.lam is not None  # the settings see to it
+    assert config.lam is not None  # checked by the settings
     return gae(batch.rewards, lam=config.lam, **options)[0]

@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments, and actions as they take them."""
+"""Gymnasium's vector environments, and the conversion of actions for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Environment = str | Callable[[int], Any]
 
 
 def make_envs(env: Environment, num_envs: int) -> Any:
-    """A gymnasium VectorEnv of `num_envs` environments: the native one where there is one (CartPole-v1), else sync.
+    """A gymnasium VectorEnv of `num_envs` environments: the native one if there is one (CartPole-v1), else sync.
 
     Raises:
         UserError: gymnasium is missing or does not know the environment, or it does not reset on the next step.
@@ -35,15 +35,15 @@ def make_envs(env: Environment, num_envs: int) -> Any:
     if mode != AutoresetMode.NEXT_STEP:
         raise UserError(f"the vector environment must reset on the next step (AutoresetMode.NEXT_STEP), not {mode}")
     if envs.num_envs != num_envs:
-        raise UserError(f"{num_envs} environments were asked for, but the vector environment has {envs.num_envs}")
+        raise UserError(f"the vector environment must have {num_envs} environments, not {envs.num_envs}")
     return envs
 
 
 def to_environment(actions: Tensor, space: Any) -> np.ndarray:
-    """A policy's actions as the environment takes them.
+    """Convert a policy's actions for the environment.
 
-    Discrete ones are counted from the space's start, continuous ones go from [-1, 1] to its bounds and are clipped.
-    Where a bound is infinite there is no unit to scale by, and actions stay as they are.
+    Discrete actions are offset by the space's start; continuous ones are clipped to [-1, 1] and scaled to its bounds.
+    Where a bound is infinite there is nothing to scale to, and actions are unchanged.
     """
     played = actions.numpy()
     if not hasattr(space, "low"):

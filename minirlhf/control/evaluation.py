@@ -1,4 +1,4 @@
-"""How good is a policy? Whole episodes, played apart from training, with fixed seeds: one measure for all."""
+"""Evaluate a policy on whole episodes, played separately from training and with fixed seeds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from minirlhf.training import generator_for
 
 @torch.inference_mode()
 def evaluate(policy: Policy, env: Environment, episodes: int = 20, *, greedy: bool = True, seed: int = 1000) -> Tensor:
-    """The returns of whole episodes, all played side by side: [episodes] float64, undiscounted.
+    """The undiscounted returns of whole episodes, all played in parallel: [episodes] float64.
 
     Args:
-        policy: to judge; it is not changed.
+        policy: the policy to evaluate; not changed.
         env: see `policies.Environment`; its episodes must all end.
         episodes: how many.
-        greedy: play the most likely action (True), or sample.
+        greedy: play the most likely action instead of sampling.
         seed: of the environments and of the sampling; the same seed gives the same episodes to every policy.
 
     Raises:
@@ -56,18 +56,18 @@ class Evaluation(NamedTuple):
 
     env_steps: int
     seconds: float
-    """Of training so far, without the evaluations."""
+    """Training time so far, without the evaluations."""
     mean_return: float
 
 
 class Evaluator:
-    """A callback that evaluates every so many environment steps, and ends the training when the target is reached.
+    """A callback that evaluates at regular intervals, and ends the training when the target is reached.
 
     Args:
         env: where to evaluate.
         every: environment steps between two evaluations.
-        episodes: in each.
-        target: stop at this mean return; None goes on to the end of the budget.
+        episodes: per evaluation.
+        target: stop at this mean return; None continues to the end of the budget.
         greedy: see `evaluate`.
         seed: see `evaluate`.
 

@@ -1,15 +1,15 @@
-"""Policies and value networks: small MLPs, started orthogonally, for discrete and for continuous actions.
+"""Policies and value networks: small MLPs with orthogonal initialization, for discrete and continuous actions.
 
-A policy network gives the *parameters* of a distribution over actions, `outputs` [..., K]: logits, or mean and log
-standard deviation. All else is a function of these outputs, so that an old distribution is kept by keeping a tensor.
+A policy network returns the *parameters* of a distribution over actions, `outputs` [..., K]: logits, or mean and log
+standard deviation. All else is a function of these outputs, so keeping an old distribution means keeping one tensor.
 
     policy, values = make_networks("CartPole-v1")
     outputs = policy(observations)
     actions = policy.sample(outputs, generator)
     logprobs = policy.logprobs(outputs, actions)
 
-Initialization as in "The 37 implementation details of PPO": orthogonal, gain sqrt(2) inside, 0.01 at the policy's head
-(all actions start nearly equal), 1 at the value's.
+Initialization as in "The 37 implementation details of PPO": orthogonal, gain sqrt(2) in hidden layers, 0.01 at the
+policy's head (all actions start nearly equally likely), 1 at the value's.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one action a row."""
+        """Draw one action per row."""
         raise NotImplementedError
 
     def mode(self, outputs: Tensor) -> Tensor:
-        """The most likely action of each row: what a greedy evaluation plays."""
+        """The most likely action of each row, which greedy evaluation plays."""
         raise NotImplementedError
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class CategoricalPolicy(Policy):
 class GaussianPolicy(Policy):
     """Continuous actions: independent Gaussians, outputs are mean and log standard deviation [..., 2 A].
 
-    Actions [..., A] are in units of the action space: -1 and 1 are its bounds, and what lies outside is clipped when it
-    is played (`environments.to_environment`), not before its log-probability is taken. The standard deviation does not
-    depend on the observation (as in TRPO and PPO).
+    Actions [..., A] are in units of the action space: -1 and 1 are its bounds. Actions outside are clipped when
+    they are played (`environments.to_environment`), not before their log-probability is taken. The standard
+    deviation does not depend on the observation (as in TRPO and PPO).
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
@@ -156,25 +156,25 @@ class ValueNetwork(nn.Module):
 
 
 class Networks(NamedTuple):
-    """A policy and a value network; they share their trunk where `policy.trunk is values.trunk`."""
+    """A policy and a value network; they share their trunk if `policy.trunk is values.trunk`."""
 
     policy: Policy
     values: ValueNetwork
 
     def both(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """(outputs [..., K], values [...]) with a shared trunk run once."""
+        """(outputs [..., K], values [...]); a shared trunk is run once."""
         features = self.policy.trunk(observations)
         if self.values.trunk is self.policy.trunk:
             return self.policy.outputs_of(features), self.values.values_of(features)
         return self.policy.outputs_of(features), self.values(observations)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter once, also where the trunk is shared."""
+        """Every parameter once, even if the trunk is shared."""
         return nn.ModuleList(self).parameters()
 
 
 def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
-    with torch.random.fork_rng(devices=[]):  # torch's own first weights come from the global generator: leave it alone
+    with torch.random.fork_rng(devices=[]):  # torch draws its own weights from the global generator: don't advance it
         layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     nn.init.zeros_(layer.bias)
@@ -196,10 +196,10 @@ def make_networks(
         hidden: widths of the hidden layers.
         activation: "tanh" or "relu".
         shared: whether policy and value network have one trunk.
-        seed: of the weights; the global generator is left alone.
+        seed: of the weights; the global generator is not advanced.
 
     Raises:
-        UserError: for other spaces, an unknown activation, or an environment that gymnasium does not know.
+        UserError: the spaces are of another kind, or the activation or the environment is unknown.
 
     Example:
         >>> policy, values = make_networks("CartPole-v1", hidden=(32,))
@@ -211,7 +211,7 @@ def make_networks(
     if activation not in ACTIVATIONS:
         raise UserError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")
     if not hidden or min(hidden) < 1:
-        raise UserError(f"hidden must name at least one layer of at least one unit, not {tuple(hidden)}")
+        raise UserError(f"hidden must have at least one layer of at least one unit, not {tuple(hidden)}")
     envs = make_envs(env, 1)
     observation_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()

@@ -1,6 +1,6 @@
 """Proximal policy optimization (Schulman et al. 2017), with every variant that the paper compares.
 
-Algorithm 1 of the paper, and where its lines are below:
+Algorithm 1 of the paper, and the code of each line:
 
     for iteration = 1, 2, ... do                                          `run.iterations()`
         for actor = 1, 2, ..., N do
@@ -43,30 +43,30 @@ class PPOConfig(ControlConfig, PPOSettings):
     """PPO; an iteration is `num_envs` actors (N) times `rollout_steps` (T)."""
 
     rollout_steps: Annotated[int, SHORTEST] = 128
-    """T, columns played before each optimization."""
+    """T, steps per environment before each update."""
     epochs: Count = 10
-    """K, passes over them."""
+    """K, passes over each batch."""
     minibatch_size: Count = 256
-    """M, steps in each gradient, at most: an epoch is cut into equal parts."""
+    """M, maximum steps per minibatch; an epoch is split into equal parts."""
     lr: Positive = 2e-3
     """Learning rate of policy and value network."""
     anneal_lr: bool = True
-    """Bring the learning rate down to 0 along a line over the budget."""
+    """Anneal the learning rate linearly to 0 over the budget."""
     value_coef: NotNegative = 0.5
     """c1, weight of the value loss; c2 is `entropy_coef`."""
     shared: bool = False
-    """Whether the networks that the trainer makes share their trunk."""
+    """Whether the networks that the trainer creates share their trunk."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Below 3 the last part of an epoch may be a single step, which has no variance to divide by.
+        # Below 3 the last minibatch may be a single step, which has no variance to divide by.
         fits = self.minibatch_size >= 3 or not self.whiten_advantages
         self.require(fits, "minibatch_size", "must be at least 3, or whiten_advantages False")
-        self.require(self.target_kl is None or self.beta > 0, "target_kl", "steers beta: begin with beta above 0")
+        self.require(self.target_kl is None or self.beta > 0, "target_kl", "needs beta above 0 to start from")
 
 
 PENDULUM = PPOConfig(total_steps=150_000, num_envs=16, gamma=0.9)
-"""For Pendulum-v1, a continuous task: near -200 on average, where -1200 is a policy that does nothing useful."""
+"""For Pendulum-v1, a continuous task: reaches about -200 on average; a useless policy gets -1200."""
 
 
 def train_ppo(
@@ -111,7 +111,7 @@ def train_ppo(
             **old._asdict(),  # values, last_values, truncated_values
         )
 
-        # From here on it is a bag of steps [B]: the order does not matter, and resets are left out.
+        # From here on steps are a flat batch [B]: the order does not matter, and resets are left out.
         mask = trajectory.mask
         observations, actions = trajectory.observations[mask], trajectory.actions[mask]
         advantages, returns, old_values = advantages[mask], returns[mask], old.values[mask]
@@ -149,7 +149,7 @@ def train_ppo(
                 metrics["policy/grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 if not rows:
-                    # Nothing has moved yet: every ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
+                    # No weight has changed yet: unless every ratio is 1 and nothing is clipped, a log-prob is wrong.
                     ratio_error = ((logprobs.detach() - old_logprobs[index]).exp() - 1).abs().max()
                     first = {"policy/first_ratio_error": ratio_error}
                     first |= {f"policy/first_{key}": metrics[f"policy/{key}"] for key in ("approx_kl", "clip_fraction")}
@@ -174,7 +174,7 @@ def train_ppo(
 
 
 def adapted(beta: float, kl: float, target_kl: float) -> float:
-    """The next KL coefficient (section 4): doubled where the policy went too far, halved where it hardly moved.
+    """The next KL coefficient (section 4): doubled if the policy moved too far, halved if it hardly moved.
 
     >>> adapted(1.0, kl=0.02, target_kl=0.01), adapted(1.0, kl=0.005, target_kl=0.01)
     (2.0, 0.5)
@@ -185,7 +185,7 @@ def adapted(beta: float, kl: float, target_kl: float) -> float:
 
 
 def _summary(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over an iteration's minibatches; of policy/ratio_max the largest."""
+    """The mean of each metric over an iteration's minibatches; the maximum for policy/ratio_max."""
     summary = {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
     summary["policy/ratio_max"] = torch.stack([row["policy/ratio_max"] for row in rows]).max()
     return summary

@@ -1,4 +1,4 @@
-"""REINFORCE: play whole episodes, then make what was followed by a high return more likely (Williams 1992).
+"""REINFORCE: play whole episodes, then make actions followed by a high return more likely (Williams 1992).
 
 Sutton & Barto, section 13.3 (page 328) and, with a baseline, 13.4 (page 330), for each episode and each of its steps:
 
@@ -9,8 +9,8 @@ Sutton & Barto, section 13.3 (page 328) and, with a baseline, 13.4 (page 330), f
     w     <- w + alpha_w delta grad v(S_t; w)                        `value_loss`
     theta <- theta + alpha gamma^t delta grad log pi(A_t | S_t)
 
-Two liberties, both usual: the gradient of a few episodes is averaged before one step of Adam is taken, and gamma^t is
-left out unless `weigh_by_gamma_t` asks for it (late steps would hardly count: 0.99^400 = 0.02).
+Two usual deviations: the gradient is averaged over a few episodes before each Adam step, and gamma^t is left out unless
+`weigh_by_gamma_t` is set (late steps would hardly count: 0.99^400 = 0.02).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from minirlhf.settings import Count, Positive
 
 @dataclass(frozen=True)
 class ReinforceConfig(ControlConfig):
-    """REINFORCE; an update is made of `num_envs` whole episodes."""
+    """REINFORCE; an update uses `num_envs` whole episodes."""
 
     lr: Positive = 3e-3
     """Learning rate of the policy."""
     weigh_by_gamma_t: bool = False
-    """Weigh step t by gamma^t, as the discounted objective asks to the letter."""
+    """Weight step t by gamma^t, as the exact discounted objective requires."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def train_reinforce(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Result:
-    """Train a policy by REINFORCE, without a baseline. The value network of `networks` is not touched.
+    """Train a policy by REINFORCE, without a baseline. The value network of `networks` is not changed.
 
-    A truncated episode is taken as it is: without a value there is nothing to say about what was cut off.
+    A truncated episode is used as it is: without a value network, the rest of its return is unknown.
     Arguments and result as in `minirlhf.control`.
 
     Example:
@@ -108,7 +108,7 @@ def train_reinforce_with_baseline(
 ) -> Result:
     """Train a policy by REINFORCE with a learned baseline v(s; w).
 
-    The return of a truncated episode goes on with v of its last observation. Arguments and result as in
+    The return of a truncated episode bootstraps from v of its last observation. Arguments and result as in
     `minirlhf.control`.
 
     Example:
@@ -161,6 +161,6 @@ def train_reinforce_with_baseline(
 
 
 def _gamma_t(episodes: Trajectory, config: ReinforceConfig) -> Tensor:
-    """[1, T]: gamma^t where it is asked for, else 1. Each row is an episode from its start, so t is the column."""
+    """[1, T]: gamma^t if `weigh_by_gamma_t`, else 1. Each row is an episode from its start, so t is the column."""
     t = torch.arange(episodes.mask.shape[1])
     return (config.gamma**t if config.weigh_by_gamma_t else torch.ones_like(t, dtype=torch.float32)).unsqueeze(0)

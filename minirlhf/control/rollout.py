@@ -1,16 +1,16 @@
-"""Play a policy in many environments at once: [N, T] steps, with what ended told apart from what was cut.
+"""Play a policy in many environments at once: [N, T] steps that tell terminated from truncated episodes.
 
-Gymnasium's vector environments reset themselves, in one of several ways; here it is the NEXT-STEP way, which the native
-vector environments use. One environment, an episode of two steps:
+Gymnasium's vector environments reset themselves, in one of several modes. This module uses NEXT_STEP, the mode of the
+native vector environments. One environment, an episode of two steps:
 
     column           0      1      2        3
     observation      s0     s1     s2       s0'      s2 is the episode's last observation
     action           a0     a1     ignored  a0'
-    mask             True   True   False    True     column 2 only resets: it is no experience and counts nowhere
+    mask             True   True   False    True     column 2 only resets: it is not experience and never counts
     ended            False  True   False    False
 
-So the observation after ANY step is the next column's (`last_observations` after the last): also after a truncated
-episode's last step, whose value the learner needs, and no special place has to be searched for it.
+So the observation after ANY step is in the next column (`last_observations` after the last one), even after the last
+step of a truncated episode, where the learner needs its value.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class Episode(NamedTuple):
     """The plain sum of its rewards."""
     length: int
     terminated: bool
-    """False: it was truncated, as by a time limit."""
+    """False if it was truncated, for example by a time limit."""
 
 
 class Values(NamedTuple):
-    """What a value network says about a trajectory, in the form `minirlhf.returns.gae` asks for."""
+    """A value network's estimates for a trajectory, in the form that `minirlhf.returns.gae` takes."""
 
     values: Tensor
     """[N, T]"""
     last_values: Tensor
     """[N], after the last column."""
     truncated_values: Tensor
-    """[N, T], where an episode was truncated: the value of its last observation; elsewhere 0."""
+    """[N, T]: the value of an episode's last observation where it was truncated; elsewhere 0."""
 
 
 class Trajectory(NamedTuple):
-    """T steps of N environments; see the picture at the top of this file."""
+    """T steps of N environments; see the table at the top of this file."""
 
     observations: Tensor
     """[N, T, D] float32, before each step."""
@@ -60,9 +60,9 @@ class Trajectory(NamedTuple):
     rewards: Tensor
     """[N, T] float32"""
     terminated: Tensor
-    """[N, T] bool: the world ended the episode with this step; nothing comes after."""
+    """[N, T] bool: the environment ended the episode with this step; nothing comes after."""
     truncated: Tensor
-    """[N, T] bool: a time limit cut it; more would have come."""
+    """[N, T] bool: a time limit cut the episode; more would have come."""
     mask: Tensor
     """[N, T] bool, True = a step that counts."""
     last_observations: Tensor
@@ -82,7 +82,7 @@ class Trajectory(NamedTuple):
 
 
 class Collector:
-    """Plays a policy and remembers where each environment stands.
+    """Plays a policy and keeps the state of each environment.
 
     Args:
         envs: from `environments.make_envs`.
@@ -115,10 +115,10 @@ class Collector:
         self._restart = False
 
     def collect(self, policy: Policy, steps: int) -> Trajectory:
-        """Play `steps` columns, going on where the last call stopped.
+        """Play `steps` columns, continuing where the last call stopped.
 
         Raises:
-            TrainingError: the environment gave a reward or an observation that is not finite.
+            TrainingError: the environment returned a reward or an observation that is not finite.
         """
         if self._restart:
             self._begin()
@@ -128,7 +128,7 @@ class Collector:
     def collect_episodes(self, policy: Policy) -> Trajectory:
         """Play one whole episode in every environment, from its start; rows are padded (mask False) to the longest.
 
-        It needs an environment whose episodes all end. What the others play while the longest goes on is dropped.
+        All episodes of the environment must end. Steps that others play during the longest episode are dropped.
         """
         self._begin()
         running = np.ones(self.envs.num_envs, dtype=bool)
@@ -137,7 +137,7 @@ class Collector:
             column = self._step(policy, running)
             columns.append(column)
             running = running & ~(column[3] | column[4])
-        self._restart = True  # the others stand somewhere inside an episode of which nothing was kept
+        self._restart = True  # the others are inside an episode of which nothing was kept
         return self._trajectory(columns)
 
     def _step(self, policy: Policy, running: np.ndarray | None = None) -> tuple[Any, ...]:
@@ -155,7 +155,7 @@ class Collector:
         return observations, actions.numpy(), rewards, terminated, truncated, mask
 
     def _note(self, rewards: np.ndarray, terminated: np.ndarray, mask: np.ndarray) -> None:
-        """Keep count of steps, and of the episodes that ended."""
+        """Count steps and record the episodes that ended."""
         self.env_steps += int(np.count_nonzero(mask))
         self._returns += rewards * mask
         self._lengths += mask
@@ -174,8 +174,8 @@ class Collector:
         if bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
             raise TrainingError(
-                f"environment {row} gave the reward {float(rewards[row, column])} for the observation "
-                f"{observations[row, column].tolist()}: both must be finite; look at the environment"
+                f"environment {row} returned the reward {float(rewards[row, column])} for the observation "
+                f"{observations[row, column].tolist()}: both must be finite; check the environment"
             )
-        # In an ignored column of `collect_episodes` a dropped episode may end: that is no end of this row's.
+        # A dropped episode may end in a masked column of `collect_episodes`: that is not the end of this row's.
         return Trajectory(observations, actions, rewards, terminated & mask, truncated & mask, mask, last_observations)

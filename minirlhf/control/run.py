@@ -1,4 +1,4 @@
-"""What every learner here has around its algorithm: settings in common, environments, clock, metrics, the result.
+"""What all trainers here share: common settings, environments, time, metrics and the result.
 
 run = Run("ppo", env, config, seed=seed)
 for _ in run.iterations():
@@ -24,33 +24,33 @@ from minirlhf.settings import Count, Fraction, Positive, PositiveOrInf, Settings
 from minirlhf.training import Metrics, Recorder, learning_rate_factor
 
 SHORTEST = whole(3)
-"""Columns of a rollout. Environments may all reset in one column (CartPole's time limit ends them together), and then
-nothing counts in it: a batch needs columns around that one. `train_actor_critic` learns after every step."""
+"""Steps of a rollout. All environments may reset in the same column (CartPole's time limit ends them together), which
+then doesn't count: a batch needs other columns too. `train_actor_critic` learns after every step."""
 
 
 @dataclass(frozen=True)
 class ControlConfig(Settings):
-    """What all algorithms have in common."""
+    """The settings that all algorithms share."""
 
     total_steps: Count = 100_000
     """The budget: steps of all environments together; the iteration that reaches it is the last."""
     num_envs: Count = 8
     """N, environments played at once."""
     gamma: Fraction = 0.99
-    """Discount of a reward one step later."""
+    """Discount factor per step."""
     max_grad_norm: PositiveOrInf = 0.5
-    """Gradients are clipped to this norm; inf for no clip (the norm is still reported)."""
+    """Gradients are clipped to this norm; inf disables it (the norm is still reported)."""
     adam_eps: Positive = 1e-5
     """Adam's epsilon."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of the networks that the trainer makes; see `networks` there to bring your own."""
+    """Widths of the hidden layers of the networks that the trainer creates; pass `networks` to use your own."""
     activation: str = "tanh"
     """Activation of the hidden layers of those networks: "tanh" or "relu"."""
 
 
 @dataclass
 class Progress:
-    """What a callback sees after an iteration."""
+    """What a callback receives after an iteration."""
 
     step: int
     """Iterations done."""
@@ -67,16 +67,16 @@ class Progress:
 
 
 Callback = Callable[[Progress], bool | None]
-"""Called after each iteration; returning True ends the training. The clock stands still meanwhile."""
+"""Called after each iteration; returning True ends the training. Its time is not counted."""
 
 
 @dataclass
 class Result:
-    """What a trainer gives back."""
+    """What a trainer returns."""
 
     policy: Policy
     values: ValueNetwork | None
-    """None where the algorithm has none (REINFORCE without baseline)."""
+    """None if the algorithm has none (REINFORCE without baseline)."""
     history: list[Metrics]
     """One row of metrics per iteration."""
     episodes: list[Episode]
@@ -87,17 +87,17 @@ class Result:
 
 
 class Run:
-    """Environments, networks, clock and metrics of one training.
+    """Environments, networks, time and metrics of one training.
 
     Args:
         name: of the algorithm, for the progress bar and messages.
         env: see `environments.Environment`.
         config: the settings.
         seed: random seed for weights, environments, actions and minibatches.
-        networks: to train, in place; None makes them by config and seed.
-        shared: whether networks made here share their trunk; None where the algorithm has an optimizer for each of the
-            two, which then must not share anything.
-        progress: whether to draw a bar.
+        networks: to train in place; None creates them from config and seed.
+        shared: whether networks created here share their trunk; None if the algorithm has one optimizer for each, so
+            that they must not share anything.
+        progress: whether to draw a progress bar.
         callback: see `Callback`.
     """
 
@@ -118,11 +118,11 @@ class Run:
             env, config.hidden, activation=config.activation, shared=bool(shared), seed=seed
         )
         if shared is None and self.networks.values.trunk is self.networks.policy.trunk:
-            raise UserError(f"{name} trains policy and value network apart: make the networks with shared=False")
+            raise UserError(f"{name} trains policy and value network separately: make the networks with shared=False")
         self._began = time.perf_counter()
         self.collector = Collector(make_envs(env, config.num_envs), seed)
         self.recorder = Recorder(name, show=("objective/episode_return",), progress=progress)
-        self._reported = 0  # episodes that are in an earlier row
+        self._reported = 0  # episodes reported in earlier rows
         self._paused = 0.0
         self._stopped = False
 
@@ -135,11 +135,11 @@ class Run:
         return time.perf_counter() - self._began - self._paused
 
     def annealed(self, lr: float) -> float:
-        """A learning rate brought down to 0 along a line over the budget."""
+        """The learning rate, annealed linearly to 0 over the budget."""
         return lr * learning_rate_factor(self.env_steps, self.config.total_steps, final=0.0, shape="linear")
 
     def iterations(self) -> Iterator[int]:
-        """Count iterations until the budget is used up or the callback has had enough."""
+        """Yield iterations until the budget is used up or the callback ends the training."""
         try:
             for step in self.recorder.steps(self.config.total_steps, done=lambda: self.env_steps):
                 yield step
@@ -158,7 +158,7 @@ class Run:
         self.recorder.check_finite(loss, where, "lower the learning rate, or look for extreme rewards and observations")
 
     def log(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Keep a row of metrics, and show it to the callback."""
+        """Record a row of metrics and pass it to the callback."""
         row: dict[str, float | Tensor] = {"perf/env_steps": self.env_steps, "perf/seconds": self.seconds}
         ended = self.collector.episodes[self._reported :]
         self._reported += len(ended)
@@ -174,7 +174,7 @@ class Run:
             self._paused += time.perf_counter() - began
 
     def result(self, values: bool = True) -> Result:
-        """What the trainer returns; values=False where the algorithm has no value network."""
+        """What the trainer returns; values=False if the algorithm has no value network."""
         policy, network = self.networks
         return Result(
             policy,

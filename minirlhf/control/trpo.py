@@ -1,16 +1,16 @@
-"""Trust region policy optimization (Schulman et al. 2015): the largest step that the KL divergence allows.
+"""Trust region policy optimization (Schulman et al. 2015): the largest step within a bound on the KL divergence.
 
     maximise over theta    E[ pi_theta(a|s) / pi_old(a|s) * A(s, a) ]         the surrogate (equation 14)
     subject to             E[ KL(pi_old(.|s) || pi_theta(.|s)) ] <= max_kl
 
-Appendix C of the paper, and where it is below:
+Appendix C of the paper, and the code of each step:
 
     1  g, the gradient of the surrogate at theta_old                          `surrogate`
     2  x ~ F^-1 g by conjugate gradient, F the Hessian of the mean KL         `conjugate_gradient`, `fisher_product`
     3  the longest step along x: beta = sqrt(2 max_kl / x^T F x)
     4  shrink it until the surrogate improves and the KL holds                the line search
 
-F is never built: F v is the gradient of (grad KL . v), two backward passes.
+F is never formed: F v is the gradient of (grad KL . v), two backward passes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class TRPOConfig(ControlConfig):
     cg_iterations: Count = 10
     """Steps of conjugate gradient."""
     cg_damping: NotNegative = 0.1
-    """Added to F's diagonal, so that a nearly flat direction gives no endless step."""
+    """Added to F's diagonal, so that a nearly flat direction doesn't give a huge step."""
     backtracks: CountOrZero = 10
-    """Halvings of the line search before the update is given up."""
+    """Halvings of the step in the line search before the update is skipped."""
     value_lr: Positive = 3e-3
     """Learning rate of the value network."""
     value_updates: Count = 20
@@ -63,9 +63,9 @@ def train_trpo(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Result:
-    """Train a policy by TRPO, and a value network beside it by Adam. Arguments and result as in `minirlhf.control`.
+    """Train a policy by TRPO and a value network by Adam. Arguments and result as in `minirlhf.control`.
 
-    `max_grad_norm` acts on the value network: the policy's step is bounded by the KL.
+    `max_grad_norm` applies to the value network only: the policy's step is bounded by the KL.
 
     Example:
         >>> result = train_trpo("CartPole-v1", TRPOConfig(total_steps=2_000), seed=1)
@@ -111,7 +111,7 @@ def trust_region_step(
 ) -> dict[str, Tensor]:
     """One update of the policy, in place; returns its metrics. observations [B, D], actions [B, ...], advantages [B].
 
-    After it the mean KL is at most `config.max_kl`; where no step improves the surrogate the policy stays as it was
+    Afterwards the mean KL is at most `config.max_kl`; if no step improves the surrogate, the policy is unchanged
     (policy/accepted 0).
     """
     parameters = list(policy.parameters())
@@ -140,19 +140,19 @@ def trust_region_step(
     outcome = ("policy/kl", "policy/surrogate_gain", "policy/accepted", "policy/backtracks")
     stayed = metrics | {key: torch.tensor(0.0) for key in outcome}
     if not bool(g.isfinite().all()) or float(g.norm()) == 0.0:
-        return stayed  # a NaN loss is reported by the caller; a zero gradient has nothing to say
+        return stayed  # a NaN loss is reported by the caller; a zero gradient gives no direction
 
     # 2  The natural gradient's direction.
     fisher = fisher_product(mean_kl, parameters, config.cg_damping)
     x = conjugate_gradient(fisher, g, config.cg_iterations)
 
-    # 3  The step at whose end the KL would reach its bound, were it the quadratic 1/2 s^T F s.
+    # 3  The step at which the KL reaches its bound in the quadratic approximation 1/2 s^T F s.
     curvature = float(x @ fisher(x))
     if not curvature > 0:
-        return stayed  # only without damping: in floating point F was not positive along x
+        return stayed  # only without damping: due to rounding, F was not positive along x
     step = math.sqrt(2 * config.max_kl / curvature) * x
 
-    # 4  It is not: halve the step until the bound really holds and the surrogate really gains.
+    # 4  That is only approximate: halve the step until the bound holds and the surrogate improves.
     with torch.no_grad():
         for halvings in range(config.backtracks + 1):
             vector_to_parameters(theta_old + 0.5**halvings * step, parameters)
@@ -178,7 +178,7 @@ def fisher_product(
 ) -> Callable[[Tensor], Tensor]:
     """v [P] -> (F + damping I) v [P], F the Hessian of `mean_kl` at the present parameters (Pearlmutter's trick).
 
-    There the KL to the old policy and its gradient are 0, and its Hessian is the Fisher information matrix.
+    At them the KL to the old policy and its gradient are 0, and its Hessian is the Fisher information matrix.
     """
     kl_gradient = flat_gradient(mean_kl(), parameters, create_graph=True)
 
@@ -194,7 +194,7 @@ def conjugate_gradient(
 ) -> Tensor:
     """x with A x ~ b, for a positive definite A given by its product (Hestenes & Stiefel 1952).
 
-    Ends early when the squared residual falls to `tolerance` times that of x = 0.
+    Stops early when the squared residual falls to `tolerance` times that of x = 0.
 
     >>> conjugate_gradient(lambda v: torch.tensor([2.0, 4.0]) * v, torch.tensor([1.0, 1.0]), iterations=2)
     tensor([0.5000, 0.2500])

@@ -1,1 +1,1 @@
-"""InstructGPT's three steps over transformers models: `sft`, `reward_model`, `rlhf`, and what they stand on."""
+"""InstructGPT's three steps over transformers models: `sft`, `reward_model`, `rlhf`, and the modules they use."""

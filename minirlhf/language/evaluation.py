@@ -1,4 +1,4 @@
-"""How good is a model: its answers judged, its distance from the SFT model, and how right a reward model is."""
+"""Evaluate models: judged answers, distance from the SFT model, and the accuracy of a reward model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class EvaluationConfig(Settings, option="evaluation"):
     """How the finished models are measured."""
 
     prompts: Count = 800
-    """Held-out prompts to answer (fewer where the folder has fewer; one that occurs twice is answered twice)."""
+    """Held-out prompts to answer, at most; one that occurs twice is answered twice."""
     temperature: Positive = 1.0
-    """Temperature of sampling; 1 measures the policy that was trained."""
+    """Sampling temperature; 1 measures the policy that was trained."""
     max_response_tokens: Count = 40
-    """Answers are cut after so many tokens."""
+    """Maximum tokens per answer."""
     batch_size: Count = 256
     """Prompts answered at once."""
     corpus_blocks: Count = 200
@@ -70,10 +70,10 @@ def answer(
     Args:
         model: a causal model.
         tokenizer: its tokenizer.
-        prompts: texts, without template; or rows of token ids, which enter the model as they are.
+        prompts: texts, without template; or rows of token ids, which are used as they are.
         config: temperature, length limit, batch size.
-        reference: measure the KL to this model too. At each token of the answer the exact KL over the vocabulary is
-            taken, so that only the sampled prefix is random.
+        reference: also measure the KL to this model. It is exact over the vocabulary at each token of the answer, so
+            that only the sampled prefix is random.
         seed: of the sampling; the same seed gives the same answers.
         greedy: take the most likely token instead of sampling.
     """
@@ -128,9 +128,9 @@ class Pairs(NamedTuple):
 
     reward: Tensor
     length: Tensor
-    """In tokens of text split at white space."""
+    """In words, split at white space."""
     prompts: list[str]
-    """Which prompt's answers each pair compares."""
+    """The prompt of each pair."""
 
 
 def ordered_pairs(comparisons: Sequence[Comparison], rewards: Sequence[Sequence[float]]) -> Pairs:
@@ -188,18 +188,18 @@ def evaluate_reward_model(
     training_labelers: set[str],
     gold: RewardFunction | None = None,
 ) -> dict[str, float | int | list[float] | None]:
-    """How right a reward model is on held-out comparisons.
+    """Evaluate a reward model on held-out comparisons.
 
     Args:
         reward: the reward model as a function.
         comparisons: rankings that it was not trained on.
         training_labelers: names of the labelers whose rankings it was trained on; all others are held-out labelers.
-        gold: the true score where it is known; its own accuracy is the ceiling that label noise leaves.
+        gold: the true score, if known; its accuracy is the ceiling set by label noise.
 
     Returns:
-        accuracy and its 95 % interval (accuracy_interval; pairs of one prompt are not independent, and are not counted
-        as if they were), ceiling, length_baseline, calibration_error, pairs; all but calibration_error again for
-        held-out labelers, as accuracy_heldout_labelers and so on. None where there is nothing to measure.
+        accuracy and its 95 % interval (accuracy_interval; it allows for dependent pairs of one prompt), ceiling,
+        length_baseline, calibration_error, pairs; all but calibration_error again for held-out labelers, as
+        accuracy_heldout_labelers and so on. None where there is nothing to measure.
     """
     result: dict[str, float | int | list[float] | None] = {}
     known = [row for row in comparisons if row.labeler in training_labelers]

@@ -1,7 +1,7 @@
-"""Hidden states and logits of any model of transformers, from padded rows of tokens; and one token at a time.
+"""Hidden states and logits of any transformers model, from padded rows of tokens or one token at a time.
 
-What models differ in is known here alone: who computes (`llama.py` for a plain Llama on a CPU, transformers' own
-forward for all others), which of them take ``position_ids``, what they can read, and where the body is under an
+Only this module knows how models differ: what computes them (`llama.py` for a plain Llama on a CPU, transformers' own
+forward for all others), whether they take ``position_ids``, what they can read, and where the body is under an
 adapter.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_ARE_DEAR = {"cuda"}
-"""Device types where a step's [B, T, V] logits are never made whole: they would outweigh the model itself."""
+"""Device types where a step's [B, T, V] logits are never materialized: they would take more memory than the model."""
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
-    """Whether `llama.forward` computes a model: a Llama on a CPU whose forward nobody changed, in eval mode.
+    """Whether `llama.forward` computes a model: a Llama on a CPU with its original forward, in eval mode.
 
-    Its matrices and norms are called as modules, so that adapters in their place, and hooks on them, have their say.
+    Its matrices and norms are called as modules, so adapters in their place and hooks on them still apply.
     """
     from transformers.models.llama import modeling_llama as hf
 
@@ -42,28 +42,28 @@ def is_plain_llama(model: PreTrainedModel) -> bool:
 
 def _is_hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)  # or somebody's own forward
+    return any(hooks) or "forward" in vars(module)  # or a replaced forward
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The model of transformers inside an adapter of peft, whose layers the adapter has replaced; or the model itself.
+    """The transformers model inside a peft adapter, whose layers the adapter has replaced; or the model itself.
 
-    The adapter's layers stay in the model inside, merged and disabled ones too, so it computes what the whole does.
+    The adapter's layers stay in the inner model, even if merged or disabled, so it computes the same as the outer.
 
     Raises:
-        UserError: the adapter adds something outside the layers, such as a prompt: the model inside is not the policy.
+        UserError: the adapter adds something outside the layers, such as a prompt: the inner model is not the policy.
     """
     if not hasattr(model, "get_base_model"):
         return model
-    passes_on = type(model.base_model).forward.__module__ == "peft.tuners.tuners_utils"  # its arguments, and no more
+    passes_on = type(model.base_model).forward.__module__ == "peft.tuners.tuners_utils"  # only its arguments
     if not passes_on or any(getattr(one, "alora_invocation_tokens", None) for one in model.peft_config.values()):
         kinds = ", ".join(sorted({type(one).__name__ for one in model.peft_config.values()}))
-        raise UserError(f"an adapter of peft must only replace layers, as LoRA does; {kinds} does more than that")
+        raise UserError(f"a peft adapter must only replace layers, as LoRA does; {kinds} does more than that")
     return model.get_base_model()
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """The longest sequence in tokens that a model can read; None where its kind knows no limit."""
+    """The longest sequence in tokens that a model can read; None if it has no limit."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
@@ -72,7 +72,7 @@ def readable(
 ) -> tuple[PreTrainedModel, Tensor, Tensor]:
     """The model inside any adapter, the tokens with 0 in place of padding, and the mask as bool.
 
-    So whatever fills the gaps reaches nobody, be it a pad token for which the model has no embedding.
+    So padding never reaches the model, not even a pad token for which it has no embedding.
 
     Args:
         model: a causal or a scalar model.
@@ -89,19 +89,19 @@ def readable(
     outside = tokens[(tokens < 0) | (tokens >= vocabulary)].tolist()
     if outside:
         raise UserError(
-            f"token {outside[0]} is outside the model's vocabulary of {vocabulary}; load tokenizer and model from one "
-            "folder: load_causal_model(folder, tokenizer)"
+            f"token {outside[0]} is outside the model's vocabulary of {vocabulary}; load tokenizer and model from the "
+            "same folder: load_causal_model(folder, tokenizer)"
         )
     if context is not None and (longest := int(mask.sum(dim=1).max()) + room) > context:
         raise UserError(
-            f"a row takes {longest} tokens{f', {room} of them its answer' if room else ''}, and the model reads "
+            f"a row takes {longest} tokens{f', {room} of them its answer' if room else ''}, but the model reads "
             f"{context}; shorten the prompt or the answer"
         )
     return model, tokens, mask
 
 
 def inputs(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Model inputs for padded tokens. Without position_ids a left-padded GPT-2 is off by whole logits."""
+    """Model inputs for padded tokens. Without position_ids the logits of a left-padded GPT-2 are far off."""
     found = {"input_ids": tokens, "attention_mask": mask.long()}
     if "position_ids" in inspect.signature(model.forward).parameters:
         found["position_ids"] = positions(mask)
@@ -145,15 +145,15 @@ def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, want
     if is_plain_llama(model):
         return model.lm_head(hidden_states(model, tokens, mask, wanted))
     model, tokens, mask = readable(model, tokens, mask)
-    last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that is wanted anywhere
+    last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that any row wants
     out = model(**inputs(model, tokens, mask), use_cache=False, logits_to_keep=last)
     return out.logits[:, -last:][wanted[:, -last:]]
 
 
 def bare_head(model: PreTrainedModel) -> Tensor | None:
-    """The weight [V, D] that alone makes logits of hidden states, on a device where logits are dear; else None.
+    """The head's weight [V, D] if it alone computes the logits, on a device of `LOGITS_ARE_DEAR`; else None.
 
-    None too where something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
+    Also None if something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
     """
     model = without_adapter(model)
     head = model.get_output_embeddings()
@@ -174,11 +174,11 @@ class Decoder(Protocol):
         """After one more token per row, [b]."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone, [new b]."""
+        """Keep only these rows, [new b]."""
 
 
 def decoder_for(model: PreTrainedModel, tokens: Tensor, mask: Tensor, max_new_tokens: int) -> Decoder:
-    """One token at a time from a causal model: prompts tokens [B, P] int64, mask [B, P] bool, left-padded.
+    """A decoder of one token at a time, after left-padded prompts: tokens [B, P] int64, mask [B, P] bool.
 
     Raises:
         UserError: see `readable`.

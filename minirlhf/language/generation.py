@@ -1,8 +1,8 @@
-"""Sampling answers: a KV cache, finished rows dropped, and the log-probability of every token kept.
+"""Sample answers with a KV cache; finished rows are dropped, and the log-probability of every token is kept.
 
-The distribution that is sampled is the one whose log-probability is taken: the whole vocabulary at one temperature,
-no top-k and no top-p (transformers' ``generate`` applies top_k=50 unless told otherwise, and then the ratio of the
-first PPO minibatch is not 1).
+Log-probabilities are those of the distribution that is sampled: the whole vocabulary at one temperature, without top-k
+or top-p (transformers' ``generate`` applies top_k=50 by default, and then the ratio of the first PPO minibatch is not
+1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minirlhf.losses import token_logprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COMPACT_BELOW = 0.8  # rows still running, as a share of the rows computed, below which finished ones are dropped
+COMPACT_BELOW = 0.8  # drop finished rows when less than this share of the computed rows is still running
 
 
 class Samples(NamedTuple):
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
     response_tokens: Tensor
     """[B, T] int64, right-padded."""
     response_mask: Tensor
-    """[B, T] bool, True up to and including EOS, and nothing after."""
+    """[B, T] bool, True up to and including EOS, False after it."""
     logprobs: Tensor
     """[B, T] float32, log-probability under the sampling distribution; 0 where the mask is False."""
     ended: Tensor
@@ -55,7 +55,7 @@ class Samples(NamedTuple):
         return self.response_mask.sum(dim=1)
 
     def rows(self, index: Tensor) -> Samples:
-        """The chosen rows, with columns that hold no real token of any of them cut off on both sides."""
+        """The chosen rows, without the outer columns in which none of them has a real token."""
         prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
         start = self.prompt_mask.shape[1] - int(prompt_mask.sum(dim=1).max())
         stop = int(response_mask.sum(dim=1).max())
@@ -95,19 +95,19 @@ def sample(
     temperature: float = 1.0,
     greedy: bool = False,
 ) -> Samples:
-    """Answer every prompt.
+    """Sample an answer to every prompt.
 
-    The random numbers of a row are its own, one for each of its tokens: an answer does not depend on which other rows
-    have ended. With a generator for each row it does not depend on how the rows are cut into batches either.
+    Each row has its own random numbers, one per token: an answer does not depend on which other rows have ended. With
+    one generator per row it does not depend on how the rows are batched either.
 
     Args:
-        model: a causal model of transformers, in eval mode (dropout would make the log-probabilities lie).
+        model: a causal model of transformers, in eval mode (dropout would make the log-probabilities wrong).
         prompts: B rows of token ids, each at least one token.
-        max_new_tokens: responses are cut after so many tokens.
-        pad_id: fills the gaps; must not be the only eos_id.
+        max_new_tokens: maximum tokens per response.
+        pad_id: the padding token; must not be the only eos_id.
         eos_id: ends a response; one token or several, see `end_ids`.
-        generator: of the random numbers, on the CPU; one for all rows, or one for each. Not needed when greedy.
-        temperature: logits are divided by it before sampling; the kept log-probabilities are those of that
+        generator: of the random numbers, on the CPU; one for all rows or one per row. Not needed when greedy.
+        temperature: logits are divided by it before sampling; the returned log-probabilities are those of that
             distribution.
         greedy: take the most likely token instead of sampling.
 
@@ -117,7 +117,7 @@ def sample(
     Raises:
         ValueError: no prompt, an empty prompt, a temperature that is not positive, pad_id == eos_id, or a model in
             training mode.
-        UserError: a prompt holds a token that the model has not, or leaves no room for an answer in its context.
+        UserError: a prompt has a token outside the vocabulary, or leaves no room for an answer in the context.
 
     Example:
         >>> samples = sample(model, [[5, 6, 7]], max_new_tokens=20, pad_id=0, eos_id=1)  # doctest: +SKIP
@@ -182,13 +182,13 @@ def _chances(generator: torch.Generator | Sequence[torch.Generator] | None, rows
 
 
 def draw(logits: Tensor, chances: Tensor) -> Tensor:
-    """One token per row from softmax(logits), by inversion of the distribution function: [B, V] -> [B] int64.
+    """Draw one token per row from softmax(logits), by inverting the cumulative distribution: [B, V] -> [B] int64.
 
-    `chances` [B] float64 are uniform in [0, 1). Sums are in float64, where a token of probability 1e-12 still has its
-    share; one of probability 0 is never drawn.
+    `chances` [B] float64 are uniform in [0, 1). Sums are in float64, so that a token of probability 1e-12 can still
+    be drawn; one of probability 0 never is.
 
     Raises:
-        ValueError: a row has no distribution: it holds NaN or +inf, or nothing but -inf.
+        ValueError: a row has no distribution: it contains NaN or +inf, or only -inf.
 
     Example:
         >>> draw(torch.tensor([[0.0, 0.0], [-torch.inf, 0.0]]), torch.tensor([0.4, 0.1], dtype=torch.float64)).tolist()
@@ -198,9 +198,9 @@ def draw(logits: Tensor, chances: Tensor) -> Tensor:
     broken = below[:, -1].isnan()
     if broken.any():
         raise ValueError(
-            f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits hold NaN or +inf, or nothing but -inf; "
-            "no token can be drawn. Look at the model's weights and at what masks its logits"
+            f"row {int(broken.nonzero()[0])} of {len(logits)}: the logits contain NaN or +inf, or only -inf, so "
+            "no token can be drawn; check the model's weights and what masks its logits"
         )
-    # Strictly below the sum of all, which rounding may have left on either side of 1.
+    # Strictly below the total, which rounding may have left on either side of 1.
     chosen = chances[:, None] * (1 - 2**-50) * below[:, -1:]
     return torch.searchsorted(below, chosen, right=True).squeeze(1)

@@ -3,10 +3,10 @@
     x <- x + attention(norm(x))
     x <- x + mlp(norm(x))                     for every layer (Touvron et al. 2023)
 
-Answers end when they end, so a padded batch of them is up to half padding, and transformers computes it all. Here the
-real tokens are laid end to end, [N, D], through every matrix product. Only attention, in which the tokens of a row
-meet, puts them side by side, [B, H, T, d]: padded on the right, where causal attention never looks. After the last
-attention only the wanted tokens go on: PPO needs none of the prompt's, a reward model one token of forty.
+Answers differ in length, so a padded batch of them is up to half padding, and transformers computes it all. Here the
+real tokens are concatenated, [N, D], for every matrix product. Only attention, which mixes the tokens of a row, uses
+padded rows, [B, H, T, d]: padded on the right, where causal attention never looks. After the last attention only the
+wanted tokens are computed: PPO needs none of the prompt's, a reward model one token in forty.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaModel
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries [N, H, d], keys, values [N, K, d]) -> [N, H, d]. K is H, or fewer where heads share keys."""
+"""(layer, queries [N, H, d], keys, values [N, K, d]) -> [N, H, d]. K is H, or fewer if heads share keys."""
 
 
 class Packed(NamedTuple):
-    """N real tokens of B rows, end to end."""
+    """N real tokens of B rows, concatenated."""
 
     tokens: Tensor
     """[N] int64."""
@@ -37,7 +37,7 @@ class Packed(NamedTuple):
 
 
 def pack(tokens: Tensor, mask: Tensor) -> Packed:
-    """Leave out the padding, wherever it is: tokens [B, T] int64, mask [B, T] bool, True at real tokens.
+    """Remove the padding, wherever it is: tokens [B, T] int64, mask [B, T] bool, True at real tokens.
 
     Example:
         >>> packed = pack(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[False, True], [True, True]]))
@@ -56,7 +56,7 @@ def forward(
         base: the body of a Llama.
         tokens: [N] int64.
         positions: [N] int64, the place of each in its row.
-        attend: lets the tokens of a row meet: `causal`, or one of a `Cache`.
+        attend: attention between the tokens of a row: `causal`, or one of a `Cache`.
         wanted: [N] bool, True at W of the tokens.
     """
     x = base.embed_tokens(tokens)  # [N, D]
@@ -73,13 +73,13 @@ def forward(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) by an angle that grows with the position: [N, H, d] (Su et al. 2021)."""
+    """Rotate each pair (x_i, x_{i + d/2}) by an angle that grows with the position: [N, H, d] (Su et al. 2021)."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
 def causal(packed: Packed, rows: int) -> Attend:
-    """Attention of every token to those before it in its row, and to itself."""
+    """Attention of every token to itself and to those before it in its row."""
     place = (packed.rows, packed.positions)
     longest = int(packed.positions.max()) + 1 if len(packed.positions) else 0
 
@@ -115,7 +115,7 @@ class Cache:
         return keep
 
     def step(self) -> Attend:
-        """Attention of one more token in each row to all that is kept of the row."""
+        """Attention of one more token in each row to all cached tokens of the row."""
         rows, last = torch.arange(len(self.lengths)), self.lengths
         self.lengths = last + 1
         longest = int(self.lengths.max())
@@ -132,5 +132,5 @@ class Cache:
         return attend
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         self.kept, self.lengths = self.kept[:, :, rows], self.lengths[rows]

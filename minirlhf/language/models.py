@@ -3,7 +3,7 @@
 policy, reference    AutoModelForCausalLM
 reward, value        AutoModelForSequenceClassification with one label; the same head read at one token or at all
 
-Any decoder of transformers will do; `tiny_llama` makes the small one that the course trains from nothing.
+Any transformers decoder works; `tiny_llama` creates the small one that the course trains from scratch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BYTES = 256  # every byte-level BPE has a token for each
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, option="model_size"):
-    """The tiny Llama-style base model that is trained where no pretrained one is given."""
+    """The tiny Llama-style base model that is trained if no pretrained one is given."""
 
     hidden_size: Count = 96
-    """Width of the model; a multiple of heads."""
+    """Width of the model; a multiple of 2 x heads."""
     layers: Count = 4
     """Number of transformer blocks."""
     heads: Count = 4
@@ -43,7 +43,7 @@ class ModelConfig(Settings, option="model_size"):
     init_std: Positive = 0.05
     """Standard deviation of the initial weights; the usual 0.02 is meant for models ten times as wide."""
     vocab_size: Annotated[int, whole(BYTES + 2)] = 2048  # with <pad> and <eos>
-    """Tokens of the byte-level BPE that is trained where the data folder brings no tokenizer.json."""
+    """Vocabulary of the byte-level BPE that is trained if the data folder has no tokenizer.json."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,19 +91,19 @@ def load_causal_model(
 
     Args:
         path: a folder or a hub name.
-        tokenizer: where it has more tokens than the model, such as a pad token that had to be added, the model's
-            embedding grows. Not needed for training: padding never enters a model.
+        tokenizer: if it has more tokens than the model, such as an added pad token, the model's embedding is enlarged.
+            Not needed for training: padding never enters a model.
         seed: of the new rows of the embedding.
 
     Raises:
-        CheckpointError: weights are missing or damaged, or it is no causal model.
+        CheckpointError: weights are missing or damaged, or it is not a causal model.
     """
     from transformers import AutoModelForCausalLM
 
     model, missing = _load(AutoModelForCausalLM, path)
     made = (model.config.architectures or [""])[0]
     if "ForSequenceClassification" in made:
-        raise CheckpointError(f"{path}: a {made}, which scores texts and writes none; give a causal model")
+        raise CheckpointError(f"{path}: a {made}, which only scores texts; give a causal model")
     _check_complete(path, missing)
     if tokenizer is not None:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -116,7 +116,7 @@ def load_causal_model(
 
 
 def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
-    """``kind.from_pretrained`` in float32, and the weights that stand in no file."""
+    """``kind.from_pretrained`` in float32, and the names of weights that are missing in the files."""
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -131,7 +131,7 @@ def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path}: not a model that can be loaded ({reason}); "
+            f"{path}: the model can't be loaded ({reason}); "
             "give a folder made by save_pretrained, weights included, or a hub name"
         ) from error
     return model, sorted(found["missing_keys"])
@@ -155,16 +155,16 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
 def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model with a scalar head on a copy of a causal model's body: the start of a reward model.
 
-    It is on the same device, of the same dtype, in the same mode, and all of it can be trained; an adapter of peft is
-    merged into the copy. The head has standard deviation 1/sqrt(d+1), so that scores start near unit scale whatever
-    the width d ("The N implementation details of RLHF with PPO").
+    It has the same device, dtype and mode, and all of it is trainable; a peft adapter is merged into the copy. The head
+    is initialized with standard deviation 1/sqrt(d+1), so that scores start near unit scale at any width d ("The N
+    implementation details of RLHF with PPO").
 
     Args:
-        model: a causal model; it is left as it is.
+        model: a causal model; it is not changed.
         seed: random seed for the head.
 
     Raises:
-        CheckpointError: transformers has no sequence classifier of its kind.
+        CheckpointError: transformers has no sequence classifier of its type.
     """
     causal = clone(model)
     if without_adapter(causal) is not causal:
@@ -180,10 +180,10 @@ def scalar_model_from(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def empty_scalar(model: PreTrainedModel, device: str = "meta") -> PreTrainedModel:
-    """A scalar model of a causal model's kind and size, untrained; on torch's meta device without weights, at no cost.
+    """An untrained scalar model of a causal model's type and size; on torch's meta device it has no weights.
 
     Raises:
-        CheckpointError: transformers has none of that kind, or none with such a body.
+        CheckpointError: transformers has none of that type, or none with the same body.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -196,7 +196,7 @@ def empty_scalar(model: PreTrainedModel, device: str = "meta") -> PreTrainedMode
         scalar = None
     if type(getattr(scalar, "base_model", None)) is not type(model.base_model):
         raise CheckpointError(
-            f"{type(model).__name__} can't be a reward model: transformers has no sequence classifier of its kind "
+            f"{type(model).__name__} can't be a reward model: transformers has no sequence classifier of its type "
             f"({config.model_type}) with the same body; give a decoder that has one, such as Llama, GPT-2 or Qwen"
         )
     _check_scalar(scalar)
@@ -204,20 +204,20 @@ def empty_scalar(model: PreTrainedModel, device: str = "meta") -> PreTrainedMode
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with the same weights that shares none of them: same device and dtype, adapters and frozen parts too."""
+    """A copy of a model that shares no weights with it: same device and dtype, adapters and frozen parts included."""
     return copy.deepcopy(model)
 
 
 def _check_scalar(model: PreTrainedModel) -> None:
     if getattr(getattr(model, "score", None), "out_features", None) != 1:
         raise CheckpointError(
-            f"{type(model).__name__} has no scalar head named 'score'; a reward model is a decoder of transformers "
+            f"{type(model).__name__} has no scalar head named 'score'; a reward model is a transformers decoder "
             "loaded as AutoModelForSequenceClassification with num_labels=1"
         )
 
 
 def response_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
-    """Logits that predict each response token: [W, V], in the order of response_mask [B, T]. Arguments as below."""
+    """The logits of each response token: [W, V], in the order of response_mask [B, T]. See `response_logprobs`."""
     return next_token_logits(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
 
 
@@ -239,7 +239,7 @@ def response_logprobs(
         mask: [B, P + T] bool, True at real tokens.
         response_mask: [B, T] bool, True at response tokens, EOS included.
         temperature: the one that the response was sampled with.
-        return_entropy: also give the entropy, in nats, of the distribution that each token was drawn from, [B, T].
+        return_entropy: also return the entropy, in nats, of the distribution that each token was drawn from, [B, T].
 
     Raises:
         ValueError: a response token has no token before it.
@@ -258,24 +258,24 @@ def response_logprobs(
 
 
 def _before(mask: Tensor, response_mask: Tensor) -> Tensor:
-    """The token before each response token, which predicts it: [B, P + T - 1] bool. The shift by one is made here."""
+    """The token before each response token, which predicts it: [B, P + T - 1] bool. The shift by one is done here."""
     length = response_mask.shape[1]
     before = torch.zeros_like(mask[:, :-1])
     before[:, -length:] = response_mask
     if (before & ~mask[:, :-1]).any():
-        raise ValueError("a response token has no token before it, which could predict it: give every row a prompt")
+        raise ValueError("a response token has no token before it to predict it: give every row a prompt")
     return before
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[W] values to the True places of mask [...], 0 elsewhere."""
+    """[W] values scattered to where mask [...] is True, 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
     """The scalar head at every real token, offset removed: [B, T] -> [B, T] float32, 0 at padding.
 
-    With ``wanted`` [B, T] bool, true at some of the real tokens, the others are 0 too and may cost nothing.
+    With ``wanted`` [B, T] bool, True at some of the real tokens, the others are 0 too and may not be computed.
     """
     wanted = mask.bool() if wanted is None else wanted
     return _spread(_head(model, hidden_states(model, tokens, mask, wanted)), wanted)

@@ -1,6 +1,6 @@
 """Before step 1: a base model that continues text, trained to predict the next token of a corpus.
 
-Where a pretrained model is given, this step is skipped and that model takes its place.
+If a pretrained model is given, this step is skipped and that model is used instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainingConfig(Settings, option="base"):
-    """The base model's training."""
+    """Training of the base model."""
 
     steps: Count = 1000
     """Optimizer steps."""
@@ -37,21 +37,21 @@ class PretrainingConfig(Settings, option="base"):
     block_length: Annotated[int, whole(2)] = 64  # the first token of a block predicts, the last is predicted
     """Tokens per block."""
     lr: NotNegative = 4e-3
-    """Peak learning rate (cosine, to a tenth)."""
+    """Peak learning rate (cosine decay to a tenth)."""
     warmup: CountOrZero = 20
     """Steps of linear warm-up."""
     weight_decay: NotNegative = 0.05
-    """AdamW's decay of matrices."""
+    """AdamW's weight decay, for matrices only."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
 
 
 def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
-    """Lay documents end to end and cut them into blocks: -> [N, block_length] int64.
+    """Concatenate documents and cut them into blocks: -> [N, block_length] int64.
 
     Args:
-        documents: token ids, each closed with EOS.
-        block_length: tokens per block; the rest that fills no block is dropped.
+        documents: token ids, each followed by EOS.
+        block_length: tokens per block; an incomplete last block is dropped.
 
     Raises:
         ValueError: the documents together are shorter than one block.
@@ -64,14 +64,14 @@ def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
     count = len(flat) // block_length
     if count == 0:
         raise ValueError(
-            f"the corpus has {len(flat)} tokens, less than one block of {block_length}; "
+            f"the corpus has {len(flat)} tokens, fewer than one block of {block_length}; "
             "add text or lower --base.block-length"
         )
     return flat[: count * block_length].view(count, block_length)
 
 
 def language_model_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Mean negative log-likelihood a token of full blocks: [B, T] -> scalar, in nats."""
+    """Mean negative log-likelihood per token of full blocks: [B, T] -> scalar, in nats."""
     everything = torch.ones_like(blocks, dtype=torch.bool)
     return -response_logprobs(model, blocks, everything, everything[:, 1:]).mean()
 
@@ -102,7 +102,7 @@ def train_base(
     recorder = recorder or Recorder("base")
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
-    model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
+    model.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     for step in recorder.steps(config.steps):
         rows = epoch_batch(len(blocks), config.batch_size, step, seed, "base")
         loss = language_model_loss(model, blocks[rows].to(model.device))
@@ -119,7 +119,7 @@ def train_base(
 
 @torch.no_grad()
 def corpus_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 64) -> float:
-    """Mean negative log-likelihood a token over all blocks, in nats: how much of language a model still knows."""
+    """Mean negative log-likelihood per token over all blocks, in nats: how well a model still knows plain text."""
     model.eval()
     total, count = 0.0, 0
     for batch in blocks.split(batch_size):

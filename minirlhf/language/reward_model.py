@@ -2,8 +2,8 @@
 
     loss = -1/C(K,2) * sum over pairs (w, l) of log sigmoid(r(x, y_w) - r(x, y_l))
 
-All K answers to a prompt go through the model once and all their pairs are one batch element: K forward passes in
-place of K(K-1), and no answer is seen in more than one update of an epoch (shuffled pairs over-fit).
+All K answers to a prompt go through the model once and all their pairs are one batch element: K forward passes
+instead of K(K-1), and no answer is seen in more than one update per epoch (shuffled pairs overfit).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ RewardFunction = Callable[[Sequence[str], Sequence[str]], "Sequence[float] | Ten
 
 
 def scores_tensor(returned: object, count: int) -> Tensor:
-    """What a reward function returned, as one number per response: -> [count] float32 on the CPU.
+    """Convert what a reward function returned to one number per response: -> [count] float32 on the CPU.
 
     Args:
         returned: a tensor or array [count], or anything that yields ``count`` numbers: a list, a generator.
-        count: of responses.
+        count: the number of responses.
 
     Raises:
         UserError: it is something else, or not of that length.
@@ -73,7 +73,7 @@ def scores_tensor(returned: object, count: int) -> Tensor:
                 raise TypeError
             numbers.append(float(value))
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise wrong(f"{value!r:.60} ({type(value).__name__}) in place {len(numbers)}") from None
+            raise wrong(f"{value!r:.60} ({type(value).__name__}) at index {len(numbers)}") from None
     if len(numbers) != count:
         raise wrong(f"({len(returned) if isinstance(returned, Sized) else len(numbers)},)")
     return torch.tensor(numbers, dtype=torch.float32)
@@ -81,22 +81,22 @@ def scores_tensor(returned: object, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardModelConfig(Settings, option="reward_model"):
-    """The reward model's training."""
+    """Training of the reward model."""
 
     epochs: Positive = 1.0
-    """Passes over the comparisons; more than one over-fits."""
+    """Passes over the comparisons; more than one overfits."""
     batch_size: Count = 8
     """Prompts per step, each with all its answers."""
     lr: NotNegative = 1e-3
-    """Peak learning rate (cosine, to a tenth)."""
+    """Peak learning rate (cosine decay to a tenth)."""
     warmup: CountOrZero = 10
     """Steps of linear warm-up."""
     weight_decay: NotNegative = 0.05
-    """AdamW's decay of matrices."""
+    """AdamW's weight decay, for matrices only."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens per forward pass: memory, not mathematics."""
+    """Padded tokens per forward pass; affects memory, not results."""
 
 
 def train_reward_model(
@@ -112,11 +112,11 @@ def train_reward_model(
     """Train a reward model that starts from the body of a causal model.
 
     Args:
-        model: the SFT model (left as it is; the reward model is a copy).
+        model: the SFT model (not changed; the reward model is a copy).
         tokenizer: its tokenizer.
-        comparisons: rankings of K >= 2 answers; equal scores are ties and count for nothing.
+        comparisons: rankings of K >= 2 answers; equal scores are ties and are ignored.
         config: the hyper-parameters.
-        demonstrations: after training a constant is taken off so that these score 0 on average.
+        demonstrations: after training, scores are shifted so that these average 0.
         seed: of the new head and of the order of prompts.
         recorder: where progress and metrics go.
 
@@ -131,13 +131,13 @@ def train_reward_model(
     encoded = encode_comparisons(tokenizer, comparisons)
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
-    # Which prompts prefer anything: 0 or 1 each. The others add nothing to the loss, and nothing to its denominator.
+    # 1 for each prompt that states a preference, else 0. The others add nothing to the loss or its denominator.
     ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
 
     optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"reward_model": reward_model}, {"reward_model": optimizer})
     total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
-    reward_model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
+    reward_model.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     for step in recorder.steps(total):
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
         optimizer.zero_grad()
@@ -190,7 +190,7 @@ def _score_group(
     comparisons: Sequence[Comparison],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, labels and mask of a few prompts, padded to the largest K: three of [b, K]."""
+    """Rewards, labels and mask of a few prompts, padded to the largest K; each [b, K]."""
     counts = [len(rows) for rows in encoded]
     flat = _score_rows(model, [row for rows in encoded for row in rows], tokenizer)
     valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
@@ -208,14 +208,14 @@ def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: Pr
 
 
 class RewardModelScorer:
-    """A reward model as a plain function of texts, which is all that PPO asks of a reward.
+    """A reward model as a plain function of texts, which is all that PPO needs.
 
     Example:
         >>> reward = RewardModelScorer(model, tokenizer)  # doctest: +SKIP
         >>> reward(["write a story about frogs"], ["once upon a time ..."])  # doctest: +SKIP
         tensor([1.3])
 
-    ``micro_batch_tokens``: padded tokens per forward pass, memory and speed, not mathematics.
+    ``micro_batch_tokens``: padded tokens per forward pass; changes only memory and speed.
     """
 
     def __init__(
@@ -227,8 +227,8 @@ class RewardModelScorer:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Score each response to its prompt: -> [B] float32 on the CPU.
 
-        A sampled answer may take more tokens when it is read than when it was written (half a character becomes a
-        whole one, an answer that was cut is closed by EOS). What the model can't read of it is left out before EOS.
+        A sampled answer may take more tokens when it is encoded again (half a character becomes a whole one, EOS is
+        added to an answer that was cut off). Tokens beyond the model's context are dropped before EOS.
         """
         encoded = encode_prompts(self.tokenizer, prompts)
         rows = [p + r for p, r in zip(encoded, encode_responses(self.tokenizer, responses), strict=True)]

@@ -1,4 +1,4 @@
-"""Step 3: PPO against a reward, with a KL penalty token by token and PPO-ptx (Ouyang et al. 2022, equation 2).
+"""Step 3: PPO against a reward, with a KL penalty per token and PPO-ptx (Ouyang et al. 2022, equation 2).
 
     maximise  E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))]  +  ptx_coef E_corpus[log pi(x)]
 
@@ -6,11 +6,11 @@ Four models take part. The policy answers and learns; the value network, which s
 predicts the return at every token; the reference is the SFT model, frozen; the reward is any callable
 (prompts, responses) -> scores: a reward model, or a plain Python function.
 
-A step, in the order it happens:
+One step, in order:
     1  sample answers and keep their log-probs             `sample`
-    2  score them, charge the KL, estimate advantages      `_experience`
+    2  score them, penalize the KL, estimate advantages    `_experience`
     3  a few epochs of clipped updates on minibatches      `_update`
-    4  steer beta, average the weights, log
+    4  adapt beta, average the weights, log
 
 References: Schulman et al. 2017 (PPO), Ziegler et al. 2019 (adaptive KL), Ouyang et al. 2022 (InstructGPT), and "The N
 implementation details of RLHF with PPO". Left out: rollouts on other machines, and value-network offloading.
@@ -65,29 +65,29 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     epochs: Count = 1
     """Passes over each batch (as InstructGPT: fresh answers teach more than a second look)."""
     minibatch_size: Count = 64
-    """Answers in each optimizer step, at most: an epoch is cut into equal parts."""
+    """Maximum number of answers per optimizer step; an epoch is split into equal parts."""
     lr: NotNegative = 4e-4
-    """Peak learning rate of the policy (linear, to a tenth)."""
+    """Peak learning rate of the policy (linear decay to a tenth)."""
     value_lr: NotNegative = 1e-3
-    """Peak learning rate of the value network (linear, to a tenth)."""
+    """Peak learning rate of the value network (linear decay to a tenth)."""
     warmup: CountOrZero = 5
     """Steps of linear warm-up, so that the value network is useful before the policy moves."""
     beta: NotNegative = 0.08
     """KL coefficient (InstructGPT: 0.02)."""
     target_kl: Positive | None = None
-    """Steer beta so that an answer's KL stays near so many nats; None keeps beta fixed."""
+    """Adapt beta to keep the KL near this many nats per answer; None keeps beta fixed."""
     kl_horizon: Positive = 10_000.0
-    """Episodes over which beta is steered."""
+    """Episodes over which beta adapts; more is slower."""
     value_clip_range: Positive | None = 0.2
-    """Values are clipped to the old ones ± this; None for no clip."""
+    """Values are clipped to within this distance of the old ones; None for no clipping."""
     gamma: Fraction = 1.0
     """Discount (InstructGPT: none)."""
     temperature: Positive = 1.0
-    """Temperature of sampling; log-probs are those of the same distribution."""
+    """Sampling temperature; log-probs are of the same tempered distribution."""
     max_response_tokens: Count = 40
-    """Answers are cut after so many tokens."""
+    """Maximum tokens per answer."""
     missing_eos_penalty: NotNegative = 1.0
-    """Taken off the score of an answer that did not end."""
+    """Subtracted from the score of an answer that did not end with EOS."""
     ptx_coef: NotNegative = 0.0
     """Weight of the pretraining loss in the policy's gradient (InstructGPT: 27.8); 0 for plain PPO."""
     ptx_batch_size: Count = 8
@@ -95,14 +95,14 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     ema_decay: Fraction | None = None
     """Return a moving average of the policy's weights (InstructGPT: 0.992); None for the last weights."""
     max_grad_norm: PositiveOrInf = 1.0
-    """Gradients are clipped to this norm, policy and value apart; inf for no clip."""
+    """Gradients are clipped to this norm, policy and value separately; inf for no clipping."""
     micro_batch_tokens: Count = 4096
-    """Padded tokens per forward pass: memory and speed, not mathematics."""
+    """Padded tokens per forward pass; affects memory and speed, not results."""
 
 
 @dataclass
 class Learners:
-    """The two models that learn, each with its optimizer."""
+    """The two models that are trained, each with its optimizer."""
 
     policy: PreTrainedModel
     value_model: PreTrainedModel
@@ -114,7 +114,7 @@ class Learners:
         self.value_optimizer.zero_grad()
 
     def step(self, max_grad_norm: float) -> dict[str, float]:
-        """Clip the two gradients, each to its own norm, and take a step; returns the norms before."""
+        """Clip the two gradients separately and take a step; returns the norms before clipping."""
         norms = {
             "policy/grad_norm": float(nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)),
             "value/grad_norm": float(nn.utils.clip_grad_norm_(self.value_model.parameters(), max_grad_norm)),
@@ -125,7 +125,7 @@ class Learners:
 
 
 class Experience(NamedTuple):
-    """One batch of answers with all that the update needs; each [B, T] but `scores`."""
+    """One batch of answers with all that the update needs; all [B, T] except `scores`."""
 
     samples: Samples
     scores: Tensor
@@ -176,9 +176,9 @@ def train_rlhf(
         The policy (or, with ema_decay, its moving average), in eval mode.
 
     Raises:
-        UserError: ptx_coef > 0 without corpus_blocks; models that share what is trained; or the reward returned
-            anything but one number per response.
-        TrainingError: a loss or a score became NaN or infinite; or the log-probs of sampling are not those of
+        UserError: ptx_coef > 0 without corpus_blocks; models share trained weights; or the reward returned anything
+            but one number per response.
+        TrainingError: a loss or a score became NaN or infinite; or the log-probs of sampling differ from those of
             training, so that the first ratio is not 1.
 
     Example:
@@ -186,7 +186,7 @@ def train_rlhf(
         >>> train_rlhf(sft, values, reference, reward, tokenizer, prompts, RLHFConfig())  # doctest: +SKIP
     """
     if config.ptx_coef > 0 and corpus_blocks is None:
-        raise UserError("ptx_coef > 0 mixes in pretraining text: give corpus_blocks")
+        raise UserError("ptx_coef > 0 needs pretraining text: give corpus_blocks")
     judge = {"reward model": reward.model} if isinstance(reward, RewardModelScorer) else {}
     _check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
@@ -255,7 +255,7 @@ def train_rlhf(
 
 
 def _check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreTrainedModel]) -> None:
-    """Each learner has something to train, and shares none of it with another model.
+    """Check that each learner has trainable weights and shares none of them with another model.
 
     Raises:
         UserError: names the models and the tensor.
@@ -268,13 +268,13 @@ def _check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreT
             shared = [trained[p.data_ptr()] for p in model.parameters() if p.data_ptr() in trained]
             if shared and other != name:
                 raise UserError(
-                    f"the {name} and the {other} share {shared[0]}, which is trained: the one would move with the "
+                    f"the {name} and the {other} share {shared[0]}, which is trained: one would change with the "
                     "other; give a clone(model) as one of them, made before any adapter is added"
                 )
 
 
 def _scores(reward: RewardFunction, prompts: list[str], responses: list[str], where: str) -> Tensor:
-    """What the reward says of each answer: [B] float32 on the CPU, all finite."""
+    """The reward of each answer: [B] float32 on the CPU, all finite."""
     scores = scores_tensor(reward(prompts, responses), len(prompts))
     for i in (~scores.isfinite()).nonzero().flatten().tolist():
         raise TrainingError(
@@ -315,7 +315,7 @@ def _experience(
 
 
 def _response_values(value_model: PreTrainedModel, samples: Samples) -> Tensor:
-    """V before each response token: [b, T]. The value of column t has seen the tokens before t, as the policy had."""
+    """V before each response token: [b, T]. The value at column t depends on the tokens before t, like the policy."""
     tokens, mask, length = samples.tokens[:, :-1], samples.mask[:, :-1], samples.response_mask.shape[1]
     before = torch.zeros_like(mask)
     before[:, -length:] = samples.response_mask
@@ -323,7 +323,7 @@ def _response_values(value_model: PreTrainedModel, samples: Samples) -> Tensor:
 
 
 def _groups(samples: Samples, index: Tensor, config: RLHFConfig) -> list[Tensor]:
-    """Micro-batches of rows of like length, so that little of a forward pass is padding."""
+    """Micro-batches of rows of similar length, so that little of a forward pass is padding."""
     lengths = samples.mask.sum(dim=1)[index].tolist()
     return [index[group] for group in micro_batches(lengths, config.micro_batch_tokens)]
 
@@ -352,7 +352,7 @@ def _update(
     config: RLHFConfig,
     recorder: Recorder,
 ) -> dict[str, float]:
-    """Clipped updates on minibatches. Every loss is divided by the response tokens of its whole minibatch."""
+    """Clipped updates on minibatches. Every loss is divided by the number of response tokens in its minibatch."""
     rows: list[dict[str, float]] = []
     for index, blocks in updates:
         learners.zero_grad()
@@ -375,16 +375,16 @@ def _update(
             (config.ptx_coef * ptx_loss).backward()
             row["policy/ptx_loss"] = float(ptx_loss.detach())
         rows.append(row | learners.step(config.max_grad_norm))
-    # Nothing has moved before the first: the ratio is 1 and nothing is clipped, or a log-prob is wrong somewhere.
+    # No weight has changed before the first: unless the ratio is 1 and nothing is clipped, a log-prob is wrong.
     names = ("ratio_error", "approx_kl", "clip_fraction")
     return _together(rows, len(rows)) | {f"policy/first_{name}": rows[0][f"policy/{name}"] for name in names}
 
 
 def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: str) -> None:
-    """Before the first update of a step, training gives each token the probability that it was sampled with.
+    """Check that, before a step's first update, training gives each token the probability it was sampled with.
 
     Raises:
-        TrainingError: it does not, so no update would be what PPO says.
+        TrainingError: it does not, so PPO's updates would be wrong.
     """
     rounds = policy.dtype in (torch.bfloat16, torch.float16)
     what, limit = ("mean", 5e-2) if rounds else ("largest", 1e-3)
@@ -392,13 +392,13 @@ def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: st
     if error > limit:
         raise TrainingError(
             f"{where}: before the first update the ratio of the probabilities in training and in sampling must be 1, "
-            f"and its {what} error is {error:.2g} (at most {limit} in {policy.dtype}); look at what the policy's "
+            f"but its {what} error is {error:.2g} (at most {limit} in {policy.dtype}); check what the policy's "
             "forward does differently with a cache, or in a padded batch. No weight has changed in this step."
         )
 
 
 def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss on a few rows, divided by the count of tokens of the whole minibatch; and its metrics."""
+    """PPO's loss on a few rows, divided by the token count of the whole minibatch; and its metrics."""
     samples = part.samples
     logprobs, entropy = response_logprobs(
         learners.policy, samples.tokens, samples.mask, samples.response_mask, config.temperature, return_entropy=True
@@ -423,7 +423,7 @@ def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: flo
 
 
 def _together(rows: list[dict[str, float]], divisor: int = 1) -> dict[str, float]:
-    """The sum of each metric divided by `divisor`; of the ratio's largest values the largest."""
+    """The sum of each metric divided by `divisor`; the maximum for the ratio's maxima."""
     worst = ("policy/ratio_max", "policy/ratio_error")
     return {
         key: max(row[key] for row in rows) if key in worst else sum(row[key] for row in rows) / divisor

@@ -1,7 +1,7 @@
 """Step 1: supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5).
 
-The loss counts the completion's tokens and its EOS, never the prompt's. InstructGPT trains 16 epochs with a cosine
-rate and finds that the loss over-fits after one while the scores by the reward model still rise.
+The loss counts the completion's tokens and its EOS, never the prompt's. InstructGPT trains for 16 epochs with cosine
+decay and finds that the loss overfits after one while the reward model's scores still rise.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class SFTConfig(Settings, option="sft"):
     batch_size: Count = 16
     """Demonstrations per step."""
     lr: NotNegative = 2e-3
-    """Peak learning rate (cosine, to a tenth)."""
+    """Peak learning rate (cosine decay to a tenth)."""
     warmup: CountOrZero = 5
     """Steps of linear warm-up."""
     weight_decay: NotNegative = 0.05
-    """AdamW's decay of matrices."""
+    """AdamW's weight decay, for matrices only."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     micro_batch_tokens: Count = 4096
-    """Padded tokens per forward pass: memory and speed, not mathematics."""
+    """Padded tokens per forward pass; changes only memory and speed."""
 
 
 def train_sft(
@@ -63,7 +63,7 @@ def train_sft(
 
     Args:
         model: the base model.
-        tokenizer: its tokenizer; gives the template that stands between prompt and completion.
+        tokenizer: its tokenizer, with the template of prompts.
         demonstrations: what to imitate.
         config: the hyper-parameters.
         seed: of the order of demonstrations.
@@ -84,7 +84,7 @@ def train_sft(
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
     total = max(1, round(config.epochs * len(demonstrations) / config.batch_size))
-    model.eval()  # no dropout: a run is a function of its seed, and continues bit for bit
+    model.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     for step in recorder.steps(total):
         rows = length_grouped_batch(lengths, config.batch_size, step, total, seed, "sft")
         counted = sum(len(completions[row]) for row in rows)

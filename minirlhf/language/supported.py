@@ -1,4 +1,4 @@
-"""Can a pretrained model play all the parts of the pipeline? Asked before any training, not after an hour of it."""
+"""Check that a pretrained model can do every part of the pipeline, before any training and not an hour into it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel) -> None:
-    """Let a causal model write two tokens and be scored, and see whether a scalar model can have its body.
+    """Check that a causal model can sample and be scored, and that a scalar model can have its body.
 
-    The scalar model is made on torch's meta device, so a large model costs no second copy.
+    The scalar model is created on torch's meta device, so a large model needs no second copy.
 
     Args:
         model: in eval mode.
 
     Raises:
-        CheckpointError: says what it can't do.
+        CheckpointError: it can't; the message says what failed.
     """
     scalar = empty_scalar(model)
     name, vocabulary = type(model).__name__, model.get_input_embeddings().num_embeddings
@@ -40,6 +40,6 @@ def check_model(model: PreTrainedModel) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{name} can't be trained here: {str(error).splitlines()[0]}") from error
     if states.shape[-1] != scalar.score.in_features:
-        raise CheckpointError(f"{name}: its states are {states.shape[-1]} wide, its head {scalar.score.in_features}")
+        raise CheckpointError(f"{name}: its states have width {states.shape[-1]}, its head {scalar.score.in_features}")
     if not torch.allclose(early, later, atol=1e-3, rtol=1e-3):
         raise CheckpointError(f"{name}: a token changes what was predicted before it; give a causal model")

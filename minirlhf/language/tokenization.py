@@ -1,4 +1,4 @@
-"""From text to token ids and back: one template between a prompt and its answer, pad never the same as EOS.
+"""From text to token ids and back: one prompt template, and a pad token that is never EOS.
 
 transformers is imported when first used, so that ``import minirlhf.language.sft`` stays quick.
 """
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 PLACE = "THE-PROMPT-STANDS-HERE"  # in a template, to find what is written around a prompt
-# The prompt ends in a line break, then comes the answer. It is stored as the tokenizer's chat template, so that a
-# pretrained chat model brings its own and every saved checkpoint knows how its prompts were written.
+# The prompt ends in a line break, followed by the answer. This is stored as the tokenizer's chat template, so that a
+# pretrained chat model uses its own and every saved checkpoint records how its prompts were written.
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' \n' }}{% endfor %}"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint (a folder or a hub name) and make it fit for training.
+    """Load the tokenizer of a checkpoint (a folder or a hub name) and prepare it for training.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is damaged.
@@ -32,11 +32,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # of some kinds transformers makes an empty one
-            raise ValueError("a text has no tokens in it")
+        if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # transformers may create an empty one
+            raise ValueError("it encodes text to no tokens")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: no tokenizer that can be loaded ({str(error).splitlines()[0]}); "
+            f"{path}: the tokenizer can't be loaded ({str(error).splitlines()[0]}); "
             "give a folder made by save_pretrained, tokenizer included, or a hub name"
         ) from None
     return prepare(tokenizer)
@@ -50,7 +50,7 @@ def tokenizer_from_file(file: str | Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer (any text can be written with it, so <unk> never occurs)."""
+    """Train a byte-level BPE tokenizer (it can encode any text, so <unk> never occurs)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,10 +81,10 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, written in the tokenizer's template, ready to be answered.
+    """Token ids of each prompt, in the tokenizer's template.
 
-    BOS begins it where the tokenizer begins any text so. The template writes its own special tokens; none is added
-    twice, and none that stands in a prompt's text is one.
+    BOS comes first if the tokenizer starts every text with it. The template writes its own special tokens; none is
+    added twice, and a special token inside a prompt's text is plain text.
     """
     unique = list(dict.fromkeys(prompts))
     texts = [_in_template(tokenizer, prompt) for prompt in unique]
@@ -113,7 +113,7 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts in which "<eos>" is five letters and no token: nobody but this module ends an answer."""
+    """Token ids of texts in which "<eos>" is plain text, not a token: only this module ends an answer."""
     if not texts:
         return []
     rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -121,17 +121,17 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in ends:
         return rows
-    # A tokenizer of whole words can't spell "<eos>": it is a word that it does not know.
+    # A word-level tokenizer can't spell "<eos>": to it, that is an unknown word.
     return [[unknown if token in ends else token for token in row] for row in rows]
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each response, closed with EOS; a special token that stands in the text is plain text."""
+    """Token ids of each response, followed by EOS; a special token inside the text is plain text."""
     return [[*row, tokenizer.eos_token_id] for row in _encode_plain(tokenizer, responses)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each document of a corpus, closed with EOS, and after BOS where the tokenizer writes one."""
+    """Token ids of each document of a corpus, followed by EOS, and after BOS if the tokenizer writes one."""
     bos = _bos(tokenizer)
     return [[*bos, *row] for row in encode_responses(tokenizer, texts)]
 

@@ -1,4 +1,4 @@
-"""The three steps in a row on a folder of data, with checkpoints and measurements."""
+"""The whole pipeline on a folder of data, with checkpoints and measurements."""
 
 from minirlhf.pipeline.run import run_pipeline
 

@@ -1,9 +1,9 @@
-"""Train one step of a run in a process of its own, beside another step.
+"""Train one step of a run in its own process, in parallel with another step.
 
-Models of this size keep one core busy and hardly two: on two cores, two trainings side by side take little longer than
+Models of this size keep one core busy, but hardly two: on two cores, two trainings in parallel take little longer than
 one. PPO and PPO-ptx both start from the SFT model and the reward model and don't need each other.
 
-The child reads its settings from the run's config.json. It ends when its parent does, however that ends: the parent
+The child reads its settings from the run's config.json. It exits when its parent does, for whatever reason: the parent
 holds the other end of its standard input.
 """
 
@@ -38,18 +38,18 @@ child()
 
 @contextlib.contextmanager
 def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> Iterator[None]:
-    """Train one step of a run in another process while the body of the ``with`` works, and wait for it there.
+    """Train one step of a run in another process while the ``with`` body runs, then wait for it.
 
-    Where the body fails, or Ctrl-C comes, the child is ended: its step goes on when the run does.
+    If the body fails or Ctrl-C is pressed, the child is terminated; its step resumes when the run does.
 
     Args:
-        config: of the run; its folder has a config.json already.
+        config: of the run; its folder already has a config.json.
         step: its name, such as "ppo".
         threads: for the child.
         progress: whether the child draws a bar.
 
     Raises:
-        TrainingError: the child failed; its own message stands above.
+        TrainingError: the child failed; it has printed its own message.
     """
     # time.time is the clock that two processes share.
     unsaved = {name: getattr(config, name) for name in UNSAVED}
@@ -72,7 +72,7 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
 def child() -> None:
     """Entry point of the child: it trains its step and saves it, as `run_pipeline` would."""
     run, step, threads, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    # What it loads is part of the step's time.
+    # Loading counts as part of the step's time.
     began = time.monotonic() - max(0.0, time.time() - settings["began"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):

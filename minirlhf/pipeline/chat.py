@@ -1,4 +1,4 @@
-"""Type an instruction, see the models of a run answer beside each other."""
+"""Type an instruction and compare the answers of a run's models."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ def chat(
         prompts: answer these and stop; without any, ask at the terminal.
         temperature: of sampling.
         greedy: take the most likely token instead.
-        max_response_tokens: answers are cut after so many tokens; None for the limit of the run's evaluation.
+        max_response_tokens: maximum tokens per answer; None for the limit of the run's evaluation.
         seed: of sampling.
 
     Raises:
-        CheckpointError: the folder is no run, or holds no finished policy.
+        CheckpointError: the folder is not a run, or has no finished policy.
         UserError: a prompt of `prompts` leaves no room for an answer.
     """
     config = read_config(run)
     hide_loading_bars()
     names = [name for name in POLICIES if (run / name).is_dir()]
     if not names:
-        raise CheckpointError(f"{run}: no policy is finished yet; let the run go on")
+        raise CheckpointError(f"{run}: no policy is finished yet; continue the run first")
     device = torch.device("cpu")
     models = {name: load_policy(run, name, device) for name in names}
     tokenizer = load_tokenizer(run / names[0])
     context = min(filter(None, map(context_of, models.values())), default=None)
     wanted = max_response_tokens or config.evaluation.max_response_tokens
     for turn, typed in enumerate(prompts or _typed(run)):
-        # A vocabulary without capitals, such as the small world's, reads more of a prompt in lower case.
+        # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
         prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
         if unknown := _unknown(tokenizer, prompt):
             print(f"(these models have no word for: {', '.join(unknown)})")
         length = len(encode_prompts(tokenizer, [prompt])[0])
         room = wanted if context is None else min(wanted, context - length)
         if room < 1:
-            message = f"the prompt takes {length} tokens, and the models read {context}, answer included; shorten it"
+            message = f"the prompt takes {length} tokens, but the models read {context}, answer included; shorten it"
             if prompts:
                 raise UserError(message)
             print(f"({message})")
@@ -77,7 +77,7 @@ def chat(
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
-    """The words that a tokenizer can't read. The small world's knows a few hundred, one of subwords reads them all."""
+    """The words that a tokenizer can't encode. The small world's knows a few hundred; a subword one knows all."""
     return [w for w in prompt.split() if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]
 
 

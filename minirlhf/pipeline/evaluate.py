@@ -1,4 +1,4 @@
-"""The measurements of finished models: of all of a run, for report.json, and of one, for ``minirlhf evaluate``."""
+"""Measure finished models: all models of a run, for report.json, or one of them, for ``minirlhf evaluate``."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Evaluator:
-    """Has policies answer a run's held-out prompts, and measures each beside the run's base and SFT models."""
+    """Lets policies answer a run's held-out prompts, and compares each with the run's base and SFT models."""
 
     run: Path
-    """Its folder, with base, SFT and reward model."""
+    """The run's folder, with base, SFT and reward model."""
     data: DataFolder
-    """Its data."""
+    """The run's data."""
     block_length: int
     """Tokens per block of the corpus loss."""
     settings: EvaluationConfig
@@ -71,13 +71,13 @@ class Evaluator:
         self.scores: dict[str, list[float]] = {}
 
     def ask(self, name: str) -> None:
-        """Have one of the models answer the prompts, and the judge score its answers."""
+        """Let one of the models answer the prompts and the judge score its answers."""
         model, sft = self.models[name], self.models["sft"]
         said = answer(model, self.tokenizer, self.prompts, self.settings, reference=sft, seed=self.seed)
         self.answers[name], self.scores[name] = said, self.judge.scores(self.prompts, said.responses, said.ended)
 
     def measure(self, name: str) -> Row:
-        """The measurements of a model that has answered, as base and SFT have."""
+        """The measurements of a model, after `ask` for it, base and SFT."""
         own, base, said = self.scores[name], self.scores["base"], self.answers[name]
         mean, error = mean_and_error(own, self.prompts)
         measured: Row = {"gold_mean": mean, "gold_standard_error": error if math.isfinite(error) else None}
@@ -119,7 +119,7 @@ def _headroom_closed(own: Tensor, base: Tensor, best: Tensor) -> Tensor:
 
 
 def _ends(interval: tuple[float, float]) -> list[float] | None:
-    """As JSON has it: null where a single prompt says nothing of the others."""
+    """The interval for JSON: null if a single prompt gives none."""
     return list(interval) if all(map(math.isfinite, interval)) else None
 
 
@@ -146,7 +146,7 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
         return judge.scores(prompts, responses, [True] * len(prompts))
 
     labelers = {row.labeler for row in data.comparisons}
-    # What a model costs in corpus loss above the base model, and the share of it that PPO-ptx takes away.
+    # Each model's corpus loss above the base model's, and the share of PPO's that PPO-ptx removes.
     base = evaluation["base"]["corpus_loss"]
     tax = {name: evaluation[name]["corpus_loss"] - base for name in ("sft", "ppo", "ppo_ptx")}
     removed = 1 - tax["ppo_ptx"] / tax["ppo"] if tax["ppo"] > 0 else None
@@ -165,10 +165,10 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
 
 
 def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, seed: int, device_name: str) -> Row:
-    """Measure one policy on a run's held-out prompts, beside the run's base and SFT models.
+    """Measure one policy on a run's held-out prompts, compared with the run's base and SFT models.
 
     Args:
-        run: a finished run; gives data, judge, base and SFT.
+        run: a finished run; supplies data, judge, base and SFT.
         checkpoint: a policy of the run, or a folder with a causal model that has the same vocabulary.
         settings: how many prompts, temperature, length limit.
         seed: random seed for sampling.
@@ -178,8 +178,8 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
         The same measurements as one entry of report.json's ``evaluation``, with ``judge`` and ``checkpoint``.
 
     Raises:
-        CheckpointError: the run or the checkpoint is missing or damaged, is no causal model, or their vocabularies
-            differ.
+        CheckpointError: the run or the checkpoint is missing or damaged, the checkpoint is not a causal model, or the
+            vocabularies differ.
         UserError: prompt and answer together are longer than the models can read.
     """
     config = read_config(run)
@@ -191,14 +191,14 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
     data = read_folder(find_data(config), config.seed)
     evaluator = Evaluator(run, data, config.base.block_length, settings, seed, device)
     if load_tokenizer(folder).get_vocab() != evaluator.tokenizer.get_vocab():
-        raise CheckpointError(f"{folder}: its tokenizer has another vocabulary than the run {run}")
+        raise CheckpointError(f"{folder}: its tokenizer's vocabulary differs from that of the run {run}")
     evaluator.models[checkpoint] = load_causal_model(folder).to(device).eval()
     longest = max(len(ids) for ids in encode_prompts(evaluator.tokenizer, evaluator.prompts))
     context = min(filter(None, map(context_of, evaluator.models.values())), default=None)
     if context is not None and longest + settings.max_response_tokens > context:
         raise UserError(
-            f"--max-response-tokens {settings.max_response_tokens}: the models read {context} tokens, and the longest "
-            f"prompt takes {longest} of them; give {context - longest} at most"
+            f"--max-response-tokens {settings.max_response_tokens}: the models read {context} tokens, of which the "
+            f"longest prompt takes {longest}; give at most {context - longest}"
         )
     for name in evaluator.models:
         evaluator.ask(name)

@@ -35,7 +35,7 @@ DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data" / "small_world"
 
 @dataclass
 class Inputs:
-    """All that the steps need, checked and tokenized."""
+    """Everything that the steps need, checked and tokenized."""
 
     folder: DataFolder
     tokenizer: PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def find_data(config: RunConfig) -> Path:
     """The folder to read: the one given, the shipped small world, or a small world made for this run.
 
     Raises:
-        UserError: there is none of the three: the package that brings the small world is not installed.
+        UserError: none of the three is there: the package that provides the small world is not installed.
     """
     if config.data is not None:
         return config.data
@@ -71,7 +71,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         CheckpointError: the pretrained model can't be loaded.
     """
     folder = read_folder(path, config.seed)
-    gold_judge(folder)  # a prompt that it can't judge is found now, and not after the training
+    gold_judge(folder)  # finds prompts that it can't judge now, not after the training
     limit = config.context_length
     if config.model is not None:
         tokenizer, model_limit = _pretrained(config.model, check=not (config.out / "base").is_dir())
@@ -88,8 +88,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     for what, where, length in _sequences(folder, tokenizer, room):
         if limit is not None and length > limit:
             raise DataError(
-                f"{where}: {what} takes {length} tokens, the context holds {limit}; shorten the row, "
-                "or give a longer --context-length where the model allows it"
+                f"{where}: {what} takes {length} tokens, but the context holds {limit}; shorten the row, "
+                "or raise --context-length if the model allows it"
             )
         longest = max(longest, length)
     if limit is not None and block_length > limit:
@@ -104,7 +104,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
 
 def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tried."""
+    """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tested."""
     from transformers import AutoConfig
 
     try:
@@ -120,17 +120,17 @@ def _from_file(file: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = tokenizer_from_file(file)
     except Exception as error:
-        raise DataError(f"{file}: not a tokenizer that can be loaded ({error}); delete it to train one") from None
+        raise DataError(f"{file}: the tokenizer can't be loaded ({error}); delete it to train one") from None
     return tokenizer
 
 
 def _sequences(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[tuple[str, str, int]]:
-    """Every sequence that a step will see: what it is, its file and line, its tokens.
+    """Every sequence that a step will see: what it is, its file and line, its length in tokens.
 
     Args:
         folder: the data.
         tokenizer: of the models.
-        room: tokens of the longest answer that is sampled.
+        room: maximum tokens of a sampled answer.
     """
     comparisons = (*folder.comparisons, *folder.heldout_comparisons)
     for what, rows in (

@@ -1,4 +1,4 @@
-"""Who judges the answers: a world's own judge where the truth is known, the reward model where it is not."""
+"""The judges of answers: a world's own judge if the truth is known, else the reward model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RewardModelJudge:
         self.reward = reward
 
     def check(self, prompt: str) -> None:
-        """It scores whatever it is given."""
+        """Accept every prompt."""
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
         return torch.as_tensor(self.reward(prompts, responses)).tolist()
@@ -42,7 +42,7 @@ class RewardModelJudge:
 
 
 def find_judge(folder: DataFolder, reward: RewardFunction) -> Judge:
-    """The gold judge where the folder's truth is known, else the reward model."""
+    """The gold judge if the folder's truth is known, else the reward model."""
     return gold_judge(folder) or RewardModelJudge(reward)
 
 
@@ -51,7 +51,7 @@ def gold_judge(folder: DataFolder) -> Judge | None:
 
     Raises:
         DataError: world.json is malformed or names a world that is not installed, or a prompt that will be judged is
-            none of that world's; named by file, and by line.
+            not of that world; names the file and the line.
     """
     if folder.world_file is None:
         return None
@@ -68,7 +68,7 @@ def gold_judge(folder: DataFolder) -> Judge | None:
             judge.check(prompt)
         except ValueError as error:
             raise DataError(
-                f"{where}: gold can't judge this prompt ({error}); take the row out, or delete "
+                f"{where}: the gold judge can't score this prompt ({error}); remove the row, or delete "
                 f"{folder.world_file} to have the reward model judge"
             ) from None
     return judge

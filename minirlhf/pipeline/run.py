@@ -1,7 +1,7 @@
 """The pipeline, top to bottom: base model, SFT, reward model, PPO, PPO-ptx, evaluation.
 
-Each step trains in ``runs/NAME/STEP.partial/`` and is renamed to ``runs/NAME/STEP/`` when it is whole, so what has its
-name is finished, and what is finished is never done again.
+Each step trains in ``runs/NAME/STEP.partial/``, which is renamed to ``runs/NAME/STEP/`` when it is complete. So a
+folder with the final name is finished, and a finished step is never repeated.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.settings import changed_settings, check_context, settings_of
 from minirlhf.pipeline.steps import train_step
 
-BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of the steps before them, and not each other's
+BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
 PACKAGES = ("minirlhf", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def run_pipeline(
     config: RunConfig, *, command: str = "", progress: bool = True, began: float | None = None
 ) -> dict[str, Any]:
-    """Run or continue the whole pipeline: all but the page, which `minirlhf.report.write_report` draws.
+    """Run or resume the whole pipeline, except for the report page, which `minirlhf.report.write_report` draws.
 
     A page that shows other measurements is removed.
 
@@ -40,7 +40,7 @@ def run_pipeline(
         config: all settings.
         command: the command line, for the report.
         progress: whether to draw progress bars.
-        began: when the command began, by `time.monotonic`, so that imports count as well; left out: now.
+        began: when the command began, by `time.monotonic`, so that imports count too; default: now.
 
     Returns:
         The measurements, as report.json holds them.
@@ -49,11 +49,11 @@ def run_pipeline(
         DataError: malformed data; raised before any training.
         CheckpointError: the folder belongs to another run, or something in it is damaged.
         TrainingError: a loss became NaN or infinite.
-        UserError: another run works in the folder.
+        UserError: another run is using the folder.
     """
     began = time.monotonic() if began is None else began
     if config.out.exists() and not config.out.is_dir():
-        raise CheckpointError(f"--out {config.out}: is a file; give a folder that holds a run, or none yet")
+        raise CheckpointError(f"--out {config.out}: is a file; give the folder of a run, or a new one")
     with locked(config.out):
         return _run(config, command, progress, began)
 
@@ -73,14 +73,14 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         print(note, file=sys.stderr)
     if "base" not in left:
         check_context(out, inputs.context_length)
-    # Only now does the folder belong to this run: a mistake in the data leaves nothing behind. And a report of what
-    # was here before would be taken for this run's if it were killed now.
+    # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
+    # removed: if this run were killed now, it would be taken for this run's.
     for name in ("report.html", "report.json"):
         (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", settings)
 
-    # Two small models at a time use two cores far better than one model with two threads. A step that was left over by
-    # a killed run gets its half of the threads too: the number of threads decides the last bits of a sum.
+    # Two small models at a time use two cores far better than one model with two threads. A step left over from a
+    # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
     apart = config.side_by_side and device.type == "cpu" and threads > 1
     prepared = time.monotonic() - began

@@ -39,15 +39,15 @@ def train_step(
     beside: bool = False,
     began: float | None = None,
 ) -> None:
-    """Train one step and save it, going on from the state that a killed run left.
+    """Train one step and save it, resuming from the state of a killed run if there is one.
 
     Args:
         step: one of `STEPS`; the models it starts from are in the run's folder.
         config: of the run.
         inputs: its data.
         progress: whether to draw a progress bar.
-        beside: another step trains at the same time, and has the first line for its progress bar.
-        began: when the work for it began, by `time.monotonic`; left out: now.
+        beside: whether another step trains at the same time, whose progress bar has the first line.
+        began: when the work for it began, by `time.monotonic`; default: now.
     """
     aside = config.out / f"{step}.partial"
     recorder = Recorder(
@@ -72,11 +72,11 @@ def train_step(
 
 
 def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> PreTrainedModel:
-    """From the models of the steps before to the model of this one."""
+    """Train this step's model, starting from the models of earlier steps."""
     run, seed, device = config.out, config.seed, find_device(config.device)
     data, tokenizer = inputs.folder, inputs.tokenizer
     if step == "base" and config.model is not None:
-        recorder.track({}, {})  # makes the folder
+        recorder.track({}, {})  # creates the folder
         return load_causal_model(config.model, tokenizer, seed).to(device).eval()
     if step == "base":
         model = tiny_llama(config.model_size, tokenizer, inputs.context_length, seed).to(device)

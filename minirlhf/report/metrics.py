@@ -1,4 +1,4 @@
-"""Which metrics of PPO the page shows, and what to see in each."""
+"""The metrics of PPO that the page shows, and what to look for in each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ PPO_METRICS = {
     "objective/score": Metric(
         "Score by the reward model (proxy)",
         "proxy score",
-        "What PPO is paid for. It should rise; that it rises says nothing yet about the answers.",
+        "What PPO maximizes. It should rise, but that alone says nothing about the answers.",
     ),
     "objective/gold": Metric(
         "Gold score of the same answers",
         "gold score",
-        "What we want, and what PPO never sees. If it bends down while the proxy climbs, the reward is exploited.",
+        "What we want, and what PPO never sees. If it falls while the proxy rises, the reward is being exploited.",
     ),
     "objective/kl": Metric(
         "KL to the SFT model",
         "nats per answer",
-        "How far the policy has walked from its parent: log-ratio summed over an answer. It grows, then slows.",
+        "How far the policy has moved from its parent: log-ratio summed over an answer. It grows, then slows.",
     ),
     "policy/clip_fraction": Metric(
         "Clip fraction",
         "share of tokens",
-        "Tokens whose update hit the clip. Always 0: the steps are timid. Above a quarter: too large.",
+        "Tokens whose update was clipped. Always 0: the steps are too small. Above a quarter: too large.",
     ),
     "policy/approx_kl": Metric(
         "KL of one update (approx_kl)",
@@ -42,26 +42,26 @@ PPO_METRICS = {
     "value/explained_variance": Metric(
         "Explained variance of the value network",
         "1 = perfect, 0 = a constant",
-        "How much of the returns the critic foresees. It should climb above zero soon and stay there.",
+        "How much of the returns the critic predicts. It should soon rise above zero and stay there.",
     ),
     "objective/entropy": Metric(
         "Entropy",
         "nats per answer",
-        "How varied the answers are. A fall is expected; a fall to nothing means one answer for all.",
+        "How varied the answers are. A fall is expected; a fall to zero means one answer to all prompts.",
     ),
     "objective/response_length": Metric(
         "Response length",
         "tokens",
-        "Longer is not better. A steady climb often means that the reward model likes length.",
+        "Longer is not better. A steady rise often means that the reward model likes length.",
     ),
     "objective/ended_fraction": Metric(
         "Answers that ended",
         "share of answers",
-        "Answers that stopped by themselves, before the limit of tokens.",
+        "Answers that ended on their own, before the token limit.",
     ),
     "objective/beta": Metric(
         "KL coefficient beta",
-        "score a nat",
-        "The price of a nat of KL. Flat unless a target KL steers it.",
+        "score per nat",
+        "The price of a nat of KL. Flat unless it adapts to a target KL.",
     ),
 }

@@ -14,9 +14,9 @@ from minirlhf.report.style import CSS
 from minirlhf.report.text import findings, headline, number, percent, with_interval
 
 CAVEAT = (
-    "No labeler who knows the truth comes with these data, so the judge here is the run’s own reward model: the very "
+    "These data come with no labeler who knows the truth, so the judge here is the run’s own reward model: the very "
     "model that PPO was trained to please. Its scores are a proxy. A high one may mean good answers, or answers that "
-    "have found the reward model’s blind spots: read them below and judge for yourself."
+    "exploit the reward model’s blind spots: read them below and judge for yourself."
 )
 
 
@@ -24,17 +24,17 @@ def write_report(run: Path) -> Path:
     """Write ``report.html`` into the folder of a finished run.
 
     Args:
-        run: a folder with report.json; answers.json, config.json and each step's metrics.jsonl are shown where they
-            are.
+        run: a folder with report.json; answers.json, config.json and each step's metrics.jsonl are shown if they
+            exist.
 
     Returns:
-        The path of the page: one file that needs no network and no other file. It appears whole or not at all, and
+        The path of the page: one file that needs no network and no other file. It is written atomically, and
         equal runs give equal bytes.
 
     Raises:
         CheckpointError: report.json is missing or damaged.
     """
-    # Here, not at the top: checkpoints imports torch, and importing the report should be quick.
+    # Here, not at the top: checkpoints imports torch, and importing the report should be fast.
     from minirlhf.checkpoints import write_text
 
     page = run / "report.html"
@@ -50,7 +50,7 @@ def render(run: Run) -> str:
         "training": ("Training", "How it trained", _training(run)),
         "answers": ("Answers", "The same prompts, four answers", answers(run)),
         "settings": ("Settings", "Settings and numbers", facts(run)),
-        "next": ("How to go on", "How to go on", next_steps(run)),
+        "next": ("Next steps", "Next steps", next_steps(run)),
     }
     links = " ".join(f'<a href="#{name}">{short}</a>' for name, (short, _, _) in sections.items())
     parts = [_opening(run, links)]
@@ -72,7 +72,7 @@ def _unbroken(page: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped, and PPO-ptx not broken at its hyphen."""
+    """Escape the text, and keep PPO-ptx on one line."""
     return escape(text).replace(NAMES["ppo_ptx"], f'<span class="whole">{NAMES["ppo_ptx"]}</span>')
 
 
@@ -87,7 +87,7 @@ def _opening(run: Run, links: str) -> str:
 
 
 def _figures(*drawn: plots.Plot | None) -> str:
-    """Plots with their titles and captions, as many beside each other as there is room for."""
+    """Plots with their titles and captions, as many side by side as there is room for."""
     figures = "\n".join(
         f"<figure><h4>{escape(plot.title)}</h4>{plot.svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
         for plot in drawn

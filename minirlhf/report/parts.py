@@ -12,19 +12,19 @@ from minirlhf.report.read import POLICIES, Row, Run
 from minirlhf.report.table import cells
 from minirlhf.report.text import NOTHING, number, percent, readable, times
 
-RISE = 120  # pixels of the highest stair
+RISE = 120  # height of the highest stair in pixels
 STORY = {
-    "base": "Read the corpus and guesses the next word.",
-    "sft": "Copied demonstrations: good answers, written for it.",
+    "base": "Read the corpus; predicts the next word.",
+    "sft": "Imitated demonstrations: good answers, written for it.",
     "reward_model": "Learned from rankings which answers labelers prefer. It judges; it doesn’t write.",
     "ppo": "Tried answers of its own and kept what the judge liked.",
-    "ppo_ptx": "The same, reading some corpus on the way so as not to forget it.",
+    "ppo_ptx": "The same, with some corpus text mixed in so as not to forget it.",
 }
 FULL = 3.5  # a part of a score that fills its half of the bar
 
 
 def ladder(run: Run) -> str:
-    """The five steps as stairs, each policy's as high as its score."""
+    """The five steps as stairs; the height of a policy's stair shows its score."""
     score = "gold" if run.is_gold else "proxy score"
     means = {name: run.policy(name)["gold_mean"] for name in POLICIES}
     low = min(means.values())
@@ -43,8 +43,8 @@ def ladder(run: Run) -> str:
             f'<li class="{css}"><div class="rung"><b>{NAMES[name]}</b>{story}<span class="value">{value}</span></div>'
             f"{stair}</li>"
         )
-    top = f" The best answers there are would score {number(best)}." if best is not None else ""
-    note = f"<p>A stair is as high as its model’s mean {score} on held-out prompts.{top}</p>"
+    top = f" The best possible answers would score {number(best)}." if best is not None else ""
+    note = f"<p>The height of a stair is its model’s mean {score} on held-out prompts.{top}</p>"
     return f'<ol class="ladder">{"".join(items)}</ol>\n{note}'
 
 
@@ -55,31 +55,30 @@ def _columns(run: Run) -> dict[str, str]:
     judged = (
         {
             "gold ± s.e.": f"Mean true score of one sampled answer to each of {prompts}, ± its standard error. "
-            "Errors and intervals allow for prompts that occur more than once, and say nothing of another seed."
+            "Errors and intervals allow for prompts that occur more than once, and say nothing about other seeds."
         }
         if run.is_gold
         else {
             "reward model score ± s.e.": f"Mean score by the run’s own reward model over {prompts}, ± its standard "
-            "error: a proxy, for this is what PPO was trained to raise."
+            "error: a proxy, since PPO was trained to raise it."
         }
     )
     proxy = {"proxy": "Mean score by the reward model, which PPO was trained to raise. Demonstrations score 0."}
     return {
         **judged,
         "headroom closed": "Share of the way from the base model’s score to the best reachable one. In brackets a "
-        "95 % interval, in percent: the bootstrap’s, which draws the prompts anew."
+        "95 % bootstrap interval over prompts, in percent."
         if run.is_gold
         else "Unknown here: it needs a labeler who knows how good an answer could be.",
         "wins vs base": "Share of prompts where its answer scores above the base model’s; a tie counts half. In "
-        "brackets a 95 % interval, in percent: Wilson’s.",
+        "brackets Wilson’s 95 % interval, in percent.",
         "wins vs SFT": "The same against the SFT model: the figure that says whether step 3 was worth it"
         + ("." if run.is_gold else ", as far as a proxy can say."),
         **(proxy if run.is_gold else {}),
         "KL, nats": "How far an answer’s distribution has moved from the SFT model’s, summed over its tokens.",
-        "corpus loss, nats": "Surprise a token at held-out text of the corpus. What it rises above base is the "
-        "alignment tax.",
-        "length, tokens": "Mean length of an answer, its end included.",
-        "ended": "Share of answers that stopped by themselves before the limit.",
+        "corpus loss, nats": "Loss per token on held-out text of the corpus. Its rise above base is the alignment tax.",
+        "length, tokens": "Mean length of an answer, end token included.",
+        "ended": "Share of answers that ended on their own before the limit.",
     }
 
 
@@ -106,7 +105,7 @@ def _row(name: str, run: Run) -> str:
 
 
 def answers(run: Run) -> str:
-    """Every example prompt with the answers beside each other: the part where a reader sees the difference."""
+    """Every example prompt with the models' answers side by side, so that a reader sees the difference."""
     if not run.answers:
         return "<p>No examples were kept.</p>"
     told = (
@@ -137,7 +136,7 @@ def _example(row: Row, is_gold: bool) -> str:
 def _card(name: str, answer: Row, is_gold: bool, *, won: bool) -> str:
     score: dict[str, float] = answer["score"]
     text = escape(readable(answer["response"])) or '<span class="none">(said nothing)</span>'
-    cut = "" if answer["ended"] else ' <span class="cut" title="It ran into the limit of tokens.">… did not end</span>'
+    cut = "" if answer["ended"] else ' <span class="cut" title="It hit the token limit.">… did not end</span>'
     called = "gold" if is_gold else "reward model score (proxy)"
     crown = '<span class="won">highest</span>' if won else ""
     parts = "".join(_part(part, value) for part, value in score.items() if part != "total")
@@ -186,7 +185,7 @@ def _facts_table(rows: Row, code: Collection[str]) -> str:
 def _settings(config: Row) -> str:
     flat: Row = {}
     for group, value in config.items():
-        if group in ("data", "data_sha256"):  # a path of this machine and what was there: no settings
+        if group in ("data", "data_sha256"):  # a local path and its checksums: not settings
             continue
         flat |= {f"{group}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {group: value}
     if not flat:
@@ -196,20 +195,20 @@ def _settings(config: Row) -> str:
 
 
 def next_steps(run: Run) -> str:
-    """What to type now."""
+    """Commands to try next."""
     folder = escape(shlex.quote(_shown(run.folder)))
     return (
         "<p>Talk to all four models at once, or measure one of them on more prompts or at another temperature:</p>\n"
         f"<pre>minirlhf chat --run {folder}\n"
         f"minirlhf evaluate --run {folder} --checkpoint ppo --temperature 0.7</pre>\n"
         "<p>To see why each piece is there, take the lessons in <code>notebooks/</code>: 07 to 09 build these three "
-        "steps, 10 breaks them on purpose, 11 runs the whole way. To bring your own text, give a folder: "
+        "steps, 10 breaks them on purpose, 11 runs the whole pipeline. To use your own text, give a folder: "
         "<code>minirlhf run --data FOLDER --out runs/mine</code>.</p>"
     )
 
 
 def _shown(folder: Path) -> str:
-    """The run's folder without the paths of this machine: seen from here, or its name alone."""
+    """The run's folder without absolute paths: relative to the current folder, or only its name."""
     if not folder.is_absolute():
         return folder.as_posix()
     here = Path.cwd()

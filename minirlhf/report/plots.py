@@ -1,4 +1,4 @@
-"""The report's plots: each a function of a run that gives an inline SVG with a title, an alt text and a caption."""
+"""The report's plots: each a function of a run that returns an inline SVG with a title, an alt text and a caption."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _draw(
     """A plot; `draw` draws its curves and returns what a reader who can't see them should know."""
     with style():
         figure, axes = panels(height=height, constrained=False)
-        # Equal frames for all plots, so that steps are below each other on the page; and quicker than a layout.
+        # Equal frames align the steps of all plots on the page, and are faster than a layout.
         figure.subplots_adjust(left=left, right=0.975, top=1 - 0.15 / height, bottom=0.52 / height)
         axes.yaxis.set_label_coords(-0.125, 0.5)
         told = draw(axes)
@@ -106,21 +106,21 @@ def loss_plot(run: Run, step: str) -> Plot | None:
         if step == "base" and (held_out := run.policy("base")["corpus_loss"]) is not None:
             level(axes, held_out, f"held-out text {number(held_out, 3)}", above=False)
             bottom, top = axes.get_ylim()
-            axes.set_ylim(min(bottom, held_out - 0.1 * (top - bottom)), top)  # room for the name below its line
+            axes.set_ylim(min(bottom, held_out - 0.1 * (top - bottom)), top)  # room for the label below its line
         label_axes(axes, "optimizer step", "loss, nats per token")
         return f"{step} loss {_from_to(curves)}"
 
     caption = {
         "base": "Surprise at the next word of the corpus. It falls fast (which words exist), then slowly (what follows "
         "what). The dashed line is text it never saw.",
-        "sft": "The same surprise, on the words of the demonstrators’ answers alone. The start shows how little "
-        "a base model knows of answering.",
+        "sft": "The same surprise, at the words of the demonstrators’ answers only. The start shows how little "
+        "a base model knows about answering.",
     }[step]
     return _draw(f"{step}-loss", f"Loss on {what}", caption, draw)
 
 
 def reward_model_plots(run: Run) -> list[Plot]:
-    """Loss and accuracy while the reward model trains, with what to compare them to."""
+    """Loss and accuracy while the reward model trains, with reference levels."""
     row, plots = run.report["reward_model"], []
 
     def draw_loss(axes: Axes) -> str:
@@ -184,7 +184,7 @@ def reward_model_bars(run: Run) -> Plot | None:
         return f"Accuracy: {accuracies}."
 
     caption = "The bar should end well right of “length” (a model that only counts words)"
-    caption += " and left of the ceiling, which is as far as label noise lets anyone go." if row["ceiling"] else "."
+    caption += " and left of the ceiling, which is as far as label noise allows." if row["ceiling"] else "."
     caption += " The thin line is its 95 % interval."
     return _draw("reward-bars", "Accuracy on held-out comparisons", caption, draw, height=2.3, left=0.215)
 
@@ -215,7 +215,7 @@ def _ppo_plot(run: Run, key: str, metric: Metric) -> Plot | None:
 
 
 def over_optimisation_plot(run: Run) -> Plot | None:
-    """Gold against proxy as PPO walks: the picture of over-optimisation."""
+    """Gold against proxy during PPO: the picture of over-optimisation."""
     paths = {}
     for name in ("ppo", "ppo_ptx"):
         rows = [row for row in run.metrics[name] if "objective/gold" in row and "objective/score" in row]
@@ -223,7 +223,7 @@ def over_optimisation_plot(run: Run) -> Plot | None:
             # Smoother than the curves above: here both coordinates are noisy, and a path would be a tangle.
             window = max(1, len(rows) // 6)
             x, y = (smooth(_series(rows, key)[1], window) for key in ("objective/score", "objective/gold"))
-            # The first batch comes from the SFT model itself, so both paths begin where it stands.
+            # The first batch comes from the SFT model itself, so both paths begin at its scores.
             paths[name] = ([float(rows[0]["objective/score"]), *x[1:]], [float(rows[0]["objective/gold"]), *y[1:]])
     if not paths:
         return None

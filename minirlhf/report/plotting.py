@@ -1,4 +1,4 @@
-"""One way of drawing: the report and the lessons share colours, bands and healthy ranges.
+"""Shared plotting: the report and the lessons use the same colours, bands and healthy ranges.
 
     with style():
         figure, (left, right) = panels(1, 2)
@@ -70,7 +70,7 @@ class Range(NamedTuple):
     low: float
     high: float
     relative: bool = False
-    """The bounds are multiples of the metric's own start."""
+    """The bounds are multiples of the metric's first value."""
 
 
 HEALTHY: dict[str, Range] = {
@@ -82,11 +82,11 @@ HEALTHY: dict[str, Range] = {
     "policy/approx_kl": Range(0.0, 0.03),
     "value/explained_variance": Range(0.3, 1.0),
 }
-"""Rules of thumb, not laws: outside of its range a metric asks for a look, in nats per answer where it is a KL."""
+"""Rules of thumb, not laws: a metric outside its range deserves a look. objective/kl is in nats per answer."""
 
 
 def style() -> AbstractContextManager[None]:
-    """Draw inside ``with style():``; what was set before comes back after."""
+    """Draw inside ``with style():``; previous settings are restored afterwards."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
@@ -146,7 +146,7 @@ def curve(
         who: a key of COLOURS, or any colour.
         band: lower and upper edge of a band around it (spread over seeds, or a standard error: say which).
         raw: the unsmoothed values, drawn thin behind the line.
-        label: for the legend; left out: the name of `who`.
+        label: for the legend; default: the name of `who`.
     """
     colour = COLOURS.get(who, who)
     if raw is not None:
@@ -157,7 +157,7 @@ def curve(
 
 
 def healthy_range(axes: Axes, metric: str, start: float | None = None) -> Range | None:
-    """Shade where a healthy run keeps this metric, with a label; call it after the curves.
+    """Shade and label the range in which a healthy run keeps this metric; call it after the curves.
 
     Args:
         axes: where to draw.
@@ -184,13 +184,13 @@ def healthy_range(axes: Axes, metric: str, start: float | None = None) -> Range 
 
 
 def level(axes: Axes, y: float, text: str, colour: str = QUIET, *, above: bool = True) -> None:
-    """A dashed horizontal line with its name: a ceiling, a baseline, a parent's score."""
+    """A dashed horizontal line with a label: a ceiling, a baseline, a parent's score."""
     axes.axhline(y, color=colour, linewidth=1.1, linestyle=(0, (2, 2)))
     _note(axes, y, text, colour, above=above, gap=3)
 
 
 def _note(axes: Axes, y: float, text: str, colour: str, *, above: bool, gap: int) -> None:
-    """A text at the right end of a horizontal line, so many points above or below it."""
+    """A text at the right end of a horizontal line, `gap` points above or below it."""
     axes.annotate(
         text,
         (1, y),
@@ -217,7 +217,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
 
     Args:
         figure: what to draw.
-        name: makes the ids of its parts its own, so that many can stand in one page.
+        name: makes the ids of its parts unique, so that one page can have many.
         alt: what a reader who can't see it should know.
     """
     import html
@@ -228,7 +228,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r' id="[a-z]+[0-9]*(?:[._][a-z]*)?_[0-9]+"', "", text)  # groups such as axes_1: nobody refers to them
+    text = re.sub(r' id="[a-z]+[0-9]*(?:[._][a-z]*)?_[0-9]+"', "", text)  # groups such as axes_1: never referred to
     text = re.sub(r' id="([^"]+)"', rf' id="{name}-\1"', text)
     text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)

@@ -1,4 +1,4 @@
-"""Reads what a finished run left behind."""
+"""Read the files of a finished run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Run:
     report: Row
     answers: list[Row]
     metrics: dict[str, list[Row]]
-    """The rows of each step's metrics.jsonl; empty where there are none."""
+    """The rows of each step's metrics.jsonl; empty if there are none."""
     config: Row
 
     @property

@@ -1,4 +1,4 @@
-"""The page's look: calm, light and dark, from a phone to a sheet of paper."""
+"""The page's style sheet: light and dark, for phones, desktops and print."""
 
 CSS = """
 :root {

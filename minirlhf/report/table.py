@@ -1,4 +1,4 @@
-"""The table of results: its numbers, which the page shows as well, and the one that ``minirlhf run`` prints."""
+"""The table of results: its numbers, which the page shows too, and the text that ``minirlhf run`` prints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from minirlhf.report.text import NOTHING, interval, number, percent, times, with
 
 
 def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
-    """A policy's row of the table: each number, and its error or interval where it has one.
+    """A policy's row of the table: each number, and its error or interval if it has one.
 
     Args:
         run: a finished run.
         name: of the policy.
-        proxy: whether the row has the mean score by the reward model too.
+        proxy: whether to include the mean score by the reward model.
     """
     row = run.policy(name)
     error, closed = number(row["gold_standard_error"]), interval(row["headroom_closed_interval"])
@@ -27,7 +27,7 @@ def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
 
     return [
         (number(row["gold_mean"]), "" if error == NOTHING else f"± {error}"),
-        (percent(row["headroom_closed"]), "" if name == "base" else closed),  # base closes 0 of its own
+        (percent(row["headroom_closed"]), "" if name == "base" else closed),  # for base it is 0 by definition
         wins("base"),
         wins("sft"),
         *([(number(row["proxy_mean"]), "")] if proxy else []),

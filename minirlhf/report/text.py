@@ -1,4 +1,4 @@
-"""Numbers and answers as a person reads them, and the sentences that say what happened."""
+"""Numbers and answers in readable form, and the sentences that say what happened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTHING = "–"
 
 
 def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number with a real minus, or a dash for what could not be measured.
+    """A number with a true minus sign, or a dash if it could not be measured.
 
     >>> number(-0.5), number(None), number(1.25, 1, sign=True)
     ('−0.50', '–', '+1.2')
@@ -36,7 +36,7 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 
 def interval(bounds: Sequence[float] | None, digits: int = 0, scale: float = 100.0) -> str:
-    """A 95 % interval in brackets, in percent; rounded outwards, so that what is shown holds what was computed.
+    """A 95 % interval in brackets, in percent; rounded outwards, so that it contains the computed one.
 
     >>> interval([0.71, 0.996]), interval([-0.254, 0.78], 2, scale=1), interval(None)
     ('[71, 100]', '[−0.26, 0.78]', '')
@@ -48,7 +48,7 @@ def interval(bounds: Sequence[float] | None, digits: int = 0, scale: float = 100
 
 
 def with_interval(row: Row, key: str, digits: int = 0) -> str:
-    """A share and its 95 % interval, where it has one.
+    """A share and its 95 % interval, if it has one.
 
     >>> with_interval({"accuracy": 0.744, "accuracy_interval": [0.71, 0.78]}, "accuracy")
     '74 % [71, 78]'
@@ -57,7 +57,7 @@ def with_interval(row: Row, key: str, digits: int = 0) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them.
+    """Seconds in readable units.
 
     >>> duration(8.2), duration(221)
     ('8.2 s', '3 min 41 s')
@@ -98,7 +98,7 @@ def parameters(count: int | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Join punctuation to its word and begin sentences with a capital: only for texts of lower-case words.
+    """Join punctuation to its word and capitalize sentences, but only in texts that are all lower case.
 
     >>> readable("sure ! one : a fox , maybe . i hope this helps !")
     'Sure! One: a fox, maybe. I hope this helps!'
@@ -114,7 +114,7 @@ def readable(text: str) -> str:
 
 
 def verdict(row: Row, other: str) -> str:
-    """Whether a policy is preferred to another: better, worse, or unclear where the interval holds one half."""
+    """Whether a policy is preferred to another: better, worse, or unclear if the interval contains one half."""
     rate, bounds = row[f"win_rate_vs_{other}"], row[f"win_rate_vs_{other}_interval"]
     if rate is None or not interval(bounds) or bounds[0] <= 0.5 <= bounds[1]:
         return "unclear"
@@ -137,8 +137,8 @@ def headline(run: Run) -> str:
         )
     if outcome == "unclear":
         return (
-            f"{who} gained nothing sure from reinforcement learning: its {name} answers are preferred to its SFT "
-            f"parent’s on {rate} of {prompts}, too near to one half to tell."
+            f"{who} gained nothing certain from reinforcement learning: its {name} answers are preferred to its SFT "
+            f"parent’s on {rate} of {prompts}, too close to one half to tell."
         )
     time = duration(run.report["seconds"]["total"])
     if not run.is_gold:
@@ -156,9 +156,7 @@ def findings(run: Run) -> list[str]:
 
 
 def _preset(run: Run) -> str:
-    told = (
-        "This is the fast preset: it shows that everything runs, and is too short to learn much. Leave it out for more."
-    )
+    told = "This is the fast preset: it shows that everything runs, but is too short to learn much. Omit it for more."
     return told if run.report["preset"] == "fast" else ""
 
 

@@ -98,7 +98,9 @@ def test_a_callback_sees_each_row_ends_the_training_and_costs_no_time(learner, m
 def test_a_loss_that_is_not_finite_stops_the_training_before_it_reaches_the_weights(learner, counting):
     name, train, config = learner
     endings = (("t", 3), ("c", 4))
-    with pytest.raises(TrainingError, match=r"environment 0 gave the reward nan for the observation \[[01].0, 0.0\]"):
+    with pytest.raises(
+        TrainingError, match=r"environment 0 returned the reward nan for the observation \[[01].0, 0.0\]"
+    ):
         train(counting(endings, endings, bad_reward=float("nan")), config)
     networks = make_networks(counting(endings, endings), hidden=(8,))
     state = parameters_to_vector(networks.policy.parameters()).clone()
@@ -149,7 +151,7 @@ def test_a2c_looks_as_many_steps_ahead_as_it_is_told():
         (lambda: PPOConfig(lr=0.0), "PPOConfig.lr 0.0: must be a number above 0"),
         (lambda: PPOConfig(gamma=1.5), "gamma 1.5: must be a number from 0 to 1"),
         (lambda: PPOConfig(epochs=0), "epochs 0: must be a whole number, 1 or more"),
-        (lambda: PPOConfig(target_kl=0.01), "target_kl 0.01: steers beta"),
+        (lambda: PPOConfig(target_kl=0.01), "target_kl 0.01: needs beta above 0"),
         (lambda: PPOConfig(clip_range=-0.2), "clip_range -0.2: must be a number above 0"),
         (lambda: PPOConfig(lam=float("nan")), "lam nan: must be a number from 0 to 1"),
         (lambda: A2CConfig(lam=None), "either lam or n_step"),

@@ -104,7 +104,7 @@ class Odd(gymnasium.Env):
     ("env", "options", "message"),
     [
         ("CartPole-v1", {"activation": "gelu"}, "activation must be one of"),
-        ("CartPole-v1", {"hidden": ()}, "hidden must name at least one layer"),
+        ("CartPole-v1", {"hidden": ()}, "hidden must have at least one layer"),
         ("FrozenLake-v1", {}, "observations must be a flat Box"),
         (lambda n: gymnasium.vector.SyncVectorEnv([Odd] * n), {}, "actions must be Discrete or a flat Box"),
     ],

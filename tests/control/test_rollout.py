@@ -210,7 +210,7 @@ def test_discrete_actions_are_counted_from_the_start_of_their_space():
 def test_unknown_environments_and_wrong_numbers_are_refused(counting):
     with pytest.raises(UserError, match="can't make the environment 'CartPoodle-v1'"):
         make_envs("CartPoodle-v1", 2)
-    with pytest.raises(UserError, match="2 environments were asked for"):
+    with pytest.raises(UserError, match="must have 2 environments, not"):
         make_envs(lambda n: gymnasium.make_vec("CartPole-v1", num_envs=3), 2)
 
 

@@ -77,7 +77,7 @@ def test_what_can_not_be_read_is_one_sentence(causal) -> None:
     for read in (response_logprobs, response_logits, lambda m, t, mask, _: token_values(scalar, t, mask)):
         shorter = slice(0, 129) if read in (response_logprobs, response_logits) else slice(0, 128)  # the last is unread
         read(causal, tokens[:, shorter], mask[:, shorter], mask[:, :2])
-        with pytest.raises(UserError, match=r"a row takes 1(29|30) tokens, and the model reads 128; shorten"):
+        with pytest.raises(UserError, match=r"a row takes 1(29|30) tokens, but the model reads 128; shorten"):
             read(causal, tokens, mask, mask[:, :2])
         wrong = tokens[:, :9].clone()
         wrong[1, 3] = 320

@@ -96,9 +96,9 @@ def test_bos_that_the_template_writes_is_not_written_twice(llama_like) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_model_s_folder_without_a_tokenizer(architecture: str, make_causal, tmp_path) -> None:
     make_causal(architecture).save_pretrained(tmp_path)  # transformers makes an empty tokenizer for GPT-2's
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: no tokenizer that"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: the tokenizer can't be loaded"):
         load_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: no tokenizer that"):
+    with pytest.raises(CheckpointError, match="nowhere: the tokenizer can't be loaded"):
         load_tokenizer(tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""The Triton half: each operation of `minirlhf_kernels.reference` in as few passes over memory as it needs."""
+"""The Triton version: each operation of `minirlhf_kernels.reference` in as few passes over memory as it needs."""
 
 from minirlhf_kernels.fused.gae import gae
 from minirlhf_kernels.fused.linear import linear_token_logprobs

@@ -1,6 +1,6 @@
 """Generalised advantage estimation as a scan: one read of every input, one write of both results.
 
-A_t = delta_t + a_t A_{t+1}, with a_t = gamma lam where the next step is heard and 0 where it is not, is a chain of
+A_t = delta_t + a_t A_{t+1}, with a_t = gamma lam where the next step counts and 0 where it does not, is a chain of
 straight lines x -> a x + b. Two in a row are again one line,
 
     (a, b) after (a', b')     x -> a (a' x + b') + b  =  (a a') x + (a b' + b)
@@ -8,9 +8,9 @@ straight lines x -> a x + b. Two in a row are again one line,
 so a tree of such pairs, an associative scan, gives every A_t of a block of steps in log2(block) rounds. A program holds
 a tile of rows and steps and walks back from the last step; between tiles each row carries its newest advantage in
 registers. Time runs backwards, so the tile's index is reversed and the scan itself runs forward. Short rows share a
-program (one program a row would leave most of its lanes idle), long rows get a tile to themselves; a transposed view
-differs in two strides only. V(s_{t+1}) is read again one step on, from cache. What must not leak is chosen with `where`
-before any arithmetic: a product with 0 would let a NaN through.
+program (one program per row would leave most of its lanes idle), long rows get a tile to themselves; a transposed view
+differs only in its two strides. V(s_{t+1}) is read again one step later, from cache. Masked values are removed with
+`where` before any arithmetic: a product with 0 would let a NaN through.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def launch(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Both results, in rewards' layout; what has another one is copied into it."""
+    """Both results, in rewards' layout; inputs with another one are copied into it."""
     dtype = compute_dtype(rewards, values)
     advantages, returns = (torch.empty_like(rewards, dtype=dtype) for _ in range(2))
     rows, steps = rewards.shape
@@ -98,7 +98,7 @@ def launch(
 
     def laid_out(x: Tensor | None) -> Tensor:
         if x is None or x.stride() == advantages.stride():
-            return advantages if x is None else x  # what isn't there isn't read
+            return advantages if x is None else x  # a missing input is never read
         return torch.empty_like(advantages, dtype=x.dtype).copy_(x)
 
     last = advantages if last_values is None else last_values.contiguous()

@@ -1,14 +1,14 @@
 """Log-probabilities from hidden states and the head's weight: library matrix products, and a row kernel between them.
 
-[rows, V] logits of a large vocabulary outweigh everything else in a step, and nobody needs them twice. So the
-vocabulary is walked in slabs: a matrix product at the library's own speed makes the logits of one slab in float32, and
-the row kernel reads them as the one of logprobs.py does, and merges a row's sums with those of the slabs before.
-After the last one the sums become log p and the entropy. Backward makes each slab again, turns it into its gradient,
-and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab and its gradient.
+[rows, V] logits of a large vocabulary take more memory than everything else in a step, and are needed only once. So the
+vocabulary is processed in slabs: a matrix product at the library's own speed computes the logits of one slab in
+float32, and the row kernel reads them as the one of logprobs.py does, and merges a row's sums with those of earlier
+slabs. After the last one the sums become log p and the entropy. Backward recomputes each slab, turns it into its
+gradient, and feeds two more products: 8 M H V operations in all for M rows, and memory for one slab and its gradient.
 
 Both gradients are accumulated in float32, the weight's slab by slab (a slab of [V, H] is finished before the next one
-begins) and the hidden states' over all slabs: in bfloat16 small terms would be lost, one slab after the other.
-Rows that don't count take part in the products, with hidden states of 0 in the backward's: 0 * NaN would be NaN.
+begins) and the hidden states' over all slabs: in bfloat16 every slab would lose small terms.
+Rows that don't count take part in the products, in the backward with hidden states of 0: 0 * NaN would be NaN.
 """
 
 import functools
@@ -32,7 +32,7 @@ from minirlhf_kernels.reference import (
 )
 
 SLAB = 1 << 24  # logits in memory at once: 64 MiB of float32
-ROWS = 4096  # of a slab, at most
+ROWS = 4096  # per slab, at most
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "row_stride", "first_row", "first_column", "vocabulary"])
@@ -42,7 +42,7 @@ def fold_kernel(
     per_temperature: tl.float64, IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of a slab [.., columns]. state [5, rows]: peak, leaders, rest, slope, the token's logit."""
+    """One program per row of a slab [.., columns]. state [5, rows]: peak, leaders, rest, slope, the token's logit."""
     row = tl.program_id(0)
     start_of_row = row.to(tl.int64) * row_stride
     row += first_row
@@ -77,7 +77,7 @@ def fold_kernel(
 
 @functools.cache
 def _multiplies_into_float32(device_type: str) -> bool:
-    """Whether this device's library takes half precision in and gives float32 out."""
+    """Whether this device's library can multiply half precision into float32."""
     if device_type != "cuda":
         return False
     try:
@@ -90,13 +90,13 @@ def _multiplies_into_float32(device_type: str) -> bool:
 
 
 def product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """a @ b, added to `into` if given: float32 (or float64) out, whatever comes in."""
+    """a @ b, added to `into` if given: float32 (or float64) out for any input type."""
     if a.dtype.itemsize == 2 and _multiplies_into_float32(a.device.type):
         if into is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
-    # With an `out`, or in place, autocast leaves it alone.
+    # Autocast does not affect products with an `out` or in place.
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])) if into is None else into.addmm_(a, b)
 
 
@@ -163,7 +163,7 @@ def launch_backward_of(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of hidden and weight, each empty unless asked for."""
+    """The gradients of hidden and weight, each empty unless needed."""
     rows, vocabulary = len(tokens), len(weight)
     counts = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
     x, w = _operands(torch.where(counts[:, None], hidden, 0), weight)
@@ -256,7 +256,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.linear_token_logprobs` by slabs. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
+    """`reference.linear_token_logprobs` in slabs. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
     temperature = _checked_temperature(temperature)
     _check_linear(hidden, weight)
     _check_tokens(tokens, mask, hidden.shape[:-1])

@@ -1,12 +1,12 @@
 """Log-probabilities of tokens and the entropy of each row: one read forward; one read and one write backward.
 
 Forward, a program reads a row once, block after block, each thread 16 bytes at a time: a group. Every thread keeps
-sums (rows.py) for the groups that it reads, and the threads meet at the end of the row, not before: the loop has no
-barrier. While two bytes come from memory there is time for some fifteen instructions, so it has few, about ten a logit:
-it steps over the block that holds the token, and over the row's ends, which are read with masks afterwards. A row whose
-entropy would lose its digits (another logit leads by far) is read a second time, with the leaders counted apart.
+sums (rows.py) for the groups that it reads, and the threads combine them only at the end of the row: the loop has no
+barrier. In the time that two bytes take from memory, some fifteen instructions fit, so it has few, about ten per logit:
+it skips the block that has the token, and the row's ends, which are read with masks afterwards. A row whose entropy
+would lose its digits (another logit leads by far) is read a second time, with the leaders summed separately.
 
-Backward, a program makes p again from a few blocks of logits: no [rows, V] tensor waits between the two but the logits.
+Backward, a program recomputes p from a few blocks of logits: the logits are the only [rows, V] tensor kept in between.
 """
 
 import functools
@@ -23,8 +23,8 @@ from minirlhf_kernels.reference import IGNORED_TOKEN, _check_tokens, _checked_te
 
 # Lanes of a block and warps of a program, for rows up to 1024 logits and for longer ones. Two variants, for any V.
 SHORT, LONG = (1024, 4), (2048, 4)
-SPAN = 4  # blocks of a program in backward
-# Triton would compile again for a new divisibility of these, and for 1.
+SPAN = 4  # blocks per program in backward
+# Otherwise Triton would recompile for a new divisibility of these, and for 1.
 RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride", "offset"]
 GRAD_RUN_TIME = [*RUN_TIME, "grad_outer_stride", "grad_row_stride", "grad_offset", "first_column", "vocabulary"]
 
@@ -38,7 +38,7 @@ def store_row(
     logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement,
     WANT_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """A row's results, and what its backward starts from; 0 where the row does not count."""
+    """Store a row's results and what its backward needs; 0 if the row does not count."""
     logprob = tl.where(counts, logprob, 0.0)
     tl.store(logprobs + row, logprob)
     if WANT_ENTROPY:
@@ -63,13 +63,13 @@ def read_token(tokens, mask, row, columns, IGNORED: tl.constexpr, HAS_MASK: tl.c
 
 @triton.jit
 def start_of(row, inner, outer_stride, row_stride):
-    """Where row [outer, inner] begins, in elements. Divided in int32, which is quick, and multiplied in int64."""
+    """Where row [outer, inner] starts, in elements. It divides in int32, which is fast, and multiplies in int64."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * row_stride
 
 
 @triton.jit
 def others(logits, start, skew, end, own, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Lanes start ... of a row that fills skew ... end; -inf in place of what is outside it, and of its token."""
+    """Lanes start ... of a row that fills skew ... end; -inf outside the row, and at its token."""
     at = start + tl.arange(0, BLOCK)
     z = tl.load(logits + at, mask=(at >= skew) & (at < end), other=float("-inf")).to(ACC)
     return tl.where(at == own, float("-inf"), z)
@@ -80,7 +80,7 @@ def read_others(
     logits, skew, end, own, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums (`join` of rows.py) of a row that fills skew ... end, without its token. Never a barrier in its loop."""
+    """The sums (`join` of rows.py) of a row that fills skew ... end, without its token. Its loop has no barrier."""
     lanes = tl.arange(0, BLOCK)
     first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
     aside = own // BLOCK * BLOCK
@@ -98,7 +98,7 @@ def read_others(
         z = tl.where(lanes == own - aside, float("-inf"), z)
         z = tl.reshape(z, (BLOCK // GROUP, GROUP))
         peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    # The head of a row that begins between two multiples, and the tail: they alone pay for a mask.
+    # Only the head of a row that starts between two multiples, and the tail, need a mask.
     for start in range(tl.where(skew > 0, 0, whole), end, tl.maximum(whole, BLOCK)):
         z = tl.reshape(others(logits, start, skew, end, own, ACC, BLOCK), (BLOCK // GROUP, GROUP))
         peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
@@ -107,7 +107,7 @@ def read_others(
 
 @triton.jit
 def read_apart(logits, skew, end, own, scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """The same with the leaders apart. For what is rarely read: no registers are spent on its speed."""
+    """The same with the leaders separate. It is rarely used: no registers are spent on its speed."""
     peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK,), ACC)
     below, products = each, each
     for start in range(0, end, BLOCK):
@@ -121,11 +121,11 @@ def read_row(
     logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """peak, leaders, rest and slope of a row without its token, read a second time where the entropy needs it."""
+    """peak, leaders, rest and slope of a row without its token, read a second time if the entropy needs it."""
     peak, total, slope = read_others(logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
     leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
-        if ((z_token > peak) == 0) & (rest < CLOSE):  # a token that leads has the others summed from itself
+        if ((z_token > peak) == 0) & (rest < CLOSE):  # if the token leads, the others are summed relative to it
             peak, leaders, rest, slope = read_apart(logits, skew, end, own, scale, ACC, BLOCK // 4)
     return peak, leaders, rest, slope
 
@@ -137,19 +137,19 @@ def forward_kernel(
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
     ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, on grid x. Offsets are int64: eight sequences of 4096 tokens and 150k words pass 2^31."""
+    """One program per row, on grid x. Offsets are int64: 8 x 4096 tokens with a vocabulary of 150k exceed 2^31."""
     row = tl.program_id(0)
     token, counts, inside = read_token(tokens, mask, row, columns, IGNORED, HAS_MASK)
     start_of_row = offset + start_of(row, inner, outer_stride, row_stride)
-    # Blocks begin at multiples of 16 bytes wherever the row does, or a row of 50257 would be read number by number.
+    # Blocks start at multiples of 16 bytes even if the row doesn't; else 50257 logits would be read one by one.
     skew = (start_of_row % GROUP).to(tl.int32)
     row_logits = logits + tl.multiple_of(start_of_row - skew, GROUP)
     scale, bits = tl.full((), per_temperature, ACC), tl.full((), per_temperature * LOG2E, ACC)
 
-    # A row that does not count is a row of no columns: nothing of it is read.
+    # A row that does not count has no columns here: nothing of it is read.
     end = tl.where(counts, skew + columns, 0)
     own = tl.where(inside, skew + token, -1).to(tl.int32)
-    # A token outside the vocabulary reads NaN in place of a logit: its row comes out NaN, and nothing is read.
+    # A token outside the vocabulary gets NaN instead of a logit: nothing is read, and its row becomes NaN.
     z_token = tl.load(row_logits + own, mask=counts & inside, other=float("nan")).to(ACC)
     peak, leaders, rest, slope = read_row(
         row_logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY, ACC, GROUP, BLOCK
@@ -168,11 +168,11 @@ def backward_kernel(
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, OF_LOGPROBS: tl.constexpr, OF_ENTROPY: tl.constexpr,
     ALIKE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """A program a few blocks of a row: p again from its logits, then (1 - p at the token, -p elsewhere) / temperature.
+    """One program per few blocks of a row: p from its logits, then (1 - p at the token, -p elsewhere) / temperature.
 
-    The entropy adds -p (log p + H) / temperature: in all p times a line in log p. `logits` may hold columns
-    first_column ... of a longer row (the linear op's chunks). ALIKE: grads begin their rows between two multiples of 16
-    bytes where logits do.
+    The entropy adds -p (log p + H) / temperature: in total p times a linear function of log p. `logits` may hold
+    columns first_column ... of a longer row (the linear op's slabs). ALIKE: rows of grads and of logits start at the
+    same offset from a multiple of 16 bytes.
     """
     row = tl.program_id(0)
     token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
@@ -201,7 +201,7 @@ def backward_kernel(
         at = start + tl.arange(0, BLOCK)
         z = tl.load(logits + at, mask=counts, other=float("-inf")).to(ACC)
         tl.store(grads + at, gradient(z, top, scale, level, slope, OF_ENTROPY))
-    # Head and tail, which pay for masks: in pieces, so that they cost the loop above no registers.
+    # Head and tail need masks: in smaller pieces, so that they cost the loop above no registers.
     for i in range(first, last - whole, BLOCK // 4):
         start = tl.where(i >= low, i + whole, i)
         at = start + tl.arange(0, BLOCK // 4)
@@ -218,12 +218,12 @@ def backward_kernel(
             logprob = tl.load(stats + 3 * rows + row)
             of_entropy = tl.load(grad_entropies + row).to(ACC) * exp(logprob) * (logprob + tl.load(entropies + row))
             at_token -= tl.where(logprob == float("-inf"), 0.0, of_entropy)
-        tl.debug_barrier()  # after the block's own store, which another thread has done
+        tl.debug_barrier()  # after the store of the block, which another thread did
         tl.store(grads + own, at_token * scale)
 
 
 def room_like(x: Tensor) -> Tensor:
-    """Room for x's gradient, which begins its rows where x does, also where x is `logits[:, :-1]`: see ALIKE."""
+    """Memory for x's gradient, with rows aligned as in x, even if x is `logits[:, :-1]`: see ALIKE."""
     strides = x.stride()
     in_order = all(a >= b * n for a, b, n in zip(strides[:-1], strides[1:], x.shape[1:], strict=True))
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
@@ -246,7 +246,7 @@ def launch_backward(
     first_column: int = 0,
     vocabulary: int | None = None,
 ) -> Tensor:
-    """The gradient with respect to logits, in their type; into `out` on request."""
+    """The gradient with respect to logits, in their type; written into `out` if given."""
     x, inner, outer_stride, row_stride = as_rows(logits)
     out = room_like(x) if out is None else out
     _, _, grad_outer_stride, grad_row_stride = as_rows(out)
@@ -277,7 +277,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [4, rows]."""
     if not tokens.is_cuda:
-        _counted_rows(tokens, mask, logits.shape[-1])  # on the CPU, looking costs no sync
+        _counted_rows(tokens, mask, logits.shape[-1])  # on the CPU, checking costs no sync
     dtype = compute_dtype(logits)
     logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
     entropy = torch.empty(tokens.shape if want_entropy else (0,), dtype=dtype, device=logits.device)
@@ -298,8 +298,8 @@ def launch_forward(
     return logprobs, entropy, stats
 
 
-# Eager calls go straight to the launchers through a plain autograd.Function; a compiled graph sees two operators,
-# whose bodies it doesn't look into. Both share what they save and how they turn back.
+# Eager calls go straight to the launchers through a plain autograd.Function; a compiled graph sees two opaque
+# operators. Both save the same tensors and share the backward.
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,15 +1,15 @@
-"""PPO's loss, its gradients and every metric: one launch forward, one backward, no word back to the host.
+"""PPO's loss, its gradients and every metric: one launch forward, one backward, no sync with the host.
 
-At 45 bytes a token this op is bound by launches, so everything happens in one pass: a program loads a block of tokens,
-works out each term in registers, writes the two gradients that need it (before the division by the denominator, which
-nobody knows yet) and adds its eleven sums to a table. Then it draws a ticket, an integer atomic. Whoever draws the last
-one knows that the table is complete and adds it up, always in the same order: the same bits on every run.
-Backward multiplies what was saved by (upstream gradient / denominator), for all three inputs in one launch.
+At 45 bytes per token this op is bound by launches, so everything happens in one pass: a program loads a block of
+tokens, computes each term in registers, writes the two gradients that need it (before the division by the denominator,
+which is not known yet) and adds its eleven sums to a table. Then it draws a ticket, an integer atomic. The program that
+draws the last one knows that the table is complete and adds it up, always in the same order: the same bits on every
+run. Backward multiplies the saved gradients by (upstream gradient / denominator), for all three inputs in one launch.
 
-Why it is stable. Tokens that don't count are never loaded: NaN may lie there. NaN in one that counts reaches the loss:
-`where` on a comparison passes it on where Triton's minimum and maximum would swallow it. log r stops at 80, above which
-exp overflows and the clipped branch's gradient would be 0 * inf. k3 = exp(x) - 1 - x is a series near 0, where the
-difference would leave nothing.
+Why it is stable. Tokens that don't count are never loaded, so they may be NaN. NaN in one that counts reaches the loss:
+`where` on a comparison passes it on, while Triton's minimum and maximum would drop it. log r is capped at 80, above
+which exp overflows and the clipped branch's gradient would be 0 * inf. k3 = exp(x) - 1 - x is a series near 0, where
+the difference would lose all digits.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def table_sum(table, programs, ACC: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), ACC)
     for start in range(0, programs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        # .cg reads past this processor's own cache, which knows nothing of the others' writes
+        # .cg bypasses this processor's own cache, which doesn't see the others' writes
         total += tl.load(table + at, mask=at < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
@@ -97,7 +97,7 @@ def forward_kernel(
             old = read(old_values, at, counts, ACC)
             move = value - old
             near = old + tl.where(move > reach, reach, tl.where(move < -reach, -reach, move))
-            # Within reach the value itself: old + move is off by a rounding, and would be counted as clipped.
+            # Within the range use the value itself: old + move is rounded, and would be counted as clipped.
             near = tl.where(tl.abs(move) <= reach, value, near)
             near_error = (near - target) * (near - target)
             tl.store(mine + 5 * programs, tl.sum((near_error > error).to(ACC), 0))
@@ -116,7 +116,7 @@ def forward_kernel(
     tl.store(grad_logprobs + at, grad, mask=there)
     tl.store(mine + 9 * programs, tl.sum(counts.to(ACC), 0))
 
-    # What this program wrote must be seen by whoever draws the last ticket.
+    # What this program wrote must be visible to the one that draws the last ticket.
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
         if DENOMINATOR == 0:
@@ -240,7 +240,7 @@ def launch_backward(
     of_values: torch.dtype | None,
     of_entropy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three gradients in their inputs' types; one that isn't asked for is empty."""
+    """The three gradients in their inputs' types; one that isn't needed is empty."""
     wanted = of_logprobs, of_values, of_entropy
     grads = tuple(torch.empty(mask.shape if t else (0,), dtype=t or metrics.dtype, device=mask.device) for t in wanted)
     if mask.numel() and any(wanted):
@@ -305,7 +305,7 @@ forward_op.register_autograd(lambda ctx, up, *_: _gradients(backward_op, ctx, up
 
 
 def named(metrics: Tensor, values: Any, value_clip_range: Any, entropy: Any, ref_logprobs: Any) -> dict[str, Tensor]:
-    """Those of METRICS that the reference gives for these inputs."""
+    """Those of METRICS that the reference returns for these inputs."""
     needs = {"value/loss": values, "value/clip_fraction": value_clip_range, "policy/entropy": entropy}
     needs |= {"policy/ref_kl": ref_logprobs, "k2": None, "denominator": None}
     pairs = zip(METRICS, metrics.unbind(), strict=True)

@@ -1,24 +1,24 @@
-"""The mathematics of a row, for the kernels that read one: sums that can be joined, and what they give in the end.
+"""The mathematics of one row for the kernels: partial sums that can be merged, and the results computed from them.
 
-Of a row of logits z the token is set aside; of all the OTHERS three numbers are kept, for any part of the row:
+In a row of logits z the token is set aside; for the OTHERS three numbers are kept, for any part of the row:
 
     peak      the highest logit so far
     total     sum of 2^w, w = (z - peak) log2(e) / temperature
     slope     sum of 2^w w                                          what the entropy needs
 
-Where another part holds a higher peak, the old sums fade by 2^((old - new) log2(e) / temperature).
+If another part has a higher peak, the old sums are scaled by 2^((old - new) log2(e) / temperature).
 
 Why it is stable. Only differences of logits are ever scaled or exponentiated: adding 1000 to a row changes nothing.
-No power is above 1. In `fold` a peak begins at the lowest finite number, so that -inf - peak is -inf and never NaN.
-The token is compared with the others, never subtracted from a sum that holds it:
+No power is above 1. In `fold` a peak starts at the lowest finite number, so that -inf - peak is -inf and never NaN.
+The token is compared with the others, never subtracted from a sum that includes it:
 
     the token leads     log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
     another one leads   log p = u_token - log(leaders) - log1p((rest + exp(u_token)) / leaders)
 
 with u = (z - peak) / temperature, `leaders` others at the peak and `rest` the sum of all below it. Both are sums of
 terms of one sign: no cancellation, and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and
-log_softmax gives 0, log p and its gradient keep all their digits. So does the entropy, except where another logit leads
-by far: there 1 + rest has lost the digits of rest, and the row wants `fold_apart`, which counts the leaders apart.
+log_softmax gives 0, log p and its gradient keep all their digits. So does the entropy, except if another logit leads
+by far: then 1 + rest has lost the digits of rest, and the row needs `fold_apart`, which sums the leaders separately.
 """
 
 import triton
@@ -26,9 +26,9 @@ import triton.language as tl
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 LOWEST, LOWEST64 = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931348623157e308)  # finite numbers
-FAR = tl.constexpr(-1e30)  # a peak that is further below fades to nothing, and this can still be scaled
+FAR = tl.constexpr(-1e30)  # a peak further below than this adds nothing, and this can still be scaled
 NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
-CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this the rest keeps too few digits
+CLOSE = tl.constexpr(0.03)  # below this, 1 + rest keeps too few digits of rest
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def exp(x):
 
 @triton.jit
 def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
-    """A block z [groups, GROUP] of logits (-inf where none counts) into each group's own sums [groups]."""
+    """Add a block z [groups, GROUP] of logits (-inf where none counts) to each group's own sums [groups]."""
     higher = tl.maximum(peak, tl.max(z, 1))
     step = tl.maximum(tl.maximum(peak - higher, FAR) * bits, NEVER)
     w = (z - higher[:, None]) * bits
@@ -67,7 +67,7 @@ def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
 
 @triton.jit
 def join(bits, peaks, totals, slopes):
-    """The groups' sums as the row's: peak (-inf where nothing counts), total, and slope in nats."""
+    """Join the groups' sums into the row's: peak (-inf if nothing counts), total, and slope in nats."""
     peak = tl.max(peaks, 0)
     apart = tl.maximum(peaks - peak, FAR, propagate_nan=tl.PropagateNan.ALL)
     step = tl.maximum(apart * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
@@ -79,7 +79,7 @@ def join(bits, peaks, totals, slopes):
 
 @triton.jit
 def seen_from(higher, scale, peak, leaders, rest, slope):
-    """Sums of a part, `leaders` of it apart, measured from a peak that is as high or higher."""
+    """Sums of a part, with its `leaders` separate, relative to a peak that is as high or higher."""
     step = tl.where(peak == float("-inf"), 0.0, (peak - higher) * scale)
     step = tl.maximum(step, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # it fades to 0, and 0 * -inf is NaN
     fade = exp(step)
@@ -91,7 +91,7 @@ def seen_from(higher, scale, peak, leaders, rest, slope):
 
 @triton.jit
 def fold_apart(z, scale, peak, leaders, rest, slope):
-    """A block z of logits into lanes of sums, of which the leaders are counted apart; in nats, to the last digit."""
+    """Add a block z of logits to lanes of sums, with the leaders summed separately; in nats, to the last digit."""
     higher = tl.maximum(peak, tl.max(z, 0))
     leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
     shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -105,7 +105,7 @@ def fold_apart(z, scale, peak, leaders, rest, slope):
 
 @triton.jit
 def merge(scale, peak, leaders, rest, slope, other_peak, other_leaders, other_rest, other_slope):
-    """Two parts of a row as one: the leaders of the lower one are among the rest of the two."""
+    """Merge two parts of a row: the leaders of the lower one join the rest."""
     higher = tl.maximum(peak, other_peak)
     leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
     other_leaders, other_rest, other_slope = seen_from(
@@ -120,12 +120,12 @@ def finish(z_token, scale, peak, leaders, rest, slope):
     total = leaders + rest
     x = (z_token - tl.where(peak == float("-inf"), 0.0, peak)) * scale
     token_leads = z_token > peak
-    # The token leads: every other one is measured from it.
+    # The token leads: all others are relative to it.
     fade = tl.where(total > 0.0, exp(-tl.where(token_leads, x, 0.0)), 0.0)
     odds = total * fade
     log_odds = log1p(odds)
     spread = tl.where(fade > 0.0, fade * (tl.where(token_leads, x, 0.0) * total - slope), 0.0) / (1.0 + odds)
-    # Another one leads.
+    # Another logit leads.
     own = exp(tl.where(token_leads, 0.0, x))
     log_sum = tl.log(leaders) + log1p((rest + own) / leaders)
     slope += tl.where(own > 0.0, own * x, 0.0)
