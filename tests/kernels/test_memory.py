@@ -5,9 +5,7 @@ place, and the numbers come out right all the same. ttsem executes what Triton's
 on the CPU, and knows whose each address is: the test that launched fails, with the line of the kernel. Memory that
 nobody has written holds NaN, so a kernel that reads it fails by its results.
 
-ttsem is young and not among the dependencies; `.ci/run` installs it:
-
-    .venv/bin/python -m pip install --no-deps --ignore-requires-python ttsem==0.1.0
+ttsem is young and not among the dependencies: `make proof` installs it, and so does CI.
 
 It needs triton's compiler in its process and the tests beside this one need the interpreter: this file is a script too,
 which runs those tests and prints what it looked at. Its arguments are pytest's.
@@ -41,9 +39,7 @@ LEFT_OUT = "compile or opcheck or registered or overflow_int32"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed: see the top of this file"
-)
+@pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed: `make proof`")
 def test_no_launch_reaches_outside_its_tensors_and_no_two_of_its_programs_race():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     env |= {"MINIRLHF_KERNELS": "triton", "MINIRLHF_KERNEL_CASES": "15", "OMP_NUM_THREADS": "1"}
