@@ -129,32 +129,39 @@ def what_is_compiled(target: GPUTarget, calls: dict) -> dict[tuple[str, str], Va
     return found
 
 
-def tool(name: str, *arguments: str | Path) -> str:
-    command = [getattr(triton.knobs.nvidia, name).path, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def nvidia(tool: str, option: str, compiled) -> str:
+    """What a tool that comes with triton says of the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [getattr(triton.knobs.nvidia, tool).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def machine_code(compiled) -> tuple[list[str], dict[str, int], int, int]:
-    """Instructions, where each label stands among them, registers, and bytes spilled."""
+def usage_of(compiled) -> tuple[int, int]:
+    """Registers, and bytes spilled."""
     if "amdgcn" in compiled.asm:
-        listing = compiled.asm["amdgcn"]
-        used = {name: int(n) for name, n in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", listing)}
-        registers, spilled = used["vgpr_count"], used["private_segment_fixed_size"]
-        label_of, instruction_of = r"(\.LBB\w+):", r"\t([a-z]\w+.*)"
+        named = r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)"
+        found = dict(re.findall(named, compiled.asm["amdgcn"]))
+        return int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+    found = dict(re.findall(r"(REG|STACK):(\d+)", nvidia("cuobjdump", "-res-usage", compiled)))
+    return int(found["REG"]), int(found["STACK"])
+
+
+def code_of(compiled) -> tuple[list[str], dict[str, int]]:
+    """Its instructions, and where each label stands among them."""
+    if "amdgcn" in compiled.asm:
+        listing, label_of, instruction_of = compiled.asm["amdgcn"], r"(\.LBB\w+):", r"\t([a-z]\w+.*)"
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage, listing = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
-        (registers,), (spilled,) = (map(int, re.findall(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
-        label_of, instruction_of = r"(\.L_\w+):", r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);"
+        listing, label_of = nvidia("nvdisasm", "-c", compiled), r"(\.L_\w+):"
+        instruction_of = r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);"
     code, labels = [], {}
     for line in listing.splitlines():
         if label := re.match(label_of, line):
             labels[label[1]] = len(code)
         elif (instruction := re.match(instruction_of, line)) and instruction[1].strip() not in ("NOP", "s_nop 0"):
             code.append(instruction[1])
-    return code, labels, registers, spilled
+    return code, labels
 
 
 def moved(code: list[str], way: str) -> list[int]:
@@ -189,17 +196,22 @@ def waits(code: list[str]) -> tuple[int, int]:
 
 
 def count(call: str, variant: Variant) -> dict[str, int | float | None]:
-    compiled = triton.compile(variant.source, target=variant.device.target, options=variant.options)
-    code, labels, registers, spilled = machine_code(compiled)
-    pointers = [kind for kind in variant.source.signature.values() if kind.startswith("*")]
-    first, last = (int(re.sub(r"\D", "", {"*bf16": "16"}.get(kind, kind))) // 8 for kind in (pointers[0], pointers[-1]))
-    kernel, traffic = variant.kernel, None
+    target, kernel, traffic = variant.device.target, variant.kernel, None
+    compiled = triton.compile(variant.source, target=target, options=variant.options)
+    registers, spilled = usage_of(compiled)
+    counts = {"registers": registers, "spilled_bytes": spilled, "shared_bytes": compiled.metadata.shared}
+    if target.arch == 80 and call not in HEADLINES:  # the disassembler takes as long as the compiler
+        return dict.fromkeys(COUNTS) | counts
+    code, labels = code_of(compiled)
     loops = [range(len(code))] if kernel.startswith("ppo.") else loops_of(code, labels) or [range(len(code))]
     part = [code[i] for i in loops[0]]
     others = [code[i] for i in sorted(set().union(*loops[1:]) - set(loops[0]))]
+
     loaded, stored = (sum(moved(part, way)) / 8 for way in ("load", "store"))
+    pointers = [kind for kind in variant.source.signature.values() if kind.startswith("*")]
+    first, last = (int(re.sub(r".*?(\d+)$", r"\1", kind)) // 8 for kind in (pointers[0], pointers[-1]))
     if kernel.startswith("ppo."):
-        elements = variant.constants["BLOCK"] / (variant.device.target.warp_size * variant.options["num_warps"])
+        elements = variant.constants["BLOCK"] / (target.warp_size * variant.options["num_warps"])
     elif kernel.startswith("gae."):  # two float32 a step
         elements, traffic = stored / 8, 22 if "all it may take" in call else 17
     elif kernel == "logprobs.backward_kernel":
@@ -207,14 +219,12 @@ def count(call: str, variant: Variant) -> dict[str, int | float | None]:
     else:
         elements, traffic = loaded / first, first
     each = len(part) / elements
-    hopper = traffic and variant.device.target.arch == 90
-    return {
-        "registers": registers,
-        "spilled_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
+    hopper = traffic and target.arch == 90
+    barriers, shuffles = waits(part)
+    return counts | {
         "load_bits": max(moved(part, "load")),
-        "barriers": waits(part)[0],
-        "shuffles": waits(part)[1],
+        "barriers": barriers,
+        "shuffles": shuffles,
         "waits_in_other_loops": sum(waits(others)),
         "instructions_per_element": round(each, 2),
         "issue_share": round(MEMORY / traffic * each / 32 / ISSUE, 3) if hopper else None,
@@ -224,7 +234,7 @@ def count(call: str, variant: Variant) -> dict[str, int | float | None]:
 def measure(headlines: bool) -> dict[tuple[str, ...], dict[str, int | float | None]]:
     rows = {}
     for name, target in TARGETS.items():
-        calls = HEADLINES if headlines or name == "sm_89" else HEADLINES | OTHERS  # sm_89 is much like sm_80
+        calls = HEADLINES if headlines or name == "sm_89" else HEADLINES | OTHERS
         for (call, kernel), variant in what_is_compiled(target, calls).items():
             rows[triton.__version__, name, call, kernel] = count(call, variant)
     return rows

@@ -33,8 +33,9 @@ class Variant:
 
     @property
     def kernel(self) -> str:
-        """token_logprobs' forward kernel is logprobs.forward_kernel."""
-        return f"{self.source.fn.__module__.rpartition('.')[2]}.{self.source.fn.__name__}"
+        """Of logprobs.py and of logprobs_backward.py: logprobs.forward_kernel, logprobs.backward_kernel."""
+        file = self.source.fn.__module__.rpartition(".")[2]
+        return f"{file.partition('_')[0]}.{self.source.fn.__name__}"
 
     @property
     def constants(self) -> dict[str, Any]:

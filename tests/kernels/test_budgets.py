@@ -8,6 +8,7 @@ The oldest triton that pyproject.toml allows is put into build/triton-oldest by 
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -43,7 +44,8 @@ BUDGETS = table(ROOT / "kernels" / "benchmarks" / "budgets.csv")
 @pytest.fixture(scope="module", params=["installed", "oldest"])
 def counted(request, tmp_path_factory):
     pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if request.param == "oldest":
         if not OLDEST.exists():
             pytest.skip(f"{OLDEST.relative_to(ROOT)} is missing: `make proof` installs it")
@@ -56,7 +58,11 @@ def counted(request, tmp_path_factory):
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert run.returncode == 0, run.stderr[-3000:]
     print(run.stdout)
-    return table(path)
+    rows = table(path)
+    if request.param == "oldest":
+        (allowed,) = re.findall(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        assert {version for version, *_ in rows} == {f"{allowed}.0"}
+    return rows
 
 
 def test_no_kernel_costs_more_than_its_budget(counted):
