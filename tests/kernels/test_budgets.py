@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+BUDGETS = ROOT / "kernels" / "benchmarks" / "budgets.csv"
 OLDEST = ROOT / "build" / "triton-oldest"
 TARGETS = {"sm_80", "sm_89", "sm_90", "gfx942"}
 KERNELS = {"logprobs.forward_kernel", "logprobs.backward_kernel", "linear.fold_kernel"}
@@ -38,9 +39,6 @@ def table(path):
         }
 
 
-BUDGETS = table(ROOT / "kernels" / "benchmarks" / "budgets.csv")
-
-
 @pytest.fixture(scope="module", params=["installed", "oldest"])
 def counted(request, tmp_path_factory):
     pytest.importorskip("triton")
@@ -50,7 +48,7 @@ def counted(request, tmp_path_factory):
         if not OLDEST.exists():
             pytest.skip(f"{OLDEST.relative_to(ROOT)} is missing: `make proof` installs it")
         env["PYTHONPATH"] = os.pathsep.join((str(OLDEST), env.get("PYTHONPATH", "")))
-    elif metadata.version("triton") not in {version for version, *_ in BUDGETS}:
+    elif metadata.version("triton") not in {version for version, *_ in table(BUDGETS)}:
         pytest.skip(f"triton {metadata.version('triton')} has no budgets")
     path = tmp_path_factory.mktemp("budgets") / "counted.csv"
     options = ["--csv", path] + ["--headlines"] * (request.param == "oldest")
@@ -67,7 +65,7 @@ def counted(request, tmp_path_factory):
 
 def test_no_kernel_costs_more_than_its_budget(counted):
     (version,) = {names[0] for names in counted}
-    budgets = {names: counts for names, counts in BUDGETS.items() if names[0] == version}
+    budgets = {names: counts for names, counts in table(BUDGETS).items() if names[0] == version}
     assert counted.keys() == budgets.keys(), "another set of kernels: `make budgets`"
     over = []
     for names, counts in counted.items():
