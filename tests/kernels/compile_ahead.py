@@ -244,7 +244,8 @@ def write(path: Path, rows: dict) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow((*NAMES, *COUNTS))
-        table.writerows((*names, *counts.values()) for names, counts in sorted(rows.items()))
+        for names, counts in sorted(rows.items()):
+            table.writerow((*names, *("" if x is None else f"{x:g}" for x in counts.values())))
 
 
 def read(path: Path) -> dict:
