@@ -287,7 +287,7 @@ def draw(path: Path, rows: dict) -> None:
         for at, (_, _, x) in enumerate(shown):
             text = f"{x['instructions_per_element']:.1f} instructions, {x['registers']:.0f} registers"
             axes.text(shares[at] + 1, at, text, va="center", fontsize=7.5)
-        axes.axvline(100, color="black", linewidth=0.8)
+        axes.axvline(100, color="black", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(shown)), labels)
         axes.set_xlim(0, max(*shares, 100) * 1.3)
         axes.set_ylim(-0.6, len(shown) - 0.4)
