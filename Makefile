@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+OLDEST_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/triton==\1/p' pyproject.toml)
 LESSONS := $(sort $(wildcard notebooks/*.ipynb))
 NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
 # One process a core, four at most; the cells of a lesson, and the tests of a file, stay together.
@@ -10,7 +11,7 @@ BESIDE := -n logical --maxprocesses 4 --dist loadscope
 MODULES := --doctest-modules minirlhf kernels/minirlhf_kernels notebooks/minirlhf_course
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab notebooks test fast lint world checkpoints figures bench clean
+.PHONY: help setup run lab notebooks test fast lint world checkpoints figures bench proof budgets clean
 
 help:  ## this list
 	@echo "minirlhf: from REINFORCE to InstructGPT"
@@ -73,6 +74,14 @@ figures: setup  ## rerun the long experiments that the lessons show (data/result
 bench: setup  ## measure the kernels
 	@# Threads that stay on their own core, as in `make run`: all providers' times scatter less.
 	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/python kernels/benchmarks/run.py $(ARGS)
+
+proof: setup  ## install what lets `make test` prove more of the kernels: ttsem, and the oldest triton that they run on
+	@# Each without what it asks for: that would be other versions of torch and triton.
+	@$(PIP) install -qq --no-deps --ignore-requires-python ttsem==0.1.0
+	@test -d build/triton-oldest || $(PIP) install -qq --no-deps --target build/triton-oldest $(OLDEST_TRITON)
+
+budgets: proof  ## count what the kernels' machine code costs, and make that its budget
+	@$(BIN)/python tests/kernels/compile_ahead.py --write $(ARGS)
 
 clean:  ## remove caches and build outputs; runs/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

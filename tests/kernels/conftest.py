@@ -11,10 +11,17 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 if not GPU and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How many cases hypothesis draws for a property of a kernel; test_memory.py asks for fewer.
+CASES = int(os.environ.get("MINIRLHF_KERNEL_CASES", "200"))
+settings.register_profile(
+    "kernels", max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=CASES < 200
+)
 
 
 def pytest_configure(config):

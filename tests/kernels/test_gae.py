@@ -64,7 +64,7 @@ def test_a_truncated_episode_bootstraps_and_a_terminated_one_does_not():
     assert advantages.tolist() == [[1.5, 1.0], [1.5, 1.0]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings.get_profile("kernels")
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 12),

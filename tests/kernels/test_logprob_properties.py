@@ -3,12 +3,12 @@ float64: 200 cases of each op on each path."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirlhf_kernels import linear_token_logprobs, token_logprobs
 
 INF, NAN = float("inf"), float("nan")
-CASES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CASES = settings.get_profile("kernels")
 pytestmark = pytest.mark.usefixtures("backend", "small_blocks")
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
 VIEWS = {  # of logits [N, T + 1, V] and of tokens [N, T + 1]

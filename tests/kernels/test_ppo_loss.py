@@ -5,7 +5,7 @@ from math import exp, expm1
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirlhf_kernels import ppo_loss, reference
 from torch.library import opcheck
@@ -179,7 +179,7 @@ def test_what_is_refused():
             ppo_loss(**(need | {"response_mask": torch.zeros(4, 6, dtype=torch.bool)}))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings.get_profile("kernels")
 @given(
     rows=st.integers(1, 4),
     columns=st.integers(1, 14),
