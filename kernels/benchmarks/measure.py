@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ class Effort:
     """Of one provider's turn."""
 
 
-EFFORTS = {"gpu": Effort(4, 60), "cpu": Effort(16, 20), "tiny": Effort(2, 0)}
+EFFORTS = {"gpu": Effort(3, 40), "cpu": Effort(16, 20), "tiny": Effort(2, 0)}
 
 
 @dataclass
@@ -83,10 +84,6 @@ def few_rows(case: Case, x: Inputs) -> tuple[Tensor | None, Inputs]:
     return chosen, part
 
 
-def farthest(got: Tensor, exact: Tensor, scale: Tensor) -> float:
-    return ((got.double() - exact).abs() / scale).max().item() if exact.numel() else 0.0
-
-
 def compared(
     case: Case, provider: Provider, x: Inputs, chosen: Tensor | None, part: Inputs, truth: list[Tensor]
 ) -> float:
@@ -95,28 +92,24 @@ def compared(
     A provider that returns fewer outputs is held to those. Upstream gradients are 1 in the compared rows and 0
     elsewhere, so that a weight's gradient, too, comes from these rows alone.
     """
-    out, worst = provider.call(x), 0.0
-    pairs = list(zip(out, truth, strict=False))
-    for got, exact in pairs:
-        got = got.detach() if chosen is None else got.detach()[chosen]
-        worst = max(worst, farthest(got, exact.detach(), exact.detach().abs().clamp(min=1.0)))
-        if got.shape != exact.shape or got.isnan().any():
-            return float("nan")
+    out = provider.call(x)[: len(truth)]
+    pairs = [(y if chosen is None else y[chosen], exact) for y, exact in zip(out, truth, strict=False)]
+    errors = [error(y.detach(), exact.detach(), exact.detach().abs().clamp(min=1.0)) for y, exact in pairs]
+    live = [i for i, y in enumerate(out) if y.requires_grad]
     if case.learns:
-        ups = []
-        for got, _ in pairs:
-            up = torch.ones_like(got) if chosen is None else torch.zeros_like(got).index_fill_(0, chosen, 1.0)
-            ups.append(up)
-        live = [i for i, (got, _) in enumerate(pairs) if got.requires_grad]
-        grads = torch.autograd.grad([out[i] for i in live], [x[n] for n in case.learns], [ups[i] for i in live])
-        exact_ones = torch.autograd.grad(
-            [truth[i] for i in live], [part[n] for n in case.learns],
-            [torch.ones_like(truth[i]) for i in live], retain_graph=True,
-        )  # fmt: skip
-        for name, grad, exact in zip(case.learns, grads, exact_ones, strict=True):
+        shares = [pairs[i][0].sum() for i in live], [truth[i].sum() for i in live]
+        grads = torch.autograd.grad(shares[0], [x[name] for name in case.learns])
+        exact_grads = torch.autograd.grad(shares[1], [part[name] for name in case.learns], retain_graph=True)
+        for name, grad, exact in zip(case.learns, grads, exact_grads, strict=True):
             grad = grad[chosen] if name in case.per_row else grad
-            worst = max(worst, farthest(grad, exact, exact.abs().max().clamp(min=1e-30)))
-    return worst
+            errors.append(error(grad, exact, exact.abs().max().clamp(min=1e-30)))
+    return max(errors) if not any(math.isnan(e) for e in errors) else math.nan
+
+
+def error(got: Tensor, exact: Tensor, scale: Tensor) -> float:
+    if got.shape != exact.shape:
+        return math.nan
+    return ((got.double() - exact).abs() / scale).max().item()
 
 
 def once(case: Case, provider: Provider, x: Inputs) -> list[Tensor]:
@@ -132,8 +125,8 @@ def waits(run: Run) -> bool:
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
+    except RuntimeError as refusal:
+        if "synchroniz" not in str(refusal):
             raise
         return True
     finally:
@@ -144,18 +137,18 @@ def waits(run: Run) -> bool:
 def gate(case: Case, provider: Provider, x: Inputs, chosen: Tensor | None, part: Inputs, truth: list[Tensor]) -> float:
     """The error; raises ValueError where the provider must not be timed."""
     with provider.active() as asked:
-        error = compared(case, provider, x, chosen, part, truth)
+        worst = compared(case, provider, x, chosen, part, truth)
         if provider.hook is not None and not asked:
             raise ValueError(f"nobody asked {provider.hook.module}.{provider.hook.function} for a configuration")
-        if not error <= TOLERANCE[case.dtype]:
-            raise ValueError(f"WRONG by {error:.2g}")
+        if not worst <= TOLERANCE[case.dtype]:
+            raise ValueError(f"WRONG by {worst:.2g}")
         if provider.ours:
             first, second = once(case, provider, x), once(case, provider, x)
             if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
                 raise ValueError("other bits when called again")
             if CUDA and waits(lambda: once(case, provider, x)):
                 raise ValueError("makes the host wait for the device")
-    return error
+    return worst
 
 
 # ---------------------------------------------------------------- the clock
@@ -204,7 +197,7 @@ def on_the_wall(run: Run, milliseconds: float, calls: int) -> list[float]:
     """Calls in a row, as a user makes them; on a GPU the last one is waited for."""
     times: list[float] = []
     until = time.perf_counter() + milliseconds / 1e3
-    while len(times) < 2 or time.perf_counter() < until:
+    while not times or time.perf_counter() < until:
         start = time.perf_counter()
         for _ in range(calls):
             run()
@@ -294,8 +287,8 @@ def refusals_of(bench: Bench, provider: Provider, where: str) -> Iterator[None]:
     """Whatever a provider raises is said and costs its own rows only; if the provider is ours, it is a problem."""
     try:
         yield
-    except Exception as error:
-        said = f"{provider.name}, {where}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    except Exception as refusal:
+        said = f"{provider.name}, {where}: {type(refusal).__name__}: {' '.join(str(refusal).split())[:160]}"
         if provider.ours:
             bench.table.problem(said)
         else:

@@ -30,7 +30,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import torch
+BEGAN = time.monotonic()
+
+import torch  # noqa: E402 (importing it takes seconds, and they count)
 
 if TYPE_CHECKING:
     from measure import Bench
@@ -39,7 +41,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
 INTERPRETER = ("TRITON_INTERPRET", "MINIRLHF_KERNELS")
-BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def make_importable(wheels: Path | None) -> None:
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "notebooks")]
     if wheels is not None:
         site = tempfile.mkdtemp(prefix="wheels-")
-        subprocess.run([*pip, "--target", site, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+        files = sorted(map(str, wheels.glob("*.whl")))
+        if not files or subprocess.run([*pip, "--target", site, *files]).returncode != 0:
+            raise SystemExit(f"--wheels {wheels}: nothing could be installed from {len(files)} wheels")
         paths.insert(0, site)
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -169,7 +172,7 @@ def second_call(bench: Bench) -> Iterator[Work]:
             yield Work(f"minirlhf run on {device}", seconds + 5, lambda d=device, s=seconds: run_pipeline(bench, d, s))
     backend = "aot_eager" if bench.tiny else "inductor"
     for case in [case for case in cases if case.compiles]:
-        yield Work(f"{case.title}, compiled", 60, lambda c=case: measure(bench, c, c.with_compiled(backend)))
+        yield Work(f"{case.title}, compiled", 45, lambda c=case: measure(bench, c, c.with_compiled(backend)))
 
 
 CALLS: dict[str, tuple[Callable[[Bench], Iterator[Work]], ...]] = {
@@ -193,15 +196,17 @@ def main() -> int:
     seconds = args.seconds or (float("inf") if args.call == "all" else 540.0)
     margin = min(20.0, seconds / 10)
     if seconds < float("inf"):
+        left = seconds - (time.monotonic() - BEGAN)
         signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds - margin - (time.monotonic() - BEGAN)))
-        faulthandler.dump_traceback_later(max(0.1, seconds - margin / 4), exit=True)  # stuck where no signal is heard
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, left - margin))
+        faulthandler.dump_traceback_later(max(0.2, left - margin / 4), exit=True)  # stuck where no signal is heard
     signal.signal(signal.SIGTERM, stop)
     if args.tiny and not CUDA and importlib.util.find_spec("triton"):
         os.environ |= {"TRITON_INTERPRET": "1", "MINIRLHF_KERNELS": "triton"}
     make_importable(args.wheels)
     import torch._functorch.config as functorch
-    from measure import Bench, machine
+    from measure import Bench
+    from results import machine
 
     functorch.donated_buffer = False  # backward is timed alone, over one kept graph
     if CUDA:

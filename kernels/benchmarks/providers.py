@@ -106,8 +106,10 @@ def candidates(kernel: str) -> dict[str, Hook]:
             module = importlib.import_module(f"minirlhf_kernels.fused.{name}")
         except ModuleNotFoundError:
             continue  # one file holds both directions
+        default = module.configuration(1 << 20) if hasattr(module, "configuration") else None
         for label, value in getattr(module, "CANDIDATES", {}).items():
-            found[label] = Hook(name, "configuration", lambda default, value=value: value)
+            if value != default:
+                found[label] = Hook(name, "configuration", lambda _, value=value: value)
         for label, (function, change) in CHANGES.get(name, {}).items() if not hasattr(module, "CANDIDATES") else ():
             found[label] = Hook(name, function, change)
     return found
@@ -153,6 +155,11 @@ def trl() -> Call:
 
     require_triton()
     return lambda x: list(selective_log_softmax_and_entropy(x["logits"], x["tokens"], row_mask=x.get("mask")))
+
+
+def trl_logprobs_alone() -> Call:
+    both = trl()
+    return lambda x: both(x)[:1]
 
 
 def liger() -> Call:

@@ -1,4 +1,4 @@
-"""The benchmark for a rented GPU, whole, in tiny sizes on any machine: nothing may fail for the first time over there."""
+"""The benchmark for a rented GPU, whole, in tiny sizes on any machine: nothing may fail there for the first time."""
 
 import csv
 import os
@@ -105,8 +105,8 @@ def test_whoever_kills_it_keeps_every_row(tmp_path):
 def test_it_stops_by_itself_before_its_time_is_over(tmp_path):
     began = time.monotonic()
     result = subprocess.run(
-        command("rivals", tmp_path, "--seconds", "9"), env=environment(), capture_output=True, text=True, timeout=120
+        command("rivals", tmp_path, "--seconds", "12"), env=environment(), capture_output=True, text=True, timeout=120
     )
-    assert time.monotonic() - began < 9
+    assert time.monotonic() - began < 12
     assert result.returncode == 0 and "the time is over: " in result.stdout, result.stdout + result.stderr
     check(rows_of(tmp_path))
