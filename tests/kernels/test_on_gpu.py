@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,15 @@ def test_the_second_call_measures_everybody_else(tmp_path):
     assert "torch compile" in last
     with open(tmp_path / "adversarial.csv", newline="") as file:
         assert {row["where"] for row in csv.DictReader(file)} == {"interpreter"}
+
+    (tmp_path / "tiny.csv").rename(tmp_path / "gpu.csv")
+    readme = Path(shutil.copy(FOLDER.parent / "README.md", tmp_path))
+    subprocess.run(
+        [sys.executable, str(FOLDER / "report.py"), "--results", str(tmp_path), "--readme", str(readme)], check=True
+    )
+    text = readme.read_text()
+    assert "| `minirlhf run`, a step of PPO |" in text and "| token_logprobs + entropy | 6 x 150 | full |" in text
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_whoever_kills_it_keeps_every_row(tmp_path):
