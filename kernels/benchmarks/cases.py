@@ -42,7 +42,7 @@ GAE = ((8192, 4096), (32768, 8), (8192, 128), (8192, 1024))
 SCALES = {
     "gpu": Scale(torch.bfloat16, 8192, (128256, 151936, 50257, 32000), (4096, 4096, 128256), 65536, GAE, (128, 2048)),
     "cpu": Scale(torch.float32, 256, (32000, 512), (512, 96, 4096), 5120, ((256, 1024), (32768, 8)), (128, 64)),
-    "tiny": Scale(torch.bfloat16, 6, (150, 33), (6, 8, 150), 40, ((3, 9), (9, 3)), (4, 20)),
+    "tiny": Scale(torch.bfloat16, 2, (40,), (2, 8, 40), 40, ((1, 5), (3, 2)), (2, 20)),
 }
 
 
@@ -68,6 +68,8 @@ class Case:
     plain_too: bool = True
     """Whether the plain call is a rival; a Python loop over thousands of steps isn't."""
 
+    searched: bool = False
+    """Whether other configurations of ours are tried."""
     compiles: bool = False
     """Whether torch.compile is a rival worth its minute."""
 
@@ -88,7 +90,7 @@ class Case:
         return Provider(self.name, self.ours, ours=True)
 
     def with_candidates(self) -> list[Provider]:
-        other = providers.candidates(self.kernel) if self.clock != "wall" else {}
+        other = providers.candidates(self.kernel) if self.searched else {}
         return [self.own, *(replace(self.own, name=f"minirlhf, {label}", hook=hook) for label, hook in other.items())]
 
     def with_peers(self) -> list[Provider]:
@@ -96,7 +98,7 @@ class Case:
         return [self.own, *plain, *(p for name, peer in self.peers.items() for p in peer.found(name))]
 
     def with_compiled(self, backend: str) -> list[Provider]:
-        torch._dynamo.reset()  # a case starts afresh: its shapes shouldn't count as another's recompilations
+        torch._dynamo.reset()  # else its shapes would count as another case's recompilations
         return [self.own, Provider("torch compile", torch.compile(self.plain, dynamic=False, backend=backend))]
 
 
@@ -154,6 +156,7 @@ def token_logprobs(
         {"forward": read * once, "backward": (1 + read) * once, "full": (1 + 2 * read) * once},
         learns=("logits",),
         per_row=("logits", "tokens", "mask"),
+        searched=entropy and kind != "half masked" and "clock" not in options,
         peers=peers,
         **options,
     )
@@ -182,23 +185,17 @@ def linear_token_logprobs(rows: int, hidden: int, vocabulary: int, dtype: torch.
         learns=("hidden", "weight"),
         per_row=("hidden", "tokens"),
         peers={"trl": Peer(providers.trl_linear), "cut cross entropy": Peer(providers.cut_cross_entropy)},
+        searched=True,
         compiles=True,
     )
 
 
 def products_alone(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
-    """The linear op's floor: the library's three products and nothing else. Its backward makes the logits once more."""
+    """The linear op's floor: the library's three products and nothing else (the op makes a fourth in backward)."""
     case = linear_token_logprobs(rows, hidden, vocabulary, dtype, device)
     product: Call = lambda x: [x["hidden"] @ x["weight"].t()]  # noqa: E731
-    return replace(
-        case,
-        kernel="the linear op's products alone",
-        ours=product,
-        plain=product,
-        name="library",
-        peers={},
-        compiles=False,
-    )
+    options = {"name": "library", "peers": {}, "plain_too": False, "searched": False, "compiles": False}
+    return replace(case, kernel="the linear op's products alone", ours=product, plain=product, **options)
 
 
 # ---------------------------------------------------------------- ppo_loss and gae
@@ -274,6 +271,7 @@ def gae(rows: int, steps: int, device: str, turned: bool = False, clock: str = "
         gae_loop,
         {"forward": 17.0 * rows * steps},
         clock=clock,
+        searched=clock == "graph",
         peers={"torchrl": Peer(providers.torchrl)},
         plain_too=steps <= 1024,
     )

@@ -33,7 +33,9 @@ def token_logprobs(x: Inputs) -> list[Tensor]:
     logits = x["logits"]
     out = torch.empty(len(logits), device=logits.device)
     block = 1024 if logits.is_cuda else 16
-    kernel("my_token_logprobs")[(len(logits),)](logits, x["tokens"], out, *logits.shape, BLOCK=block)
+    kernel("my_token_logprobs")[(len(logits),)](
+        logits, x["tokens"], out, logits.shape[1], logits.stride(0), BLOCK=block
+    )  # fmt: skip
     return [out]
 
 

@@ -37,7 +37,7 @@ class Effort:
     """Of one provider's turn."""
 
 
-EFFORTS = {"gpu": Effort(3, 40), "cpu": Effort(16, 20), "tiny": Effort(2, 0)}
+EFFORTS = {"gpu": Effort(3, 40), "cpu": Effort(16, 20), "tiny": Effort(1, 0)}
 
 
 @dataclass
@@ -84,39 +84,28 @@ def few_rows(case: Case, x: Inputs) -> tuple[Tensor | None, Inputs]:
     return chosen, part
 
 
-def compared(
-    case: Case, provider: Provider, x: Inputs, chosen: Tensor | None, part: Inputs, truth: list[Tensor]
-) -> float:
+def results_of(case: Case, provider: Provider, x: Inputs, chosen: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the chosen rows, and gradients for upstream gradients of 1 in these rows and 0 elsewhere."""
+    out = [y if chosen is None else y[chosen] for y in provider.call(x)]
+    learning = [y.sum() for y in out if y.requires_grad] if case.learns else []
+    grads = torch.autograd.grad(learning, [x[name] for name in case.learns]) if learning else ()
+    return out, [g[chosen] if name in case.per_row else g for name, g in zip(case.learns, grads, strict=True)]
+
+
+def error_of(case: Case, out: list[Tensor], grads: list[Tensor], part: Inputs, truth: list[Tensor]) -> float:
     """The largest error of outputs (relative to them, or to 1) and gradients (relative to each one's largest number).
 
-    A provider that returns fewer outputs is held to those. Upstream gradients are 1 in the compared rows and 0
-    elsewhere, so that a weight's gradient, too, comes from these rows alone.
+    Who returns fewer outputs than the truth is held to those.
     """
-    out = provider.call(x)[: len(truth)]
-    pairs = [(y if chosen is None else y[chosen], exact) for y, exact in zip(out, truth, strict=False)]
-    errors = [error(y.detach(), exact.detach(), exact.detach().abs().clamp(min=1.0)) for y, exact in pairs]
-    live = [i for i, y in enumerate(out) if y.requires_grad]
-    if case.learns:
-        shares = [pairs[i][0].sum() for i in live], [truth[i].sum() for i in live]
-        grads = torch.autograd.grad(shares[0], [x[name] for name in case.learns])
-        exact_grads = torch.autograd.grad(shares[1], [part[name] for name in case.learns], retain_graph=True)
-        for name, grad, exact in zip(case.learns, grads, exact_grads, strict=True):
-            grad = grad[chosen] if name in case.per_row else grad
-            errors.append(error(grad, exact, exact.abs().max().clamp(min=1e-30)))
-    return max(errors) if not any(math.isnan(e) for e in errors) else math.nan
-
-
-def error(got: Tensor, exact: Tensor, scale: Tensor) -> float:
-    if got.shape != exact.shape:
+    pairs = [(y, exact, exact.abs().clamp(min=1.0)) for y, exact in zip(out, truth, strict=False)]
+    if grads:
+        learning = [exact.sum() for y, exact in zip(out, truth, strict=False) if y.requires_grad]
+        exact_grads = torch.autograd.grad(learning, [part[name] for name in case.learns], retain_graph=True)
+        pairs += [(g, exact, exact.abs().max().clamp(min=1e-30)) for g, exact in zip(grads, exact_grads, strict=True)]
+    if any(got.shape != exact.shape for got, exact, _ in pairs):
         return math.nan
-    return ((got.double() - exact).abs() / scale).max().item()
-
-
-def once(case: Case, provider: Provider, x: Inputs) -> list[Tensor]:
-    out = provider.call(x)
-    live = [y for y in out if y.requires_grad]
-    grads = torch.autograd.grad(live, [x[n] for n in case.learns], [torch.ones_like(y) for y in live]) if live else ()
-    return [*(y.detach() for y in out), *grads]
+    errors = [((got.detach().double() - exact.detach()).abs() / scale).max() for got, exact, scale in pairs]
+    return torch.stack(errors).max().item()  # NaN where any is
 
 
 def waits(run: Run) -> bool:
@@ -137,16 +126,17 @@ def waits(run: Run) -> bool:
 def gate(case: Case, provider: Provider, x: Inputs, chosen: Tensor | None, part: Inputs, truth: list[Tensor]) -> float:
     """The error; raises ValueError where the provider must not be timed."""
     with provider.active() as asked:
-        worst = compared(case, provider, x, chosen, part, truth)
+        out, grads = results_of(case, provider, x, chosen)
         if provider.hook is not None and not asked:
             raise ValueError(f"nobody asked {provider.hook.module}.{provider.hook.function} for a configuration")
+        worst = error_of(case, out, grads, part, truth)
         if not worst <= TOLERANCE[case.dtype]:
             raise ValueError(f"WRONG by {worst:.2g}")
         if provider.ours:
-            first, second = once(case, provider, x), once(case, provider, x)
-            if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+            again, grads_again = results_of(case, provider, x, chosen)
+            if not all(map(torch.equal, [*out, *grads], [*again, *grads_again])):
                 raise ValueError("other bits when called again")
-            if CUDA and waits(lambda: once(case, provider, x)):
+            if CUDA and waits(lambda: results_of(case, provider, x, chosen)):
                 raise ValueError("makes the host wait for the device")
     return worst
 
@@ -159,11 +149,17 @@ def prepared(case: Case, provider: Provider, mode: str, x: Inputs) -> Run:
         x = {k: y.detach() if torch.is_tensor(y) else y for k, y in x.items()}
         return lambda: provider.call(x)
     inputs = [x[name] for name in case.learns]
-    out = [y for y in provider.call(x) if y.requires_grad]
-    ups = [torch.ones_like(y) for y in out]
-    if mode == "backward":
-        return lambda: torch.autograd.grad(out, inputs, ups, retain_graph=True)
-    return lambda: torch.autograd.grad([y for y in provider.call(x) if y.requires_grad], inputs, ups)
+    ups: list[Tensor] = []  # made once: they aren't part of the work
+
+    def forward() -> list[Tensor]:
+        out = [y for y in provider.call(x) if y.requires_grad]
+        ups.extend(torch.ones_like(y) for y in out[len(ups) :])
+        return out
+
+    if mode == "full":
+        return lambda: torch.autograd.grad(forward(), inputs, ups)
+    out = forward()
+    return lambda: torch.autograd.grad(out, inputs, ups, retain_graph=True)
 
 
 def clock_of(kind: str, runs: list[Run], milliseconds: float) -> Clock:
@@ -259,7 +255,7 @@ def measure_mode(bench: Bench, case: Case, mode: str, x: Inputs, errors: dict[Pr
         with refusals_of(bench, provider, f"{case.title} {mode}"), provider.active():
             own = [case.make() for _ in buffers] if provider.writes_over else buffers
             runs = [prepared(case, provider, mode, y) for y in own]
-            for run in runs[:1] * (3 if CUDA else 1):  # compile and warm up
+            for run in runs[:3] if CUDA else ():  # compile and warm up
                 run()
             peaks[provider] = peak_of(runs[0])
             captured = case.clock != "graph" or not CUDA or not waits(runs[0])

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     seconds = args.seconds or (float("inf") if args.call == "all" else 540.0)
-    margin = min(20.0, seconds / 10)
+    margin = min(20.0, seconds / 5)
     if seconds < float("inf"):
         left = seconds - (time.monotonic() - BEGAN)
         signal.signal(signal.SIGALRM, stop)
@@ -208,6 +209,7 @@ def main() -> int:
     from measure import Bench
     from results import machine
 
+    warnings.filterwarnings("ignore", module="triton.runtime.interpreter")  # numpy warns of what isn't chosen
     functorch.donated_buffer = False  # backward is timed alone, over one kept graph
     if CUDA:
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream can't be captured
