@@ -18,6 +18,7 @@ import faulthandler
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,10 @@ class Work:
     seconds: float
     """What it may take on a GPU: with less time left it is left out."""
     do: Callable[[], None]
+
+
+def passed() -> float:
+    return time.monotonic() - BEGAN
 
 
 class Stopped(BaseException):
@@ -194,14 +199,22 @@ def main() -> int:
         "--tiny", action="store_true", help="small shapes, to prove this script; without a GPU in the interpreter"
     )
     args = parser.parse_args()
-    seconds = args.seconds or (float("inf") if args.call == "all" else 540.0)
+    seconds = args.seconds or (math.inf if args.call == "all" else 540.0)
     margin = min(20.0, seconds / 5)
-    if seconds < float("inf"):
-        left = seconds - (time.monotonic() - BEGAN)
-        signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, max(0.1, left - margin))
-        faulthandler.dump_traceback_later(max(0.2, left - margin / 4), exit=True)  # stuck where no signal is heard
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    if seconds < math.inf:
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds - margin - passed()))
+        # The last resort, for where no signal is heard.
+        faulthandler.dump_traceback_later(max(0.2, seconds - margin / 4 - passed()), exit=True)
+    try:
+        return work_through(args, seconds - margin)
+    except Stopped as why:
+        print(f"{why}: stopped after {passed():.0f} s", flush=True)
+        return 0
+
+
+def work_through(args: argparse.Namespace, seconds: float) -> int:
     if args.tiny and not CUDA and importlib.util.find_spec("triton"):
         os.environ |= {"TRITON_INTERPRET": "1", "MINIRLHF_KERNELS": "triton"}
     make_importable(args.wheels)
@@ -217,29 +230,22 @@ def main() -> int:
     out = args.out or (ROOT / "build" / "on_gpu_tiny" if args.tiny else RESULTS)
     bench = Bench("tiny" if args.tiny else "gpu" if CUDA else "cpu", device, out)
     print(f"{machine(device)}, torch {torch.__version__}", flush=True)
-    left_out, ended = [], "done"
     try:
-        for call in CALLS[args.call]:
-            for work in call(bench):
-                if args.only not in work.name:
-                    continue
-                if not args.tiny and time.monotonic() - BEGAN + work.seconds > seconds - margin:
-                    left_out.append(work.name)
-                    continue
-                print(f"{work.name}   ({time.monotonic() - BEGAN:.0f} s)", flush=True)
-                try:
-                    work.do()
-                except Exception as error:  # the next one may work; this one is named again at the end
-                    bench.table.problem(f"{work.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-                if CUDA:
-                    torch.cuda.empty_cache()
-    except Stopped as why:
-        ended = str(why)
-    print(f"{ended}: {bench.table.rows} rows in {time.monotonic() - BEGAN:.0f} s, {bench.table.file.name}")
-    for name in left_out:
-        print(f"  no time for {name}")
-    for problem in bench.table.problems:
-        print(f"  PROBLEM: {problem}")
+        for work in (work for call in CALLS[args.call] for work in call(bench) if args.only in work.name):
+            if not args.tiny and passed() + work.seconds > seconds:
+                print(f"no time left for {work.name}", flush=True)
+                continue
+            print(f"{work.name}   ({passed():.0f} s)", flush=True)
+            try:
+                work.do()
+            except Exception as error:  # the next one may work; this one is named again at the end
+                bench.table.problem(f"{work.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            if CUDA:
+                torch.cuda.empty_cache()
+    finally:
+        print(f"{bench.table.rows} rows in {passed():.0f} s, {bench.table.file.name}", flush=True)
+        for problem in bench.table.problems:
+            print(f"  PROBLEM: {problem}", flush=True)
     return 1 if bench.table.problems else 0
 
 
