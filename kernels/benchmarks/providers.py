@@ -60,40 +60,37 @@ class Provider:
 
 
 # ---------------------------------------------------------------- ours, launched otherwise
-# A module of fused/ may say what else is worth a try: its CANDIDATES, a name for each, are taken in place of what its
-# `configuration(size)` gives. For the others the changes are here: `configuration` begins with the lanes of a block
-# (gae: with a tile's rows) and ends with the warps; `linear.plan(rows, vocabulary)` gives a slab's rows and columns.
+# A module of fused/ may say what else is worth a try: each of its CANDIDATES takes the place of what its function
+# `configuration` gives. For others the changes are here. `gae.configuration` gives a tile's rows and steps, and warps;
+# `logprobs_backward.configuration` ends with the warps; `linear.plan` gives a slab's rows and columns.
 
 
-def warps(factor: float) -> Callable[[Any], Any]:
-    return lambda default: (*default[:-1], max(1, int(factor * default[-1])))
+def scaled(*factors: float) -> Callable[[Any], Any]:
+    """Of a tuple of counts, each times its factor, from the last one back."""
+
+    def change(default: Any) -> Any:
+        ones = [1.0] * (len(default) - len(factors))
+        return tuple(max(1, int(n * f)) for n, f in zip(default, [*ones, *factors], strict=True))
+
+    return change
 
 
-def first(factor: float) -> Callable[[Any], Any]:
-    return lambda default: (max(1, int(factor * default[0])), *default[1:])
-
-
-def columns(factor: int) -> Callable[[Any], Any]:
-    return lambda default: (default[0], factor * default[1])
-
-
-CHANGES: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
-    "logprobs": {
-        "twice the warps": ("configuration", warps(2)),
-        "half the block": ("configuration", first(0.5)),
-        "twice the block and the warps": ("configuration", lambda default: first(2)(warps(2)(default))),
-    },
-    "linear": {
-        "twice the slab": ("plan", columns(2)),
-        "4 times the slab": ("plan", columns(4)),
-        "8 times the slab": ("plan", columns(8)),
-    },
-    "gae": {
-        "half the warps": ("configuration", warps(0.5)),
-        "twice the warps": ("configuration", warps(2)),
-        "half the rows": ("configuration", first(0.5)),
-        "twice the rows": ("configuration", first(2)),
-    },
+CHANGES: dict[str, tuple[str, dict[str, Callable[[Any], Any]]]] = {
+    "logprobs_backward": ("configuration", {"backward: twice the warps": scaled(2)}),
+    "linear": (
+        "plan",
+        {"a quarter of the slab": scaled(0.25), "half the slab": scaled(0.5), "twice the slab": scaled(2)},
+    ),
+    "gae": (
+        "configuration",
+        {
+            "half the warps": scaled(0.5),
+            "twice the warps": scaled(2),
+            "half the rows": scaled(0.5, 1, 1),
+            "twice the rows": scaled(2, 1, 1),
+            "half the rows, twice the steps": scaled(0.5, 2, 1),
+        },
+    ),
 }
 MODULES = {"token_logprobs": ("logprobs", "logprobs_backward"), "linear_token_logprobs": ("linear",), "gae": ("gae",)}
 
@@ -102,16 +99,14 @@ def candidates(kernel: str) -> dict[str, Hook]:
     """What else a kernel could be launched with, by name. None where it is the reference that runs."""
     found: dict[str, Hook] = {}
     for name in MODULES.get(kernel.split(" ")[0], ()) if has_triton() else ():
-        try:
-            module = importlib.import_module(f"minirlhf_kernels.fused.{name}")
-        except ModuleNotFoundError:
-            continue  # one file holds both directions
-        default = module.configuration(1 << 20) if hasattr(module, "configuration") else None
+        if importlib.util.find_spec(f"minirlhf_kernels.fused.{name}") is None:
+            continue
+        module = importlib.import_module(f"minirlhf_kernels.fused.{name}")
         for label, value in getattr(module, "CANDIDATES", {}).items():
-            if value != default:
+            if value != getattr(module, "LONG", None):  # the default of long rows
                 found[label] = Hook(name, "configuration", lambda _, value=value: value)
-        for label, (function, change) in CHANGES.get(name, {}).items() if not hasattr(module, "CANDIDATES") else ():
-            found[label] = Hook(name, function, change)
+        function, changes = CHANGES.get(name, ("", {}))
+        found |= {label: Hook(name, function, change) for label, change in changes.items()}
     return found
 
 

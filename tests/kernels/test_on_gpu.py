@@ -56,8 +56,8 @@ def test_the_first_call_tests_and_measures_ours_with_every_candidate(tmp_path):
     check(rows)
     assert " passed" in said and (tmp_path / "tests.log").is_file()
     assert {row["provider"].split(",")[0] for row in rows} == {"minirlhf", "library"}
-    for kernel, few in (("token_logprobs + entropy", 2), ("linear_token_logprobs", 2), ("gae", 2)):
-        assert len({row["provider"] for row in rows if row["kernel"] == kernel}) > few, kernel
+    for kernel, candidates in (("token_logprobs + entropy", 3), ("linear_token_logprobs", 3), ("gae", 5)):
+        assert len({row["provider"] for row in rows if row["kernel"] == kernel}) > candidates, kernel
     # The headline comes first, and each mode of it.
     assert rows[0]["kernel"] == "token_logprobs + entropy" and rows[0]["provider"] == "minirlhf"
     shapes = {row["shape"] for row in rows}
