@@ -1,6 +1,7 @@
 """The benchmark for a rented GPU, whole, in tiny sizes on any machine: nothing may fail there for the first time."""
 
 import csv
+import itertools
 import os
 import shutil
 import signal
@@ -88,6 +89,50 @@ def test_the_second_call_measures_everybody_else(tmp_path):
     text = readme.read_text()
     assert "| `minirlhf run`, a step of PPO |" in text and "| token_logprobs + entropy | 2 x 40 | full |" in text
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_what_is_wrong_is_named_and_not_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    from cases import ppo_loss
+    from measure import Bench, measure
+    from providers import Provider
+
+    case, calls = ppo_loss(40, "cpu"), itertools.count(1)
+
+    def plus(change):
+        def call(x):
+            loss, *metrics = case.plain(x)
+            return [loss + change(x), *metrics]
+
+        return call
+
+    def broken(x):
+        raise RuntimeError("no such kernel")
+
+    bench = Bench("tiny", "cpu", tmp_path)
+    measure(
+        bench,
+        case,
+        [
+            Provider("right", case.plain, ours=True),
+            Provider("off by a hundredth", plus(lambda x: 0.01)),
+            Provider("NaN in a gradient", plus(lambda x: (0.0 * x["values"]).sum().sqrt())),
+            Provider("a third of a gradient", lambda x: case.plain(x | {"values": x["values"].detach()})),
+            Provider("other bits", plus(lambda x: 1e-6 * next(calls)), ours=True),
+            Provider("broken", broken),
+        ],
+    )
+    assert [row["provider"] for row in rows_of(tmp_path)] == ["right"] * 3
+    assert len(bench.table.problems) == 1 and "other bits when called again" in bench.table.problems[0]
+    said = capsys.readouterr().out
+    for name, why in (
+        ("off by a hundredth", "WRONG by 0.01"),
+        ("NaN in a gradient", "WRONG by nan"),
+        ("a third of a gradient", "RuntimeError"),
+        ("broken", "no such kernel"),
+    ):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"  {name},"))
+        assert why in line
 
 
 def test_whoever_kills_it_keeps_every_row(tmp_path):
