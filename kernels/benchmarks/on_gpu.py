@@ -174,7 +174,7 @@ def second_call(bench: Bench) -> Iterator[Work]:
         "adversarial rows", 40, lambda: adversarial.main(bench.out / "adversarial.csv", 2 if bench.tiny else None)
     )
     if CUDA or bench.tiny:
-        for device, seconds in (("cuda", 90), ("cpu", 45)) if CUDA else (("cpu", 45),):
+        for device, seconds in (("cuda", 90), ("cpu", 45)) if CUDA else (("cpu", 300),):
             yield Work(f"minirlhf run on {device}", seconds + 5, lambda d=device, s=seconds: run_pipeline(bench, d, s))
     backend = "aot_eager" if bench.tiny else "inductor"
     for case in [case for case in cases if case.compiles]:
