@@ -210,6 +210,7 @@ def main() -> int:
     try:
         return work_through(args, seconds - margin)
     except Stopped as why:
+        faulthandler.cancel_dump_traceback_later()
         print(f"{why}: stopped after {passed():.0f} s", flush=True)
         return 0
 
