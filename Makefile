@@ -71,9 +71,10 @@ checkpoints: setup  ## rebuild data/checkpoints, which the lessons start from: t
 figures: setup  ## rerun the long experiments that the lessons show (data/results)
 	@for script in benchmarks/ppo_ablation.py benchmarks/figure_*.py benchmarks/readme_picture.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
-bench: setup  ## measure the kernels
+bench: setup  ## measure the kernels and their rivals, without a time limit
 	@# Threads that stay on their own core, as in `make run`: all providers' times scatter less.
-	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/python kernels/benchmarks/run.py $(ARGS)
+	@OMP_PROC_BIND=$${OMP_PROC_BIND:-true} $(BIN)/python kernels/benchmarks/on_gpu.py all $(ARGS)
+	@$(BIN)/python kernels/benchmarks/report.py
 
 proof: setup  ## install what lets `make test` prove more of the kernels: ttsem, and the oldest triton that they run on
 	@# Each without what it asks for: that would be other versions of torch and triton.

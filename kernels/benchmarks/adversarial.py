@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 INF = float("inf")
-COLUMNS = ("row", "provider", "logprob", "entropy", "logprob_truth", "entropy_truth", "logprob_error", "entropy_error")
+COLUMNS = (
+    "row", "provider", "logprob", "entropy", "logprob_truth", "entropy_truth", "logprob_error", "entropy_error",
+    "where",
+)  # fmt: skip
 
 
 def rows() -> dict[str, tuple[Tensor, int]]:
@@ -98,10 +101,11 @@ def error(got: float | None, exact: float) -> str:
     return f"{abs(got - exact) / abs(exact):.1e}" if exact != 0 else ("0" if got == 0 else f"{abs(got):.1e} absolute")
 
 
-def table() -> list[dict[str, str]]:
+def table(count: int | None) -> list[dict[str, str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
     out = []
-    for name, (z, token) in rows().items():
+    for name, (z, token) in list(rows().items())[:count]:
         exact = truth(z, token)
         for provider, call in calls().items():
             try:
@@ -112,18 +116,20 @@ def table() -> list[dict[str, str]]:
                 continue
             shown = ["" if y is None else f"{y:.9g}" for y in (*got, *exact)]
             errors = [error(y, e) for y, e in zip(got, exact, strict=True)]
-            out.append(dict(zip(COLUMNS, (name, provider, *shown, *errors), strict=True)))
+            out.append(dict(zip(COLUMNS, (name, provider, *shown, *errors, where), strict=True)))
     return out
 
 
-def main(path: Path) -> None:
+def main(path: Path, count: int | None = None) -> None:
+    """All rows, or the first few, by every provider, into a CSV of their own."""
     env = dict(os.environ)
     if not torch.cuda.is_available():
         env |= {"TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-W", "ignore", __file__], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", __file__, *([str(count)] if count else [])]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     if result.returncode != 0:
-        print(f"  no adversarial table: {result.stderr.strip().splitlines()[-1] if result.stderr else 'no output'}")
-        return
+        raise RuntimeError(f"no adversarial table: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+    print(result.stderr, end="")
     found = json.loads(result.stdout.splitlines()[-1])
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -133,4 +139,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(table()))
+    print(json.dumps(table(int(sys.argv[1]) if len(sys.argv) > 1 else None)))
