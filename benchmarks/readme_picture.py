@@ -71,7 +71,7 @@ def main() -> None:
         right.axhline(0.0, color=COLOURS["base"], linewidth=0.8)
         label_axes(right, "root of KL from the SFT model", "gain over the SFT model", "PPO that goes on for too long")
         right.set_ylim(top=2.5)
-        right.legend(loc="upper left", fontsize=8.5)
+        right.legend(loc="lower left", fontsize=8.5)
     PICTURE.write_bytes(to_png(figure, dpi=120))
     print(PICTURE.relative_to(ROOT))
 

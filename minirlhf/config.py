@@ -63,7 +63,7 @@ class RunConfig(Settings, option=""):
             self._check_unused()
 
     def _check_unused(self) -> None:
-        """A pretrained model is not trained from scratch, so all of model_size and most of base would have no effect."""
+        """A pretrained model is not trained from scratch: all of model_size and most of base have no effect."""
         usual = preset(self.preset)
         for group in ("model_size", "base"):
             for one in fields(getattr(self, group)):
