@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/papers.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/before_you_start.md", "docs/papers.md")
 
 
 def text_of(name: str) -> str:
