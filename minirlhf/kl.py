@@ -3,8 +3,11 @@
 With d = logpi - logref at tokens sampled from pi (Schulman 2020, "Approximating KL divergence"):
 
     k1 = d                 unbiased, may be negative, noisy
-    k2 = d^2 / 2           biased, never negative; its GRADIENT is that of KL(pi || ref)
+    k2 = d^2 / 2           biased, never negative; its GRADIENT is that of KL(pi || ref), state by state
     k3 = expm1(-d) + d     unbiased, never negative
+
+Summed over a sequence, the gradient of k2 leaves out what a token does to the KL of later tokens. The return of the
+reward -beta * k1 contains it: that is why RLHF charges the KL in the reward (`kl_rewards`).
 """
 
 from __future__ import annotations

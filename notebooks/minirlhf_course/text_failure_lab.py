@@ -58,8 +58,8 @@ def targets_from_whitened(
 
 RUNS: dict[str, Planted] = {
     "A": Planted(
-        "The answers are sampled at temperature 0.7, the log-probabilities of the update are taken at 1 (top-k left on "
-        "while sampling does the same): the data are another policy's than the one that is updated.",
+        "The answers are sampled at temperature 0.7, the log-probabilities of the update are taken at 1 (leaving "
+        "top-k on while sampling does the same): the data come from another policy than the one that is updated.",
         "the first minibatch of the first step, where nothing has been learned yet: its ratio is not 1, and the KL to "
         "the reference is not 0. The entropy begins below the band and goes on falling: colder samples are surer, and "
         "each update makes them surer still. The score rises as if all were well.",
@@ -67,28 +67,28 @@ RUNS: dict[str, Planted] = {
     ),
     "B": Planted(
         "The sign of the KL reward: `+beta * d`. The policy is paid for leaving the reference.",
-        "the KL climbs and does not bend: being unlike the SFT model has become a way to earn. With no reward but the "
-        "KL (lesson 09, probe 5) it rises where it should fall. In the end nothing in the answers is left that the "
+        "the KL climbs and never levels off: being unlike the SFT model has become a way to earn. With no reward but "
+        "the KL (lesson 09, probe 5) it rises where it should fall. In the end the answers hold nothing that the "
         "reward model knows: the entropy is far above the band, and the score falls as well.",
         {"kl_rewards": kl_paid_out},
     ),
     "C": Planted(
-        "None: this run is healthy, under other seeds than the band.",
-        "every curve runs inside of the band, or close to it: two more seeds may well leave what five have shown.",
+        "None: this run is healthy, with other seeds than the band's.",
+        "every curve runs inside the band, or close to it: two more seeds may well leave what five have shown.",
         {},
     ),
     "D": Planted(
-        "The score is paid at the first token and not at the last: every later token is told of the KL alone.",
-        "the score hardly rises, for the first token is credited with all that the others did. And the values: they "
-        "come from a reward model, which expects a score that is paid out already, so the explained variance begins "
-        "far below the band. Then the value loss falls below it: a return of nearly 0 is easy to predict.",
+        "The score is paid at the first token, not at the last: every later token hears of the KL alone.",
+        "the score hardly rises, because the first token is credited with all that the others did. And the values: "
+        "they come from a reward model, which expects a score that has been paid already, so the explained variance "
+        "begins far below the band. Then the value loss falls below it: a return of nearly 0 is easy to predict.",
         {"kl_rewards": score_at_the_first_token},
     ),
     "E": Planted(
         "Value targets from whitened advantages: `returns = whiten(advantages) + values`.",
-        "the value loss: its targets run along with the values, so it can't fall (half the variance of a whitened "
+        "the value loss: its targets move along with the values, so it can't fall (half the variance of a whitened "
         "advantage is 1/2, before the value clip). The explained variance is measured against the same targets, and "
-        "looks well from the first step, where healthy runs are below 0. With values that learn nothing, the score "
+        "looks good from the first step, where healthy runs are below 0. With values that learn nothing, the score "
         "hardly rises.",
         {"gae": targets_from_whitened},
     ),
