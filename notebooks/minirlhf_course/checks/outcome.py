@@ -221,8 +221,8 @@ def _gradient_problem(
         return None
     if not x.isfinite().all() and y.isfinite().all():
         return (
-            f"The numbers of {where} are right, and its gradient into `{name}` is {_which(x)}: a derivative of what "
-            "is infinite or undefined, even where `torch.where` or a product with 0 takes it away afterwards."
+            f"The numbers of {where} are right, and its gradient into `{name}` is {_which(x)}: some step has an "
+            "infinite or undefined derivative, and torch.where or a product with 0 afterwards does not remove it."
         )
     if place in constants:
         return f"A gradient flows from {where} into `{name}`, which is a constant here: use {name}.detach()."
