@@ -80,9 +80,9 @@ def _rows(*rows: list[float]) -> Tensor:
 def _sample_cases() -> list[Case]:
     half, third = [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]
     return [
-        Case(f"probabilities {half}, in {DRAWS} rows", (_rows(half),), rtol=0.06),
-        Case("the same with 7 added to every logit", ((_rows(half) + 7).detach().requires_grad_(),), rtol=0.06),
-        Case(f"half of the rows have probabilities {half}, half {third}", (_rows(half, third),), rtol=0.06),
+        Case(f"probabilities {half}, in {DRAWS} rows", (_rows(half),), rtol=0.08),
+        Case("the same with 7 added to every logit", ((_rows(half) + 7).detach().requires_grad_(),), rtol=0.08),
+        Case(f"half of the rows have probabilities {half}, half {third}", (_rows(half, third),), rtol=0.08),
     ]
 
 
@@ -100,7 +100,11 @@ def _sample_observe(result: Any, args: tuple[Any, ...]) -> Any:
     frequencies = _hot(logits, actions).unflatten(0, (-1, DRAWS)).mean(1)
     truth = logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
     error = (logprobs - truth).abs().max().detach()
-    return frequencies.detach(), (error * 1e3).round() / 1e3, float(logprobs.requires_grad)
+    return {
+        "the share of each action": (frequencies.detach() * 100).round() / 100,
+        "the largest error of a log-probability": (error * 1e3).round() / 1e3,
+        "whether the log-probabilities carry a gradient (1) or not (0)": float(logprobs.requires_grad),
+    }
 
 
 def _drawn(logits: Tensor) -> Tensor:
