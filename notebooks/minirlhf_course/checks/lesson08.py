@@ -14,6 +14,8 @@ from minirlhf import losses
 from minirlhf_course.checks.cases import F64, bools, flags, generators, ids, normal, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
+EPSILONS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
+
 # 8.1 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -21,6 +23,7 @@ def _pair_cases() -> list[Case]:
     cases = [
         Case("two answers that score the same", (tensor(1), tensor(1)), tensor(math.log(2))[0]),
         Case("the better one ahead by ln 3: sigmoid is 3/4", (tensor(3).log(), tensor(0)), tensor(4 / 3).log()[0]),
+        Case("both score 200", (tensor(200), tensor(200)), tensor(math.log(2))[0]),
         Case("the better one behind by 200", (tensor(0), tensor(200)), tensor(200.0)[0]),
         Case("the better one ahead by 20", (tensor(20), tensor(0)), tensor(20).neg().exp()[0]),
         Case("two pairs", (tensor(0, 3).exp().log(), tensor(0, 3)), tensor(math.log(2))[0]),
@@ -35,8 +38,18 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     difference = rejected - chosen if bug == "swapped" else chosen - rejected
     if bug == "unstable":
         return -difference.sigmoid().log().mean()
-    if bug == "epsilon":
-        return -(difference.sigmoid() + 1e-8).log().mean()
+    if bug == "ratio":
+        return -(chosen.exp() / (chosen.exp() + rejected.exp())).log().mean()
+    if bug == "cut":
+        return F.binary_cross_entropy(difference.sigmoid(), torch.ones_like(difference))
+    if bug == "squares":
+        return (1 - difference.sigmoid()).square().mean()
+    if bug == "to one":
+        return (1 - difference).square().mean()
+    if bug == "alone":
+        return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean()
+    if bug == "mean first":
+        return -F.logsigmoid(difference.mean())
     if bug == "no log":
         return -difference.sigmoid().mean()
     if bug == "one minus":
@@ -54,6 +67,10 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     return total if bug == "sign" else -total
 
 
+def _capped(epsilon: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -((chosen - rejected).sigmoid() + epsilon).log().mean()
+
+
 @exercise(
     "8.1",
     "one comparison",
@@ -64,11 +81,18 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     "`torch.sigmoid` give there, and what is the log of that?",
     cases=_pair_cases,
     suspects={
-        "log(sigmoid(x)) is unstable: sigmoid(-200) is 0 in float32 and its log is -inf. Use "
-        "torch.nn.functional.logsigmoid, which never leaves the logarithm.": partial(_pair_with, "unstable"),
-        "The epsilon caps the loss at 18 and kills the gradient where the model is most wrong: logsigmoid.": (
-            partial(_pair_with, "epsilon")
+        "log(sigmoid(x)) is unstable, and so is log(1 + exp(-x)): at x = -200 float32 has 0 for the sigmoid and inf "
+        "for the exp. Use torch.nn.functional.logsigmoid, which never leaves the logarithm.": (
+            partial(_pair_with, "unstable")
         ),
+        **{
+            f"The epsilon caps the loss at {-math.log(epsilon):.0f} and kills the gradient where the model is most "
+            "wrong (a clamp does the same): logsigmoid.": partial(_capped, epsilon)
+            for epsilon in EPSILONS
+        },
+        "`binary_cross_entropy` cuts the loss at 100: binary_cross_entropy_with_logits, of the difference itself, does "
+        "not.": partial(_pair_with, "cut"),
+        "exp of a large reward overflows: logsigmoid of the difference never forms it.": partial(_pair_with, "ratio"),
         "The log is missing: this is the mean probability of being wrong. Its gradient vanishes just where the "
         "model is most wrong.": partial(_pair_with, "no log"),
         "This is 1 - sigmoid, without the log: its gradient vanishes just where the model is most wrong.": (
@@ -85,8 +109,18 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
         "No gradient flows into the rejected answers: the model must learn to score them lower, too.": (
             partial(_pair_with, "constant")
         ),
-        "One loss a pair comes back: take the mean.": partial(_pair_with, "each"),
+        "One loss per pair comes back: take the mean.": partial(_pair_with, "each"),
         "This is the sum: take the mean over pairs.": partial(_pair_with, "sum"),
+        "This is a regression of the probability to 1: its gradient vanishes just where the model is most wrong. Take "
+        "minus the log.": partial(_pair_with, "squares"),
+        "This is a regression of the difference to 1: it pulls back a model that is surer than that. Take minus the "
+        "log of the sigmoid.": partial(_pair_with, "to one"),
+        "Each answer is judged alone: the labeler has compared them, so only the difference counts.": (
+            partial(_pair_with, "alone")
+        ),
+        "The mean is taken before the log: one loss per pair first, then their mean.": (
+            partial(_pair_with, "mean first")
+        ),
     },
     hints=(
         "$\\log \\sigma(x) = -\\log(1 + e^{-x})$, and PyTorch has it as one function that never forms $\\sigma$.",
@@ -157,6 +191,20 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         better = better & near
     if bug == "swapped":
         better = better.transpose(1, 2)
+    if bug == "regression":
+        return F.mse_loss(rewards, scores)
+    if bug == "classes":
+        return F.cross_entropy(rewards, scores.argmax(1))
+    if bug.startswith("places"):
+        ordered = rewards.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+        nll = (ordered.flip(1).logcumsumexp(1).flip(1) - ordered)[:, :-1]
+        return nll.sum(1).mean() if bug == "places" else nll.mean()
+    gap = torch.where(better, scores[:, :, None] - scores[:, None, :], 0)
+    if bug == "margin":
+        differences = differences - gap
+    if bug == "best":
+        best = scores == scores.amax(1, keepdim=True)
+        better = better & best[:, :, None] & (best.cumsum(1) == 1)[:, :, None]
     if bug == "no log":
         logs = differences.sigmoid()
     elif bug == "unstable":
@@ -164,6 +212,8 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
     else:
         logs = F.logsigmoid(differences)
     kept = torch.where(better, logs, 0)
+    if bug.startswith("gaps"):
+        kept = kept * gap
     counts = better.sum((1, 2))
     per_prompt = kept.sum((1, 2))
     choose = k * (k - 1) / 2
@@ -182,9 +232,20 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         loss = (per_prompt / counts.clamp(min=1)).mean()
     elif bug == "sum":
         loss = (per_prompt / counts.clamp(min=1)).sum()
+    elif bug == "gaps by gaps":
+        loss = (per_prompt / gap.sum((1, 2)).clamp(min=1e-9)).sum() / prompts
+    elif bug == "unguarded":
+        loss = (per_prompt / counts).mean()
     else:
         loss = (per_prompt / counts.clamp(min=1)).sum() / prompts
     return loss if bug == "sign" else -loss
+
+
+def _ranking_capped(epsilon: float, rewards: Tensor, scores: Tensor) -> Tensor:
+    better = scores[:, :, None] > scores[:, None, :]
+    logs = ((rewards[:, :, None] - rewards[:, None, :]).sigmoid() + epsilon).log()
+    counts = better.sum((1, 2))
+    return -(torch.where(better, logs, 0).sum((1, 2)) / counts.clamp(min=1)).sum() / (counts > 0).sum()
 
 
 @exercise(
@@ -202,7 +263,9 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         "1/C(K, 2) is missing: a prompt with 9 answers would weigh 36 times as much as one with 2.": (
             partial(_ranking_with, "unweighted")
         ),
-        "log(sigmoid(x)) is unstable: use torch.nn.functional.logsigmoid.": partial(_ranking_with, "unstable"),
+        "log(sigmoid(x)) is unstable, and so is log(1 + exp(-x)): use torch.nn.functional.logsigmoid.": (
+            partial(_ranking_with, "unstable")
+        ),
         "The log is missing: -sigmoid has no gradient where the model is most wrong.": (
             partial(_ranking_with, "no log")
         ),
@@ -231,6 +294,32 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         "Only neighbours in the ranking are compared: all pairs count.": partial(_ranking_with, "neighbours"),
         "Only the best and the worst are compared: all pairs count.": partial(_ranking_with, "ends"),
         "This is the sum over prompts: take the mean.": partial(_ranking_with, "sum"),
+        "A prompt whose answers are all tied divides 0 by 0: clamp the number of its pairs at 1, and leave the prompt "
+        "out of the mean.": partial(_ranking_with, "unguarded"),
+        "This is Plackett-Luce, a softmax over what is left at each place, summed over places: equation 1 compares "
+        "pairs, and takes their mean.": partial(_ranking_with, "places"),
+        "This is Plackett-Luce, a softmax over what is left at each place: equation 1 compares pairs.": (
+            partial(_ranking_with, "places, mean")
+        ),
+        "The pairs are weighed by how far apart the labeler's scores are: only their order counts, and every pair "
+        "weighs the same.": partial(_ranking_with, "gaps"),
+        "The pairs are weighed by how far apart the labeler's scores are, and divided by the sum of these weights: "
+        "only their order counts, and every pair weighs the same.": partial(_ranking_with, "gaps by gaps"),
+        "The difference of the labeler's scores stands inside the sigmoid, as a margin: only their order counts.": (
+            partial(_ranking_with, "margin")
+        ),
+        "This is a regression on the labeler's scores: only their order counts, compare pairs.": (
+            partial(_ranking_with, "regression")
+        ),
+        "This is a softmax over all answers, with the best one as the right class: compare all pairs.": (
+            partial(_ranking_with, "classes")
+        ),
+        "Only the best answer is compared with the others: all pairs count.": partial(_ranking_with, "best"),
+        **{
+            f"The epsilon caps the loss of a pair at {-math.log(epsilon):.0f} and kills the gradient where the model "
+            "is most wrong: logsigmoid.": partial(_ranking_capped, epsilon)
+            for epsilon in EPSILONS
+        },
     },
     hints=(
         "`rewards[:, :, None] - rewards[:, None, :]` is [B, K, K], all differences at once; the same with `scores` "
@@ -285,6 +374,15 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
     if bug == "either":
         better = scores[:, :, None] != scores[:, None, :]
     unequal = tokens[:, :, None] != tokens[:, None, :]
+    if bug == "no scores":
+        return unequal.any(-1)
+    if bug == "upper":
+        return (better & unequal.any(-1)).triu(1)
+    if bug == "twins":
+        alone = (~unequal.any(-1)).sum(2) == 1
+        return better & alone[:, :, None] & alone[:, None, :]
+    if bug == "sums":
+        return better & (tokens.sum(-1)[:, :, None] != tokens.sum(-1)[:, None, :])
     differ = {"all": unequal.all(-1), "first": unequal[..., 0], "last": unequal[..., -1]}.get(bug, unequal.any(-1))
     return better if bug == "truncated" else better & differ
 
@@ -310,6 +408,16 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
         "All tokens must differ here: one different token is enough (any and not all).": partial(_usable_with, "all"),
         "Only the first tokens are compared.": partial(_usable_with, "first"),
         "Only the last tokens are compared.": partial(_usable_with, "last"),
+        "Only the sums of the tokens are compared: two texts may have the same sum. Compare token by token.": (
+            partial(_usable_with, "sums")
+        ),
+        "The scores are not looked at: only where i is better than j.": partial(_usable_with, "no scores"),
+        "Only i < j is looked at: where the later answer is the better one, the pair stands at [b, i, j] with i > j.": (
+            partial(_usable_with, "upper")
+        ),
+        "An answer that has a twin is dropped altogether: it still makes pairs with all other texts.": (
+            partial(_usable_with, "twins")
+        ),
     },
     hints=(
         "Two conditions, each [B, K, K], joined by `&`. The first is in exercise 8.2 already.",
@@ -359,6 +467,8 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, token_values, 0).sum(1) / counts
     if bug == "sum":
         return torch.where(mask, token_values, 0).sum(1)
+    if bug == "highest":
+        return torch.where(mask, token_values, -torch.inf).amax(1)
     if bug == "multiplied":
         last = torch.where(mask, torch.arange(columns), -1).amax(1)
         return (token_values * F.one_hot(last, columns)).sum(1)
@@ -377,7 +487,7 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
 
 @exercise(
     "8.4",
-    "one score an answer",
+    "one score per answer",
     difficulty=2,
     minutes=10,
     task="The head gives a number at every token; the score is the one at the **last real token**, the only one "
@@ -404,6 +514,7 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         ),
         "This is the first real token: it has read nothing yet.": partial(_last_with, "first"),
         "All rows use the first row's index: each answer ends where it ends.": partial(_last_with, "row's first"),
+        "This is the highest value of the answer: take the one at its last token.": partial(_last_with, "highest"),
     },
     hints=(
         "The index of the last True in each row: give every column its number, and take the largest that counts.",
@@ -459,12 +570,20 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
     )
     if bug == "one tie":
         counted = (first != 0) & upper
+    if bug == "across":
+        return _ceiling_with("", scores.reshape(1, -1), others.reshape(1, -1))
     same = (first == second) & counted
     agreement = same.sum().double() / counted.sum()
     if bug == "of prompts":
         shares = same.sum((1, 2)).double() / counted.sum((1, 2)).clamp(min=1)
         agreement = shares[counted.any(2).any(1)].mean()
+    if bug == "half ties":
+        agreement = torch.where((first != 0) & (second != 0), same.double(), 0.5)[upper.expand_as(first)].mean()
     excess = (2 * agreement - 1).clamp(min=0)
+    if bug == "chance":
+        return agreement, 2 * agreement - 1
+    if bug == "no half":
+        return agreement, 1 + excess.sqrt()
     if bug == "abs":
         excess = (2 * agreement - 1).abs()
     if bug == "agreement":
@@ -517,6 +636,14 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
         "It is the mean of the prompts' agreements: add up pairs over all prompts, then divide once.": (
             partial(_ceiling_with, "of prompts")
         ),
+        "Answers to different prompts are compared: pairs are made within a row.": partial(_ceiling_with, "across"),
+        "A tie counts as half an agreement: a pair that either of them tied is left out.": (
+            partial(_ceiling_with, "half ties")
+        ),
+        "This is the agreement beyond chance, 2a - 1, which is (2p - 1)^2: take its root, and solve for p.": (
+            partial(_ceiling_with, "chance")
+        ),
+        "The half is missing: p = (1 + sqrt(2a - 1)) / 2.": partial(_ceiling_with, "no half"),
     },
     hints=(
         "`(scores[:, :, None] - scores[:, None, :]).sign()` is 1, 0 or -1 for each pair; so for the other labeler. "
@@ -580,6 +707,8 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "minus": -scores.mean(),
         "median": scores.median(),
         "batches": scores.sum() / len(parts),
+        "as if full": scores.sum() / (len(parts) * batch_size),
+        "highest": scores.max(),
     }[bug]
 
 
@@ -603,6 +732,10 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "It divides by the number of batches: divide by the number of rows.": partial(_offset_with, "batches"),
         "The sign is turned: give the number that is taken off, the mean itself.": partial(_offset_with, "minus"),
         "This is the median: the average of the demonstrations is to be 0.": partial(_offset_with, "median"),
+        "The last batch is counted as if it were full: divide by the number of rows.": (
+            partial(_offset_with, "as if full")
+        ),
+        "This is the highest score: the average of the demonstrations is to be 0.": partial(_offset_with, "highest"),
     },
     hints=(
         "`rows.split(batch_size)` gives the batches, the smaller last one too.",

@@ -166,8 +166,8 @@ RIGHT = {
         "OpenRLHF": log_probs_from_logits,
         "nanoGPT": by_cross_entropy,
         "ARENA": by_indexing,
-        "CleanRL": lambda logits, tokens: (
-            torch.distributions.Categorical(logits=logits[:, :-1]).log_prob(tokens[:, 1:])
+        "CleanRL": lambda logits, tokens: torch.distributions.Categorical(logits=logits[:, :-1]).log_prob(
+            tokens[:, 1:]
         ),
         "one-hot": by_one_hot,
     },
@@ -201,7 +201,7 @@ WRONG = {
             tokens.bool() & (columns_of(tokens) >= prompt_lengths[:, None]))),
         ("The result has the shape", lambda tokens, prompt_lengths, pad_id: (
             mask_by_rows(tokens, prompt_lengths, pad_id)[:, 1:])),
-        ("The mask is shifted", lambda tokens, prompt_lengths, pad_id: (
+        ("The whole mask stands one column too early", lambda tokens, prompt_lengths, pad_id: (
             mask_by_rows(tokens, prompt_lengths, pad_id).roll(-1, 1))),
     ],
     "next_token_logprobs": [
@@ -210,7 +210,7 @@ WRONG = {
             pick(logits[:, :-1].log_softmax(0), tokens[:, 1:]))),
         ("The probabilities are kept away from 0", lambda logits, tokens: (
             torch.distributions.Categorical(probs=logits[:, :-1].softmax(-1)).log_prob(tokens[:, 1:]))),
-        ("The epsilon caps", lambda logits, tokens: (
+        ("The epsilon of 1e-08 caps", lambda logits, tokens: (
             pick((logits[:, :-1].softmax(-1) + 1e-8).log(), tokens[:, 1:]))),
         ("`squeeze()` without a dimension", lambda logits, tokens: (
             logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze())),
@@ -225,11 +225,11 @@ WRONG = {
         ("The shift is made twice", loss_shifted_again),
         ("It is the log of the mean probability", lambda logprobs, mask: -logprobs[mask].exp().mean().log()),
         ("This is the perplexity", lambda logprobs, mask: (-logprobs[mask]).mean().exp()),
-        ("It divides by the columns", lambda logprobs, mask: -logprobs[mask].sum() / logprobs.shape[1]),
+        ("It divides by the number of columns", lambda logprobs, mask: -logprobs[mask].sum() / logprobs.shape[1]),
         ("It divides by the rows", lambda logprobs, mask: -logprobs[mask].sum() / logprobs.shape[0]),
-        ("The result is a float, not a tensor", lambda logprobs, mask: -logprobs[mask].mean().item()),
+        ("No gradient flows", lambda logprobs, mask: -logprobs[mask].mean().item()),
         ("These are probabilities", lambda logprobs, mask: -logprobs[mask].exp().mean()),
-        ("The median", lambda logprobs, mask: -logprobs[mask].median()),
+        ("", lambda logprobs, mask: -logprobs[mask].median()),
     ],
     "piece_losses": [
         ("It divides by the piece's own positions", pieces_of_own_size),

@@ -282,9 +282,9 @@ RIGHT = {
     "pair_loss": {
         "trl": lambda chosen, rejected: -F.logsigmoid(chosen - rejected).mean(),
         "cross-entropy": pair_by_cross_entropy,
-        "OpenRLHF's LogExpLoss, made stable": lambda chosen, rejected: (
-            torch.logaddexp(torch.zeros_like(chosen), rejected - chosen).mean()
-        ),
+        "OpenRLHF's LogExpLoss, made stable": lambda chosen, rejected: torch.logaddexp(
+            torch.zeros_like(chosen), rejected - chosen
+        ).mean(),
         "softplus": lambda chosen, rejected: F.softplus(rejected - chosen).mean(),
         "BCE with logits": pair_by_bce,
         "a softmax of two": lambda chosen, rejected: (
@@ -322,11 +322,12 @@ RIGHT = {
 
 WRONG = {
     "pair_loss": [
-        ("exp of a large difference", lambda chosen, rejected: torch.log(1 + torch.exp(rejected - chosen)).mean()),
+        ("log(sigmoid(x)) is unstable, and so is log(1 + exp(-x))", lambda chosen, rejected: (
+            torch.log(1 + torch.exp(rejected - chosen)).mean())),
         ("exp of a large reward", lambda chosen, rejected: (
             -torch.log(chosen.exp() / (chosen.exp() + rejected.exp())).mean())),
         ("`binary_cross_entropy` cuts", pair_by_bce_of_probabilities),
-        ("The clamp caps", lambda chosen, rejected: (
+        ("The epsilon caps the loss at 18", lambda chosen, rejected: (
             -torch.log(torch.sigmoid(chosen - rejected).clamp(min=1e-8)).mean())),
         ("This is a regression", lambda chosen, rejected: (
             F.mse_loss(torch.sigmoid(chosen - rejected), torch.ones_like(chosen)))),
@@ -334,7 +335,7 @@ WRONG = {
         ("Each answer is judged alone", lambda chosen, rejected: (
             -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean())),
         ("One loss per pair comes back", lambda chosen, rejected: F.softplus(rejected - chosen)),
-        ("A temperature", lambda chosen, rejected: -F.logsigmoid(0.1 * (chosen - rejected)).mean()),
+        ("", lambda chosen, rejected: -F.logsigmoid(0.1 * (chosen - rejected)).mean()),
         ("The mean is taken before", lambda chosen, rejected: -F.logsigmoid((chosen - rejected).mean())),
     ],
     "ranking_loss": [
@@ -366,7 +367,7 @@ WRONG = {
     "last_token_scores": [
         ("It looks for the first padding", last_by_pad),
         ("This is the highest value", lambda token_values, mask: token_values.masked_fill(~mask, -torch.inf).amax(1)),
-        ("It multiplies by a mask", lambda token_values, mask: (
+        ("", lambda token_values, mask: (
             (token_values * (mask & ~mask.roll(-1, 1))).sum(1))),
         ("It raises IndexError", lambda token_values, mask: token_values[torch.arange(len(mask)), mask.sum(1)]),
         ("The result has the shape", lambda token_values, mask: (
@@ -374,25 +375,25 @@ WRONG = {
         ("", last_discounted),
     ],
     "noise_ceiling": [
-        ("The two results", ceiling_with(lambda a, p: (p, a))),
+        ("Both results are right, but swapped", ceiling_with(lambda a, p: (p, a))),
         ("This is the agreement beyond chance", ceiling_with(lambda a, p: (a, 2 * a - 1))),
-        ("The half is missing", ceiling_with(lambda a, p: (a, (1 + (2 * a - 1).clamp(min=0).sqrt()).clamp(max=1)))),
+        ("The half is missing", ceiling_with(lambda a, p: (a, 2 * p))),
         ("Answers to different prompts are compared", ceiling_of_all_pairs_of_the_batch),
         ("A tie counts as half", ceiling_with_half_ties),
         ("Below an agreement of 1/2", ceiling_with(lambda a, p: (a, (1 + (2 * a - 1) ** 0.5) / 2))),
         ("It returns", ceiling_with(lambda a, p: p)),
-        ("The square root", ceiling_with(lambda a, p: (a, a.clamp(min=0.5)))),
+        ("The ceiling is not the agreement", ceiling_with(lambda a, p: (a, a.clamp(min=0.5)))),
     ],
     "score_offset": [
         ("The last batch is counted as if it were full", offset_of_full_batches),
-        ("This is a running mean", offset_running),
+        ("", offset_running),
         ("It is the mean of the batches' means", lambda model, rows, batch_size: (
             torch.stack([model(b).mean() for b in rows.split(batch_size)]).mean())),
-        ("This is the highest", lambda model, rows, batch_size: (
+        ("This is the highest score", lambda model, rows, batch_size: (
             torch.cat([model(b) for b in rows.split(batch_size)]).max())),
         ("The sign is turned", lambda model, rows, batch_size: (
             -torch.cat([model(b) for b in rows.split(batch_size)]).mean())),
-        ("These are the scores", lambda model, rows, batch_size: (
+        ("The result has the shape", lambda model, rows, batch_size: (
             torch.cat([model(b) for b in rows.split(batch_size)]))),
     ],
 }  # fmt: skip

@@ -220,8 +220,9 @@ def estimates_by_trl(logprobs, ref_logprobs):  # GRPO's per_token_kl, with expm1
 def estimates_as_list(logprobs, ref_logprobs):  # OpenRLHF's compute_approx_kl, one name after the other
     found = []
     for kl_estimator in ("k1", "k2", "k3"):
-        log_ratio = logprobs.float() - ref_logprobs.float() if logprobs.dtype == torch.float32 else (
-            logprobs - ref_logprobs)
+        log_ratio = (
+            logprobs.float() - ref_logprobs.float() if logprobs.dtype == torch.float32 else (logprobs - ref_logprobs)
+        )
         if kl_estimator == "k2":
             log_ratio = log_ratio**2 / 2.0
         if kl_estimator == "k3":
@@ -315,18 +316,18 @@ WRONG = {
         ("The score is spread over the answer", rewards_spread),
         ("The score is divided by the answer's length", rewards_with(
             lambda beta, d, mask: -beta * d, lambda scores, mask: scores / mask.sum(1))),
-        ("beta stands before the score, too", rewards_with(
-            lambda beta, d, mask: -beta * d, lambda scores, mask: 0.5 * scores if False else scores * 0.3)),
+        ("beta stands before the score, too", lambda scores, logprobs, ref_logprobs, response_mask, beta: (
+            rewards_by_scatter(beta * scores, logprobs, ref_logprobs, response_mask, beta))),
         ("The score is missing", rewards_with(
             lambda beta, d, mask: -beta * d, lambda scores, mask: torch.zeros_like(scores))),
-        ("The score is clipped", rewards_with(
+        ("", rewards_with(
             lambda beta, d, mask: -beta * d, lambda scores, mask: scores.clamp(-1, 1))),
         ("A gradient flows", lambda scores, logprobs, ref_logprobs, response_mask, beta: paid(
             torch.where(response_mask, -beta * (logprobs - ref_logprobs), 0.0), scores, response_mask)),
     ],
     "experience": [
         ("Whitening divides by n - 1", experience_with(lambda a, r, v, mask: (masked_whiten(a, mask, 1), r))),
-        ("Each answer is whitened for itself", experience_with(whiten_each_row)),
+        ("Each answer is whitened by itself", experience_with(whiten_each_row)),
         ("The mean is put back", experience_with(lambda a, r, v, mask: (whiten(a, mask, shift_mean=False), r))),
         ("The mean is taken off, and the scale is left", experience_with(
             lambda a, r, v, mask: (torch.where(mask, a - a[mask].mean(), 0.0), r))),
@@ -336,31 +337,31 @@ WRONG = {
             lambda a, r, v, mask: (whiten(a, mask), r), lambda r, mask: whiten(r, mask))),
         ("The returns are whitened, too", experience_with(
             lambda a, r, v, mask: (whiten(a, mask), whiten(r, mask)))),
-        ("The two results", experience_with(lambda a, r, v, mask: (r, whiten(a, mask)))),
+        ("Both results are right, but swapped", experience_with(lambda a, r, v, mask: (r, whiten(a, mask)))),
         ("The returns are sums of rewards", experience_of_monte_carlo_returns),
-        ("The second result is the raw advantage", experience_with(lambda a, r, v, mask: (whiten(a, mask), a))),
-        ("The values are taken off", experience_with(
+        ("The second result is the raw advantages", experience_with(lambda a, r, v, mask: (whiten(a, mask), a))),
+        ("The values are taken off twice", experience_with(
             lambda a, r, v, mask: (whiten(a, mask), torch.where(mask, a - v, 0.0)))),
         ("The advantages are not whitened", experience_with(rewards_to_go)),
     ],
     "kl_estimates": [
-        ("The results", estimates_with(lambda k1, k2, k3: (k1, k3, k2))),
+        ("All results are right, but in the wrong order", estimates_with(lambda k1, k2, k3: (k1, k3, k2))),
         ("The log-ratio is clamped", estimates_clamped),
         ("k1 is clamped at 0", estimates_with(lambda k1, k2, k3: (k1.clamp(min=0), k2, k3))),
         ("k2 is not squared", estimates_with(lambda k1, k2, k3: (k1, k1 / 2, k3))),
         ("k3 lacks the + d", estimates_with(lambda k1, k2, k3: (k1, k2, k3 - k1))),
         ("k3 has the wrong sign before d", estimates_with(lambda k1, k2, k3: (k1, k2, k3 - 2 * k1))),
-        ("These are weighed by the ratio", estimates_with(lambda k1, k2, k3: (k1.exp() * k1, k2, k3))),
-        ("k1 is turned", estimates_with(lambda k1, k2, k3: (-k1, k2, k3))),
+        ("k1 is multiplied by the ratio", estimates_with(lambda k1, k2, k3: (k1.exp() * k1, k2, k3))),
+        ("k1 has the wrong sign", estimates_with(lambda k1, k2, k3: (-k1, k2, k3))),
         ("Result 1 of 3 has the shape", estimates_with(lambda k1, k2, k3: (k1.mean(), k2.mean(), k3.mean()))),
         ("The digits cancel", estimates_with(lambda k1, k2, k3: (k1, k2, torch.exp(-k1) - 1 + k1))),
     ],
     "ppo_ptx_loss": [
-        ("It divides by the rows", lambda ppo_loss, corpus_logprobs, ptx_coef: (
+        ("It divides by the rows only", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss - ptx_coef * corpus_logprobs.sum(1).mean())),
-        ("This is the perplexity", lambda ppo_loss, corpus_logprobs, ptx_coef: (
+        ("This adds the perplexity", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss + ptx_coef * (-corpus_logprobs.mean()).exp())),
-        ("No gradient flows into PPO's loss", lambda ppo_loss, corpus_logprobs, ptx_coef: (
+        ("No gradient flows from the result into `ppo_loss`", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss.detach() - ptx_coef * corpus_logprobs.mean())),
         ("The sum is divided by 1 + ptx_coef", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             (ppo_loss - ptx_coef * corpus_logprobs.mean()) / (1 + ptx_coef))),

@@ -72,7 +72,7 @@ def best_by_lgamma(proxy, values, n):  # WebGPT's estimator, with logarithms of 
 def best_first_of_ties(proxy, values, n):
     place = torch.arange(proxy.shape[1])
     wins = values.new_tensor([math.comb(int(i), n - 1) for i in place]) / math.comb(len(place), n)
-    order = proxy.flip(1).argsort(1, stable=True)
+    order = proxy.flip(1).argsort(dim=1, stable=True)
     return (values.flip(1).gather(1, order) * wins).sum(1)
 
 
@@ -168,7 +168,7 @@ def stop_by_penalty(proxy, validation, gold, kl, budget):
 def stop_by_max(proxy, validation, gold, kl, budget):
     rows = []
     for v, g, k in zip(validation.tolist(), gold.tolist(), kl.tolist(), strict=True):
-        best = max((s for s in range(len(g)) if k[s] <= budget), key=lambda s: (v[s], -s))  # noqa: B023
+        best = max((s for s in range(len(g)) if k[s] <= budget), key=lambda s: (v[s], -s))
         rows.append(g[best])
     return torch.tensor(rows, dtype=gold.dtype)
 
@@ -347,18 +347,18 @@ WRONG = {
     "best_of_n_kl": [
         ("It takes off 1", lambda counts: counts.log() - 1),
         ("The sign is turned", lambda counts: (counts - 1) / counts - counts.log()),
-        ("(n - 1) / n is multiplied", lambda counts: counts.log() * (counts - 1) / counts),
-        ("It takes off (n - 1) / 2", lambda counts: counts.log() - (counts - 1) / 2),
-        ("It is multiplied by n", lambda counts: counts * counts.log() - (counts - 1)),
-        ("It takes off n / (n + 1)", lambda counts: counts.log() - counts / (counts + 1)),
+        ("log n is multiplied by (n - 1) / n", lambda counts: counts.log() * (counts - 1) / counts),
+        ("", lambda counts: counts.log() - (counts - 1) / 2),
+        ("", lambda counts: counts * counts.log() - (counts - 1)),
+        ("", lambda counts: counts.log() - counts / (counts + 1)),
         ("This is the KL the other way round", lambda counts: counts - 1 - counts.log()),
         ("These are bits", lambda counts: (counts.log() - 1 + 1 / counts) / math.log(2)),
     ],
     "best_of_n": [
         ("Ties: here the first", best_first_of_ties),
-        ("It samples choices", best_by_sampling),
+        ("", best_by_sampling),
         ("It is not divided by C(N, n)", best_unnormalised),
-        ("Places are counted from 1", best_with_places_from_zero),
+        ("Places are off by one", best_with_places_from_zero),
         ("It is the best of the whole pool", lambda proxy, values, n: values.gather(1, proxy.argmax(1)[:, None])[:, 0]),
         ("It takes the best by `values`", lambda proxy, values, n: best_by_brute_force(values, values, n)),
         ("It gives the winner's proxy", lambda proxy, values, n: best_by_brute_force(proxy, proxy, n)),
@@ -366,45 +366,47 @@ WRONG = {
         ("This is the mean of all answers", lambda proxy, values, n: values.mean(1)),
     ],
     "curve_and_peak": [
-        ("This is the form for reinforcement learning", curve_with(
+        ("This is Gao et al.'s form for reinforcement learning", curve_with(
             lambda d: (d, -torch.xlogy(d, d)), lambda a, b, kl, gain: (2 * (a / b - 1)).exp())),
-        ("The peak is the highest measured point", curve_with(
+        ("The peak is the highest of the measured points", curve_with(
             best_of_n_columns, lambda a, b, kl, gain: kl[gain.argmax()])),
         ("The third number is the gain at the peak", curve_with(
             best_of_n_columns, lambda a, b, kl, gain: a**2 / (4 * b))),
         ("The peak is given as a distance", curve_with(best_of_n_columns, lambda a, b, kl, gain: a / (2 * b))),
         ("This is where all gain is lost", curve_with(best_of_n_columns, lambda a, b, kl, gain: (a / b) ** 2)),
-        ("The 2 is missing", curve_with(best_of_n_columns, lambda a, b, kl, gain: a / b)),
+        ("The square and the 2 are missing", curve_with(best_of_n_columns, lambda a, b, kl, gain: a / b)),
         ("The peak is upside down", curve_with(best_of_n_columns, lambda a, b, kl, gain: (2 * b / a) ** 2)),
         ("It fits against KL", curve_with(
             lambda d: (d**2, -(d**4)), lambda a, b, kl, gain: a / (2 * b))),
         ("It returns", lambda kl, gain: tuple(curve_by_qr(kl, gain))),
     ],
     "gold_where_stopped": [
-        ("It stops where the budget is first exceeded", stop_before_first_exceed),
-        ("It takes the last measurement before the budget is first exceeded", stop_last_before_first_exceed),
-        ("It stops one measurement too late", stop_at_first_exceed),
+        ("It stops where the KL first leaves the budget", stop_before_first_exceed),
+        ("It takes the last measurement before the KL first leaves", stop_last_before_first_exceed),
+        ("It takes the first measurement beyond the budget", stop_at_first_exceed),
         ("The proxy has a say", stop_by_both),
-        ("The result is int64", stop_at_index),
+        ("These are the indices", stop_at_index),
         ("", stop_with_penalised_validation),
         ("It takes the measurement whose KL is nearest to the budget", stop_nearest_to_budget),
-        ("The highest gold", lambda proxy, validation, gold, kl, budget: (
+        ("Gold chooses here", lambda proxy, validation, gold, kl, budget: (
             gold.masked_fill(kl > budget, -torch.inf).amax(1))),
         ("The budget is not looked at", lambda proxy, validation, gold, kl, budget: (
             gold.gather(1, validation.argmax(1, keepdim=True))[:, 0])),
     ],
     "ensemble_reward": [
-        ("This is the mean minus the deviation", ensemble_with(
+        ("This is the mean minus the models' deviation (M below)", ensemble_with(
             standard, lambda z, how: z.mean(0) if how == "mean" else z.mean(0) - z.std(0, correction=0))),
         ("They are brought between the lowest and the highest", ensemble_with(between_lowest_and_highest, mean_or_min)),
         ("They are combined first", ensemble_standardised_after),
         ("They are standardised across the models", ensemble_along_the_models),
-        ("The mean and the deviation run along the models", lambda scores, reference, how: mean_or_min(
+        ("", lambda scores, reference, how: mean_or_min(
             (scores - reference.mean(0).mean()) / reference.std(0, correction=0).mean(), how)),
         ("It takes the highest", ensemble_with(standard, lambda z, how: z.mean(0) if how == "mean" else z.amax(0))),
         ("Mean and min are interchanged", ensemble_with(
             standard, lambda z, how: z.amin(0) if how == "mean" else z.mean(0))),
         ("The result has the shape", lambda scores, reference, how: standard(scores, reference)),
+        ("This is the mean minus the models' deviation (M - 1 below)", ensemble_with(
+            standard, lambda z, how: z.mean(0) if how == "mean" or len(z) < 2 else z.mean(0) - z.std(0))),
     ],
     "fresh_pairs": [
         ("The newest policy of each prompt", fresh_of_each_prompt),

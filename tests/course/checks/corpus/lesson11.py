@@ -81,7 +81,7 @@ def centre_for_rate(scores, others):
 
 
 def students_interval(scores, others):
-    outcomes = ((scores > others).double() + 0.5 * (scores == others).double())
+    outcomes = (scores > others).double() + 0.5 * (scores == others).double()
     p, error = outcomes.mean(), outcomes.std(correction=0) / len(outcomes) ** 0.5
     return torch.stack((p, p - 1.96 * error, p + 1.96 * error))  # fmt: skip
 
@@ -104,8 +104,8 @@ def few_shot_by_trying(examples, prompt, newline, eos, limit):
     for count in range(len(examples) + 1):
         tokens = []
         for question, answer in examples[:count]:
-            tokens.extend(question.tolist() + [newline] + answer.tolist() + [eos])
-        tokens.extend(prompt.tolist() + [newline])
+            tokens.extend([*question.tolist(), newline, *answer.tolist(), eos])
+        tokens.extend([*prompt.tolist(), newline])
         if count and len(tokens) > limit:
             break
         best = tokens
@@ -150,8 +150,11 @@ def reversed_order(blocks, end, limit):
 
 
 def with_a_piece(blocks, end, limit):
-    whole = sum(blocks, [])
-    return whole[: max(limit - len(end), 0)]
+    return all_of_them(blocks, end, limit)[: max(limit - len(end), 0)]
+
+
+def all_of_them(blocks, end, limit):
+    return [token for block in blocks for token in block]
 
 
 def ends_twice(examples, prompt, newline, eos, limit):
@@ -290,62 +293,60 @@ WRONG = {
         ("z^2 / (4 n^2) is missing", interval_with(wilson_without_second_term)),
         ("The first number is the centre", centre_for_rate),
         ("The order is rate, low, high", lambda scores, others: wilson_unrounded(scores, others)[[1, 0, 2]]),
-        ("The deviation of the outcomes", students_interval),
+        ("This is mean ± 1.96 standard errors of the outcomes", students_interval),
         ("These are per cent", lambda scores, others: 100 * wilson_unrounded(scores, others)),
         ("z is 2", interval_with(lambda p, n: wilson_of(p, n, 2.0))),
     ],
     "few_shot_prompt": [
         ("It keeps the last examples", few_shot_with(pick=last_ones)),
-        ("The examples are in reverse order", few_shot_with(pick=reversed_order)),
+        ("The examples stand in reverse order", few_shot_with(pick=reversed_order)),
         ("The last example is cut", few_shot_with(pick=with_a_piece)),
         ("A newline stands before EOS", ends_twice),
         ("EOS stands behind the prompt", asks_and_ends),
-        ("There are no examples", lambda examples, prompt, newline, eos, limit: torch.tensor(
+        ("There are no examples in it", lambda examples, prompt, newline, eos, limit: torch.tensor(
             [*prompt.tolist(), newline])),
-        ("It does not look at the limit", few_shot_with(pick=lambda blocks, end, limit: sum(blocks, []))),
-        ("The result is int32", lambda examples, prompt, newline, eos, limit: (
-            few_shot_by_lengths(examples, prompt, newline, eos, limit).int())),
+        ("It does not look at the limit", few_shot_with(pick=all_of_them)),
     ],
     "paired_interval": [
         ("This is the basic bootstrap", paired_with(
             lambda d, seen: (2 * seen - d.quantile(0.975), 2 * seen - d.quantile(0.025)))),
-        ("It takes the nearest resample", paired_with(
+        ("It takes the next lower resample", paired_with(
             lambda d, seen: (d.quantile(0.025, interpolation="lower"), d.quantile(0.975, interpolation="lower")))),
-        ("It takes the nearest resample", paired_with(
+        ("It takes the nearest resample, or the one in place int(q * R)", paired_with(
             lambda d, seen: (d.sort().values[int(0.025 * len(d))], d.sort().values[int(0.975 * len(d))]))),
-        ("It is centred", paired_with(
+        ("It is moved", paired_with(
             lambda d, seen: (d.quantile(0.025) - d.mean() + seen, d.quantile(0.975) - d.mean() + seen))),
         ("The high end comes first", paired_with(lambda d, seen: (d.quantile(0.975), d.quantile(0.025)))),
-        ("These are medians", bias_of_medians),
+        ("These are differences of medians", bias_of_medians),
         ("This is mean ± 1.96 standard deviations", paired_with(
             lambda d, seen: (seen - 1.96 * d.std(), seen + 1.96 * d.std()))),
         ("This is mean ± 1.96 standard deviations", paired_with(
             lambda d, seen: (d.mean() - 1.96 * d.std(), d.mean() + 1.96 * d.std()))),
         ("These are the 5 % and 95 % quantiles", paired_with(
             lambda d, seen: (d.quantile(0.05), d.quantile(0.95)))),
-        ("The two results", lambda first, second, rows: paired_by_loop(second, first, rows)),
+        ("It is turned round", lambda first, second, rows: paired_by_loop(second, first, rows)),
     ],
     "seed_interval": [
-        ("The high end comes before the low one", lambda rates, t: seeds_by_sums(rates, t)[[0, 2, 1]]),
+        ("The order is mean, low, high", lambda rates, t: seeds_by_sums(rates, t)[[0, 2, 1]]),
         ("This is the median", seeds_with(right_half, lambda rates: rates.median(0).values)),
         ("It is twice too wide", seeds_with(lambda rates, t: 2 * right_half(rates, t))),
         ("This is the mean absolute deviation", seeds_with(
             lambda rates, t: t * (rates - rates.mean(0)).abs().mean(0) / len(rates) ** 0.5)),
-        ("It runs along the models", lambda rates, t: torch.stack(
-            (rates.mean(1), rates.mean(1) - t * rates.std(1), rates.mean(1) + t * rates.std(1)))),
+        ("The result has the shape", lambda rates, t: torch.stack(
+            (rates.mean(1), rates.amin(1), rates.amax(1)))),
         ("The result has the shape", lambda rates, t: seeds_by_sums(rates, t).T),
         ("1.96 is for many seeds", seeds_with(lambda rates, t: 1.96 * right_half(rates, 1.0))),
         ("It returns", lambda rates, t: tuple(seeds_by_sums(rates, t))),
     ],
     "tax_repaired": [
-        ("This is the median of the seeds' ratios", lambda base, ppo, ppo_ptx: (
+        ("It is a median of the seeds' ratios", lambda base, ppo, ppo_ptx: (
             ((ppo - ppo_ptx) / (ppo - base)).median(0).values)),
         ("These are per cent", lambda base, ppo, ppo_ptx: 100 * repaired_by_means(base, ppo, ppo_ptx)),
         ("The sign is turned", lambda base, ppo, ppo_ptx: -repaired_by_means(base, ppo, ppo_ptx)),
-        ("The absolute value", lambda base, ppo, ppo_ptx: repaired_by_means(base, ppo, ppo_ptx).abs()),
-        ("The tax of PPO-ptx stands alone", lambda base, ppo, ppo_ptx: (ppo_ptx - base).mean(0)),
+        ("This is the absolute value", lambda base, ppo, ppo_ptx: repaired_by_means(base, ppo, ppo_ptx).abs()),
+        ("This is PPO-ptx's tax alone", lambda base, ppo, ppo_ptx: (ppo_ptx - base).mean(0)),
         ("The result has the shape", lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).mean() / (ppo - base).mean()),
         ("The result has the shape", lambda base, ppo, ppo_ptx: (ppo - ppo_ptx) / (ppo - base)),
-        ("Base and PPO are interchanged", lambda base, ppo, ppo_ptx: repaired_by_means(ppo, base, ppo_ptx)),
+        ("This is the share that is left", lambda base, ppo, ppo_ptx: repaired_by_means(ppo, base, ppo_ptx)),
     ],
 }  # fmt: skip
