@@ -76,6 +76,16 @@ def _newest_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Te
     return top, fade + (block - _safe(top)[:, None]).exp().sum(-1)
 
 
+def _own_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top, own = torch.maximum(peak, block.amax(-1)), _safe(block.amax(-1))
+    return top, total * (peak - _safe(top)).exp() + (block - own[:, None]).exp().sum(-1)
+
+
+def _twice_scaled(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.maximum(peak, block.amax(-1))
+    return top, (total + (block - _safe(top)[:, None]).exp().sum(-1)) * (peak - _safe(top)).exp()
+
+
 def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.maximum(peak, block.amax())
     return top, total * (peak - _safe(top)).exp() + (block - _safe(top)[:, None]).exp().sum(-1)
@@ -106,6 +116,19 @@ def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tenso
                 torch.maximum(peak, block.amax(-1)),
                 total * (peak - _safe(torch.maximum(peak, block.amax(-1)))).exp(),
             )
+        ),
+        "The block is measured from its own peak: old sum and block must be measured from the same, the new peak.": (
+            _own_peak
+        ),
+        "The new sum is rescaled twice: only the old sum was measured from the old peak.": _twice_scaled,
+        "The second result is the log of the sum: return the sum, the log is taken once, at the end.": (
+            lambda peak, total, block: (
+                fold.reference(peak, total, block)[0],
+                fold.reference(peak, total, block)[1].log(),
+            )
+        ),
+        "This is the sum over one block: fold it into what was there before.": (
+            lambda peak, total, block: fold.reference(torch.full_like(peak, -INF), torch.zeros_like(total), block)
         ),
     },
     hints=(
@@ -229,8 +252,21 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
             "The peak is not in the result: log sum exp(z) = peak + log(total).": [
                 ("z_token - peak - tl.log(total)", "z_token - tl.log(total)")
             ],
-            "This is the probability's log of the sum alone: take it from the token's own logit.": [
+            "This is minus the log of the sum alone: the token's own logit is missing.": [
                 ("z_token - peak - tl.log(total)", "-peak - tl.log(total)")
+            ],
+            "This is the probability: store its log.": [
+                ("z_token - peak - tl.log(total)", "tl.exp(z_token - peak - tl.log(total))")
+            ],
+            "The sign is wrong: it is the token's logit minus the log of the sum, never above 0.": [
+                ("z_token - peak - tl.log(total)", "peak + tl.log(total) - z_token")
+            ],
+            "The log is missing: log sum exp(z) = peak + log(total).": [
+                ("z_token - peak - tl.log(total)", "z_token - peak - total")
+            ],
+            "Each block is measured from its own peak: keep the larger of the old peak and the block's.": [
+                ("tl.maximum(peak, tl.max(z, 0))", "tl.max(z, 0)"),
+                ("total * tl.exp(peak - shift)", "tl.where(total == 0, 0.0, total * tl.exp(peak - shift))"),
             ],
             "The token is looked up in the first row: its logit stands at row * row_stride + token.": [
                 ("tl.load(logits + start_of_row + token)", "tl.load(logits + token)")
@@ -309,7 +345,7 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
         "This is the derivative with respect to r: one with respect to its log has another factor r.": (
             lambda n, o, a, c: torch.where(_ratio(n, o).clamp(1 - c, 1 + c) * a < _ratio(n, o) * a, 0.0, -a)
         ),
-        "The sign is turned: the loss is minus the objective.": (
+        "The sign is wrong: the loss is minus the objective.": (
             lambda n, o, a, c: torch.where(
                 _ratio(n, o).clamp(1 - c, 1 + c) * a < _ratio(n, o) * a, 0.0, _ratio(n, o) * a
             )
@@ -322,6 +358,23 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
         ),
         "Beyond the clip stands the gradient at its edge: there the objective is flat, so 0.": (
             lambda n, o, a, c: -_ratio(n, o).clamp(1 - c, 1 + c) * a
+        ),
+        "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": (
+            lambda n, o, a, c: clip_gradient.reference(n, o, a, c) / len(n)
+        ),
+        "The ratio is upside down: exp(logprobs - old_logprobs).": lambda n, o, a, c: clip_gradient.reference(
+            o, n, a, c
+        ),
+        "This is the loss, not its derivative.": lambda n, o, a, c: (
+            -torch.minimum(_ratio(n, o) * a, _ratio(n, o).clamp(1 - c, 1 + c) * a)
+        ),
+        "The old log-probability is missing: r = exp(logprobs - old_logprobs).": (
+            lambda n, o, a, c: clip_gradient.reference(n, 0 * o, a, c)
+        ),
+        "The log-ratio is compared with the bounds of the ratio: r = exp(logprobs - old_logprobs) is clipped.": (
+            lambda n, o, a, c: torch.where(
+                ((a > 0) & (n - o > 1 + c)) | ((a < 0) & (n - o < 1 - c)), 0.0, -_ratio(n, o) * a
+            )
         ),
     },
     hints=(
@@ -438,7 +491,7 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
                 ("loss = -tl.where(stopped, clipped, surrogate)", "loss = -surrogate")
             ],
             "The clip has no lower bound.": [("tl.where(ratio < low, low, ratio)", "ratio")],
-            "The sign of both is turned: the loss is minus the objective.": [
+            "The sign of both is wrong: the loss is minus the objective.": [
                 ("loss = -tl.where", "loss = tl.where"),
                 (_STOPPED, "gradient = tl.where(stopped, 0.0, surrogate)"),
             ],
@@ -454,6 +507,20 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
                     "loss = -tl.where(stopped, clipped, surrogate) * counts.to(tl.float32)",
                 ),
                 (_STOPPED, "gradient = tl.where(stopped, 0.0, -surrogate) * counts.to(tl.float32)"),
+            ],
+            "The ratio is upside down: exp(logprob - old_logprob).": [
+                ("tl.exp(logprob - old_logprob)", "tl.exp(old_logprob - logprob)")
+            ],
+            "The clip has no upper bound.": [("tl.where(ratio > high, high,", "tl.where(ratio > high, ratio,")],
+            "The sign of the gradient is wrong: it is the derivative of the loss, not of the objective.": [
+                (_STOPPED, "gradient = tl.where(stopped, 0.0, surrogate)")
+            ],
+            "The sign of the loss is wrong: it is minus the objective.": [("loss = -tl.where", "loss = tl.where")],
+            "Every program works on the first BLOCK tokens: its own begin at tl.program_id(0) * BLOCK.": [
+                ("tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)")
+            ],
+            "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": [
+                (_STOPPED, "gradient = tl.where(stopped, 0.0, -surrogate / count)")
             ],
         },
     ),
@@ -507,6 +574,11 @@ def _line_cases() -> list[Case]:
         "The slope is the later one's alone: they multiply.": lambda a0, b0, a, b: (a, a * b0 + b),
         "The later b is missing: a (a' x + b') + b.": lambda a0, b0, a, b: (a * a0, a * b0),
         "The lines are multiplied: put one into the other.": lambda a0, b0, a, b: (a * a0, b0 * b),
+        "b' is scaled with its own slope: it goes through the later line, a (a' x + b') + b.": (
+            lambda a0, b0, a, b: (a * a0, a0 * b0 + b)
+        ),
+        "The lines are added: put one into the other.": lambda a0, b0, a, b: (a + a0, b0 + b),
+        "The slope is the earlier one's alone: they multiply.": lambda a0, b0, a, b: (a0, a * b0 + b),
     },
     hints=("Write $g(f(x)) = a(a'x + b') + b$ and sort by $x$.", "The slope is $aa'$, and what is left $ab' + b$."),
 )
@@ -634,6 +706,18 @@ def _added(a_before, b_before, a, b):  # type: ignore[no-untyped-def]
             ],
             "There is no scan: these are the TD errors.": [("advantages + at, b,", "advantages + at, delta,")],
             "This is the slope of each line: what is wanted is the other result of the scan.": [("_, b = ", "b, _ = ")],
+            "The decay is lam alone: gamma * lam.": [
+                ("decay = tl.where(end, 0.0, gamma * lam)", "decay = tl.where(end, 0.0, lam)")
+            ],
+            "V(s) is missing in delta: reward + gamma V(s') - V(s).": [
+                ("tl.where(end, 0.0, following) - value", "tl.where(end, 0.0, following)")
+            ],
+            "gamma is missing in delta: reward + gamma V(s') - V(s).": [
+                ("gamma * tl.where(end, 0.0, following)", "tl.where(end, 0.0, following)")
+            ],
+            "The ends are read the wrong way round: 1 says that the episode ends with this step.": [
+                ("mask=there, other=1) != 0", "mask=there, other=1) == 0")
+            ],
         },
     ),
     hints=(
