@@ -184,6 +184,12 @@ def _capped(epsilon: float, logits: Tensor, tokens: Tensor) -> Tensor:
         "looks likelier than it is, and gets no gradient. Use log_softmax, or Categorical(logits=...).": (
             lambda logits, tokens: _gathered(probs_to_logits(logits[:, :-1].softmax(-1)), tokens[:, 1:])
         ),
+        "These are bits: PyTorch's logarithms are natural ones, and stay so.": (
+            lambda logits, tokens: _gathered(logits[:, :-1].log_softmax(-1), tokens[:, 1:]) / math.log(2)
+        ),
+        "This is the log-probability of the likeliest token: that of the token that came is asked for.": (
+            lambda logits, tokens: logits[:, :-1].log_softmax(-1).amax(-1)
+        ),
         "`squeeze()` without a dimension drops the rows of a batch of one, too: `squeeze(-1)`.": (
             lambda logits, tokens: logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze()
         ),
@@ -368,6 +374,17 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
         "It divides by the number of pieces: divide by the tokens of the whole batch.": (
             lambda logprobs, mask, size: torch.stack(
                 [-torch.where(m, x, 0).sum() / len(logprobs.split(size)) for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "It divides by the rows of the whole batch: divide by its tokens.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-torch.where(m, x, 0).sum() / len(logprobs) for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "Each row is averaged first: then a token of a short answer weighs more than one of a long answer. Divide by "
+        "the tokens of the whole batch, once.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-(torch.where(m, x, 0).sum(1) / m.sum(1)).mean() for x, m in _parts(logprobs, mask, size)]
             )
         ),
         "`chunk` is told the number of pieces, `split` the rows of each: use `split`.": (

@@ -44,6 +44,10 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
         return F.binary_cross_entropy(difference.sigmoid(), torch.ones_like(difference))
     if bug == "squares":
         return (1 - difference.sigmoid()).square().mean()
+    if bug == "relu":
+        return (-difference).clamp(min=0).mean()
+    if bug == "crossed":
+        return -F.logsigmoid(chosen[:, None] - rejected).mean()
     if bug == "to one":
         return (1 - difference).square().mean()
     if bug == "alone":
@@ -106,6 +110,12 @@ def _capped(epsilon: float, chosen: Tensor, rejected: Tensor) -> Tensor:
             partial(_pair_with, "linear")
         ),
         "This is a hinge: a fine loss, but sigmoid(r_w - r_l) is then no probability.": partial(_pair_with, "hinge"),
+        "This is a hinge at 0: it asks for no lead at all, so scores that are all equal are already perfect.": (
+            partial(_pair_with, "relu")
+        ),
+        "Every chosen answer is compared with every rejected one: only with its own, chosen[i] - rejected[i].": (
+            partial(_pair_with, "crossed")
+        ),
         "No gradient flows into the rejected answers: the model must learn to score them lower, too.": (
             partial(_pair_with, "constant")
         ),
@@ -195,6 +205,11 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         return F.mse_loss(rewards, scores)
     if bug == "classes":
         return F.cross_entropy(rewards, scores.argmax(1))
+    if bug == "ListNet":
+        return -(scores.softmax(1) * rewards.log_softmax(1)).sum(1).mean()
+    if bug == "half":
+        halves = ((scores[:, :, None] - scores[:, None, :]).sign() + 1) / 2
+        return F.binary_cross_entropy_with_logits(differences, halves)
     if bug.startswith("places"):
         ordered = rewards.gather(1, scores.argsort(dim=1, descending=True, stable=True))
         nll = (ordered.flip(1).logcumsumexp(1).flip(1) - ordered)[:, :-1]
@@ -207,6 +222,8 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         better = better & best[:, :, None] & (best.cumsum(1) == 1)[:, :, None]
     if bug == "no log":
         logs = differences.sigmoid()
+    elif bug == "hinge":
+        logs = (differences - 1).clamp(max=0)
     elif bug == "unstable":
         logs = torch.where(better, differences, 0).sigmoid().log()
     else:
@@ -232,6 +249,8 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         loss = (per_prompt / counts.clamp(min=1)).mean()
     elif bug == "sum":
         loss = (per_prompt / counts.clamp(min=1)).sum()
+    elif bug == "by K":
+        loss = per_prompt.sum() / k / prompts
     elif bug == "gaps by gaps":
         loss = (per_prompt / gap.sum((1, 2)).clamp(min=1e-9)).sum() / prompts
     elif bug == "unguarded":
@@ -314,6 +333,14 @@ def _ranking_capped(epsilon: float, rewards: Tensor, scores: Tensor) -> Tensor:
         "This is a softmax over all answers, with the best one as the right class: compare all pairs.": (
             partial(_ranking_with, "classes")
         ),
+        "This is ListNet, a softmax of the rewards against one of the scores: equation 1 compares pairs.": (
+            partial(_ranking_with, "ListNet")
+        ),
+        "Ties, and each answer against itself, count as half a win: they make no pair, leave them out.": (
+            partial(_ranking_with, "half")
+        ),
+        "This is a hinge: a fine loss, but sigmoid(r_w - r_l) is then no probability.": partial(_ranking_with, "hinge"),
+        "It divides by K, the number of answers: divide by the number of pairs.": partial(_ranking_with, "by K"),
         "Only the best answer is compared with the others: all pairs count.": partial(_ranking_with, "best"),
         **{
             f"The epsilon caps the loss of a pair at {-math.log(epsilon):.0f} and kills the gradient where the model "
@@ -350,6 +377,11 @@ def _usable_cases() -> list[Case]:
             (ids([[5, 6], [5, 6]]), tensor([1, 2])),
             bools([[0, 0], [0, 0]]),
         ),
+        Case(
+            "three texts with the same sum, two of which have the same tokens",
+            (ids([[4, 7], [7, 4], [5, 6]]), tensor([3, 2, 1])),
+            bools([[0, 1, 1], [0, 0, 1], [0, 0, 0]]),
+        ),
         Case("different in the first token alone", (ids([[4, 6], [5, 6]]), tensor([2, 1])), bools([[0, 1], [0, 0]])),
         Case(
             "one is the beginning of the other (0 is padding)",
@@ -381,6 +413,13 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
     if bug == "twins":
         alone = (~unequal.any(-1)).sum(2) == 1
         return better & alone[:, :, None] & alone[:, None, :]
+    if bug == "sorted":
+        ordered = tokens.sort(-1).values
+        return better & (ordered[:, :, None] != ordered[:, None, :]).any(-1)
+    if bug == "or":
+        return better | unequal.any(-1)
+    if bug == "same":
+        return better & ~unequal.any(-1)
     if bug == "sums":
         return better & (tokens.sum(-1)[:, :, None] != tokens.sum(-1)[:, None, :])
     differ = {"all": unequal.all(-1), "first": unequal[..., 0], "last": unequal[..., -1]}.get(bug, unequal.any(-1))
@@ -411,6 +450,11 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
         "Only the sums of the tokens are compared: two texts may have the same sum. Compare token by token.": (
             partial(_usable_with, "sums")
         ),
+        "The order of the tokens is not looked at: two texts may have the same tokens in another order.": (
+            partial(_usable_with, "sorted")
+        ),
+        "One of the two conditions is enough here: both must hold, & and not |.": partial(_usable_with, "or"),
+        "These are the pairs that teach nothing: the texts must differ.": partial(_usable_with, "same"),
         "The scores are not looked at: only where i is better than j.": partial(_usable_with, "no scores"),
         "Only i < j is looked at: where the later answer is the better one, the pair stands at [b, i, j] with i > j.": (
             partial(_usable_with, "upper")
@@ -467,6 +511,8 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, token_values, 0).sum(1) / counts
     if bug == "sum":
         return torch.where(mask, token_values, 0).sum(1)
+    if bug == "lowest":
+        return torch.where(mask, token_values, torch.inf).amin(1)
     if bug == "highest":
         return torch.where(mask, token_values, -torch.inf).amax(1)
     if bug == "multiplied":
@@ -514,6 +560,7 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         ),
         "This is the first real token: it has read nothing yet.": partial(_last_with, "first"),
         "All rows use the first row's index: each answer ends where it ends.": partial(_last_with, "row's first"),
+        "This is the lowest value of the answer: take the one at its last token.": partial(_last_with, "lowest"),
         "This is the highest value of the answer: take the one at its last token.": partial(_last_with, "highest"),
     },
     hints=(
@@ -588,6 +635,8 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
         excess = (2 * agreement - 1).abs()
     if bug == "agreement":
         return agreement, agreement.clamp(min=0.5)
+    if bug == "both":
+        return agreement, agreement
     if bug == "root":
         return agreement, agreement.sqrt()
     if bug == "half way":
@@ -614,6 +663,8 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
     suspects={
         "The ceiling is not the agreement: where two labelers disagree, one of them is wrong, and a model may be "
         "right.": (partial(_ceiling_with, "agreement")),
+        "The second number is the agreement again: where two labelers disagree, one of them is wrong, and a model may "
+        "be right.": partial(_ceiling_with, "both"),
         "The root of the agreement forgets that they also agree when both are wrong: a = p^2 + (1 - p)^2.": (
             partial(_ceiling_with, "root")
         ),
@@ -679,6 +730,7 @@ def _offset_cases() -> list[Case]:
     cases = [
         Case("one row", (model, tensor([3]), 4), tensor(3.0)[0]),
         Case("two batches of one row", (model, tensor([1], [3]), 1), tensor(2.0)[0]),
+        Case("two rows, of which the model reads the first number", (model, tensor([1, 9], [3, 5]), 2), tensor(2.0)[0]),
         Case("a batch of two, a batch of one", (model, tensor([1], [2], [6]), 2), tensor(3.0)[0]),
         Case("two batches of two", (model, tensor([1], [2], [6], [7]), 2), tensor(4.0)[0]),
     ]
@@ -696,6 +748,10 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         return parts[-1].mean()
     if bug == "first":
         return parts[0].mean()
+    if bug == "all but first":
+        return torch.cat(parts[1:] or parts).mean()
+    if bug == "rows":
+        return rows.mean()
     if bug == "mean of means":
         return torch.stack([part.mean() for part in parts]).mean()
     if bug == "dropped":
@@ -725,6 +781,8 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "The list is reset every batch: only the last batch's scores are in the mean. Make the list once, before "
         "the loop.": partial(_offset_with, "reset"),
         "Only the first batch is scored.": partial(_offset_with, "first"),
+        "The first batch is left out.": partial(_offset_with, "all but first"),
+        "The model is not asked: this is the mean of the rows themselves.": partial(_offset_with, "rows"),
         "It is the mean of the batches' means: the last, smaller batch weighs too much. Collect all scores, then "
         "take one mean.": partial(_offset_with, "mean of means"),
         "The last batch is dropped because it is smaller: its rows count as well.": partial(_offset_with, "dropped"),

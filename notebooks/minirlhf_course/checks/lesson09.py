@@ -166,6 +166,7 @@ def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask:
     if bug == "sum at last":
         d = torch.zeros_like(d).scatter(1, last, d.sum(1, keepdim=True))
     change = {
+        "free": lambda: 0 * d,
         "k2": lambda: d.square() / 2,
         "k3": lambda: torch.expm1(-d) + d,
         "clamp": lambda: d.clamp(min=0),
@@ -182,6 +183,10 @@ def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask:
         paid = paid - beta * d.sum(1, keepdim=True)
     if bug == "score":
         paid = torch.zeros_like(paid)
+    if bug == "minus score":
+        paid = -paid
+    if bug == "to go":
+        return torch.where(mask, rewards.scatter_add(1, last, paid).flip(1).cumsum(1).flip(1), 0.0)
     if bug == "score by length":
         paid = paid / count[:, None]
     if bug == "beta score":
@@ -257,6 +262,13 @@ def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask:
         ),
         "The score is divided by the answer's length: pay it as it comes.": partial(_rewards_with, "score by length"),
         "beta stands before the score, too: it belongs to the KL alone.": partial(_rewards_with, "beta score"),
+        "The KL is never charged: -beta * (logprobs - ref_logprobs) at each token that counts.": (
+            partial(_rewards_with, "free")
+        ),
+        "These are rewards to go, added up to the end: give each token its own reward.": (
+            partial(_rewards_with, "to go")
+        ),
+        "The score has the wrong sign: it is paid, add it.": partial(_rewards_with, "minus score"),
         "The score is missing: add it at the last token that counts.": partial(_rewards_with, "score"),
         **{
             f"The rewards are whitened ({how}): leave them as they are, or beta and the score lose the units they were "
@@ -333,6 +345,8 @@ def _experience_with(
         scores = scores - beta * torch.where(mask, logprobs - ref, 0.0).sum(1)
     if bug == "free":
         ref = logprobs
+    if bug == "kl sign":
+        logprobs, ref = ref, logprobs
     if bug == "early":
         rewards = kl_rewards(torch.zeros_like(scores), logprobs, ref, mask, beta)
         rewards = rewards.scatter_add(1, (_last(mask) - 1).clamp(min=0), scores.unsqueeze(1))
@@ -347,7 +361,7 @@ def _experience_with(
     elif bug == "reward minus value":
         raw = torch.where(mask, rewards - values, 0.0)
     else:
-        gamma, lam = 0.99 if bug == "gamma" else 1.0, 1.0 if bug == "lam" else lam
+        gamma, lam = 0.99 if bug == "gamma" else 1.0, {"lam": 1.0, "one step": 0.0}.get(bug, lam)
         raw, _ = gae(rewards, values, ends, gamma=gamma, lam=lam, mask=mask)
     white = raw if bug == "raw" else whiten(raw) if bug == "over padding" else whiten(raw, mask)
     if bug in ("n - 1", "white rewards, trl, kept"):
@@ -360,6 +374,8 @@ def _experience_with(
         white = torch.cat([_scaled(x[None], m[None]) for x, m in zip(raw, mask, strict=True)])
     if bug == "over padding":
         white = torch.where(mask, white, 0.0)
+    if bug == "into padding":
+        white = whiten(raw)
     targets = white if bug == "whitened targets" else raw
     returns = targets + values if bug == "values of padding" else torch.where(mask, targets + values, 0.0)
     if bug == "white returns":
@@ -422,6 +438,13 @@ def _experience_with(
         "The reward is stored a step early.": partial(_experience_with, "early"),
         "Whitening averages over padding: give it the mask.": partial(_experience_with, "over padding"),
         "This is r - V: an advantage looks ahead, use gae.": partial(_experience_with, "reward minus value"),
+        "The sign of the KL is wrong: a token likelier than under the reference costs.": (
+            partial(_experience_with, "kl sign")
+        ),
+        "Whitening averages over padding, and leaves numbers there: give it the mask.": (
+            partial(_experience_with, "into padding")
+        ),
+        "These are one-step errors, as with lam = 0: lam is not used.": partial(_experience_with, "one step"),
         "lam is not used.": partial(_experience_with, "lam"),
         "gamma is 1 here: an answer is short, and its end is all that is paid for.": partial(_experience_with, "gamma"),
         "Values of padding are in the returns: 0 there.": partial(_experience_with, "values of padding"),
@@ -498,6 +521,8 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
         k3 = torch.expm1(-d) - d
     if bug == "weighed":
         k1 = d.exp() * d
+    if bug == "expected":
+        k1 = logprobs.exp() * d
     if bug == "half":
         k2 = d.square()
     if bug == "falls through":
@@ -547,6 +572,8 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
         "k1 is multiplied by the ratio: the tokens are drawn from the policy already, so d is averaged as it is.": (
             partial(_estimates_with, "weighed")
         ),
+        "k1 is multiplied by the probability: the tokens are drawn from the policy already, so d is averaged as it "
+        "is.": partial(_estimates_with, "expected"),
         "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
             partial(_estimates_with, "no graph")
         ),

@@ -45,6 +45,7 @@ def _kl_with(bug: str, counts: Tensor) -> Tensor:
         "brackets": log - counts - 1 / counts,
         "bits": (log - share) / math.log(2),
         "one": log - 1,
+        "ten": counts.log10() - share,
         "turned": share - log,
         "times": log * share,
     }[bug]
@@ -74,6 +75,7 @@ def _kl_with(bug: str, counts: Tensor) -> Tensor:
         "It takes off 1 / n: (n - 1) / n.": partial(_kl_with, "one over n"),
         "It takes off n - 1 / n, where (n - 1) / n is meant: brackets.": partial(_kl_with, "brackets"),
         "These are bits: nats, with the natural logarithm.": partial(_kl_with, "bits"),
+        "The logarithm has base 10: nats, with the natural logarithm.": partial(_kl_with, "ten"),
         "It takes off 1: (n - 1) / n, which comes near to 1 only for large n, and is 0 for n = 1.": (
             partial(_kl_with, "one")
         ),
@@ -249,9 +251,12 @@ def _curve_with(bug: str, kl: Tensor, gain: Tensor) -> Tensor:
         "upside down": (2 * beta / alpha).square(),
         "logarithm": (2 * (alpha / beta - 1)).exp(),
         "measured": kl[gain.argmax()],
+        "grid": kl[(alpha * d - beta * d.square()).argmax()],
     }.get(bug, (alpha / (2 * beta)).square())
     if bug == "sign":
         beta = -beta
+    if bug == "peak first":
+        return torch.stack((peak, alpha, beta))
     return torch.stack((beta, alpha, peak) if bug == "swapped" else (alpha, beta, peak))
 
 
@@ -285,6 +290,10 @@ def _curve_with(bug: str, kl: Tensor, gain: Tensor) -> Tensor:
             partial(_curve_with, "sign")
         ),
         "The order is alpha, beta, peak.": partial(_curve_with, "swapped"),
+        "The order is alpha, beta, peak: here the peak comes first.": partial(_curve_with, "peak first"),
+        "The peak is looked for among the measured KLs: it lies between them, where the derivative is 0.": (
+            partial(_curve_with, "grid")
+        ),
         "There is a constant in the fit: no distance, no gain.": partial(_curve_with, "constant"),
         "This fits gain / d: least squares of the gain itself, or the points nearest to 0, where noise is divided by "
         "almost nothing, weigh most.": partial(_curve_with, "ratio"),
@@ -367,7 +376,9 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         at = (kl - budget).abs().argmin(1)
     if bug == "index":
         return at.to(gold.dtype)
-    told = validation if bug == "told" else gold
+    if bug == "lowest":
+        at = validation.masked_fill(~within, math.inf).argmin(1)
+    told = {"told": validation, "proxy told": proxy}.get(bug, gold)
     return told.gather(1, at[:, None])[:, 0]
 
 
@@ -391,6 +402,8 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         ),
         "It reports the validation score it has chosen by: the highest of many noisy numbers is too high. Report gold "
         "there.": partial(_stop_with, "told"),
+        "It reports the proxy: that is what the run has climbed. Report gold there.": partial(_stop_with, "proxy told"),
+        "It takes the lowest validation score: the highest is the best.": partial(_stop_with, "lowest"),
         "The budget is not looked at: measurements with a KL above it are out.": partial(_stop_with, "no budget"),
         "KL at the budget is within it: <=.": partial(_stop_with, "strict"),
         "It takes the last measurement within the budget: of those, the one with the highest validation score.": (
@@ -502,6 +515,8 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         lowest = False
     if bug == "pessimist":
         lowest = True
+    if bug == "one for all":
+        return standard.amin().expand(standard.shape[1]) if lowest else standard.mean(0)
     if bug == "max":
         return standard.amax(0) if lowest else standard.mean(0)
     if bug == "median":
@@ -543,6 +558,9 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         "`how` is not looked at: mean asks for the mean.": partial(_ensemble_with, "pessimist"),
         "It takes the highest: an optimist is fooled whenever one of them is.": partial(_ensemble_with, "max"),
         "It takes one model for all answers: the lowest of each answer.": partial(_ensemble_with, "one model"),
+        "This is the lowest score of the whole batch: the lowest of each answer.": (
+            partial(_ensemble_with, "one for all")
+        ),
         "This is the median: the mean is asked for.": partial(_ensemble_with, "median"),
         "This is the sum: the mean, or beta's unit changes with the number of models.": partial(_ensemble_with, "sum"),
         "They are brought between the lowest and the highest of `reference`: mean 0 and standard deviation 1 are asked "
@@ -623,6 +641,10 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         new = newest[:, None] | newest
     if bug == "winner":
         new = newest[:, None].expand_as(new)
+    if bug == "loser":
+        new = newest.expand_as(new)
+    if bug == "newer wins":
+        new = policies[:, None] > policies
     if bug == "oldest":
         oldest = policies == policies.min()
         new = oldest[:, None] & oldest
@@ -672,6 +694,10 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         "One answer of the newest policy is enough here: both must be. New against old mostly teaches what a hack "
         "looks like against an answer, which is easier.": partial(_fresh_with, "one of them"),
         "Only the better one must be new here: both must be.": partial(_fresh_with, "winner"),
+        "Only the worse one must be new here: both must be.": partial(_fresh_with, "loser"),
+        "A newer policy's answer is compared with an older one's: both must be the newest policy's.": (
+            partial(_fresh_with, "newer wins")
+        ),
         "These are the oldest policy's answers: the newest has the highest number.": partial(_fresh_with, "oldest"),
         "Ties make a pair here: the labeler preferred neither.": partial(_fresh_with, "ties"),
         "An answer is better than itself here: > and not >=.": partial(_fresh_with, "with itself"),

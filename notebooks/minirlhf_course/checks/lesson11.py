@@ -71,6 +71,12 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
     if bug == "not shrunk":
         middle, half = rate + square / (2 * count), CONFIDENCE * (error**2 + square / (4 * count**2)).sqrt()
         return torch.stack((rate, middle - half, middle + half))
+    if bug in ("4n", "z"):
+        square = CONFIDENCE if bug == "z" else square
+        below = 4 * count if bug == "4n" else 4 * count**2
+        middle = rate + square / (2 * count)
+        half = CONFIDENCE * (error**2 + square / below).sqrt()
+        return torch.stack((rate, (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)))
     if bug == "one term":
         middle, half = rate + square / (2 * count), CONFIDENCE * error
         return torch.stack((rate, (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)))
@@ -87,6 +93,11 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         return rows[[0, 2, 1]]
     if bug == "per cent":
         return 100 * rows
+    if bug == "widths":
+        return torch.stack((rate, rate - rows[1], rows[2] - rate))
+    if bug == "continuity":
+        step = 1 / (2 * count)
+        return torch.stack((rate, (rows[1] - step).clamp(min=0), (rows[2] + step).clamp(max=1)))
     if bug == "centred":
         half = (rows[2] - rows[1]) / 2
         return torch.stack((rate, rate - half, rate + half))
@@ -130,6 +141,11 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "z^2 / (4 n^2) is missing under the root: after a clean sweep there is no width left.": (
             partial(_win_with, "one term")
         ),
+        "Under the root stands z^2 / (4 n): z^2 / (4 n^2).": partial(_win_with, "4n"),
+        "z stands where z^2 is meant.": partial(_win_with, "z"),
+        "Each end is moved outwards by 1 / (2n), a correction for continuity: Wilson's interval as it stands is asked "
+        "for.": partial(_win_with, "continuity"),
+        "These are the distances from the rate: give the ends of the interval.": partial(_win_with, "widths"),
         "z is 1.645: that is the 90 % interval, and 95 % has 1.96.": partial(_win_with, "90"),
         "z is 2: 95 % has 1.96.": partial(_win_with, "2"),
         "The first number is the interval's centre: the win rate itself is asked for.": partial(_win_with, "middle"),
@@ -348,6 +364,19 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
         return (one - two).quantile(rows.new_tensor([5, 95]).to(first.dtype) / 100)
     difference, seen = one - two, (first - second).mean()
     low, high = difference.quantile(marks)
+    if bug == "no resamples":
+        error = (first - second).std(correction=1) / len(first) ** 0.5
+        return seen + torch.stack((-error, error)) * CONFIDENCE
+    if bug == "one deviation":
+        return difference.mean() + torch.stack((-difference.std(), difference.std()))
+    if bug == "down":
+        return (first - second)[rows].mean(0).quantile(marks)
+    if bug == "sums":
+        return torch.stack((low, high)) * len(first)
+    if bug == "first alone":
+        return one.quantile(marks)
+    if bug == "absolute":
+        return (first - second).abs()[rows].mean(1).quantile(marks)
     if bug.startswith("error"):
         middle = difference.mean() if "resamples" in bug else seen
         return middle + torch.stack((-difference.std(), difference.std())) * CONFIDENCE
@@ -399,6 +428,19 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
         ),
         "This is mean ± 1.96 standard deviations, around the resamples' mean: a fine approximation, but the task asks "
         "for quantiles.": partial(_paired_with, "error of resamples"),
+        "This is the textbook interval of the mean difference, without any resample: take quantiles of the resamples' "
+        "means.": partial(_paired_with, "no resamples"),
+        "This is mean ± one standard deviation: that holds the truth two times out of three. Take quantiles.": (
+            partial(_paired_with, "one deviation")
+        ),
+        "The mean runs over the resamples: take the mean of each resample, along dimension 1.": (
+            partial(_paired_with, "down")
+        ),
+        "These are sums: take the mean difference of each resample.": partial(_paired_with, "sums"),
+        "This is the first model alone: take differences to the second.": partial(_paired_with, "first alone"),
+        "These are absolute differences: a prompt that the second one wins counts against the first.": (
+            partial(_paired_with, "absolute")
+        ),
         "This is the basic bootstrap, twice the difference minus the quantiles: the quantiles themselves are asked "
         "for.": partial(_paired_with, "basic"),
         "It is moved so that its middle is the measured difference: give the quantiles as they are.": (
@@ -467,6 +509,12 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         half = 2 * half
     if bug == "absolute":
         half = t * (rates - mean).abs().mean(0) / count**0.5
+    if bug == "variance by S":
+        half = t * spread.square() / count
+    if bug == "widths":
+        return torch.stack((mean, half, half))
+    if bug == "cut":
+        return torch.stack((mean, (mean - half).clamp(0, 1), (mean + half).clamp(0, 1)))
     if bug == "range":
         return torch.stack((mean, rates.amin(0), rates.amax(0)))
     if bug == "median":
@@ -503,6 +551,11 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         ),
         "It divides by S: by the root of S.": partial(_seed_with, "count"),
         "This is the variance: take its root.": partial(_seed_with, "variance"),
+        "This is the variance by S: take the root of both.": partial(_seed_with, "variance by S"),
+        "These are half-widths: give the ends, mean - half and mean + half.": partial(_seed_with, "widths"),
+        "The ends are cut to [0, 1]: leave them as they are, a wide interval should be seen.": (
+            partial(_seed_with, "cut")
+        ),
         "`t` is not used: one standard error holds the truth in far fewer than 95 % of cases.": (
             partial(_seed_with, "no t")
         ),
@@ -567,7 +620,7 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
         "nats": lambda: tax - left,
         "other way": lambda: 1 - tax / left,
         "of the base": lambda: (tax - left) / base.mean(0),
-        "clamped": lambda: (1 - left / tax).clamp(0, 1),
+        "clamped": lambda: (1 - left / tax).clamp(min=0),
     }[bug]()
 
 
@@ -600,7 +653,7 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
         "These are per cent: give shares, 1 for all of it.": partial(_tax_with, "per cent"),
         "It is upside down: PPO's tax stands below.": partial(_tax_with, "other way"),
         "It divides by the base model's loss: by PPO's tax.": partial(_tax_with, "of the base"),
-        "It is cut to [0, 1]: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
+        "It is cut at 0: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
     },
     hints=(
         "Two taxes, each averaged over dimension 0.",

@@ -160,6 +160,9 @@ RIGHT = {
         "OpenRLHF": mask_by_rows,
         "ARENA": mask_by_lengths,
         "one by one": mask_one_by_one,
+        "floats": lambda tokens, prompt_lengths, pad_id: (
+            (tokens != pad_id).float() * (columns_of(tokens) >= prompt_lengths[:, None]).float()
+        ),
     },
     "next_token_logprobs": {
         "trl": selective_log_softmax,
@@ -170,6 +173,9 @@ RIGHT = {
             tokens[:, 1:]
         ),
         "one-hot": by_one_hot,
+        "nll_loss": lambda logits, tokens: (
+            -F.nll_loss(logits.log_softmax(-1)[:, :-1].permute(0, 2, 1), tokens[:, 1:], reduction="none")
+        ),
     },
     "sft_loss": {
         "OpenRLHF": loss_by_masked_mean,
@@ -182,11 +188,15 @@ RIGHT = {
         "trl": pieces_by_range,
         "index_add": pieces_by_index_add,
         "weighed": pieces_by_weight,
+        "list": lambda logprobs, mask, size: torch.stack(
+            [-torch.where(mask, logprobs, 0.0)[i : i + size].sum() / mask.sum() for i in range(0, len(mask), size)]
+        ),
     },
     "perplexity": {
         "trl": lambda logprobs, mask: torch.exp(-logprobs[mask].mean()),
         "two to the bits": lambda logprobs, mask: 2 ** ((-logprobs * mask).sum() / mask.sum() / math.log(2)),
         "geometric mean": lambda logprobs, mask: logprobs[mask].double().exp().prod() ** (-1 / int(mask.sum())),
+        "nanoGPT": lambda logprobs, mask: math.exp(-logprobs[mask].mean().item()),
     },
 }
 
@@ -203,6 +213,10 @@ WRONG = {
             mask_by_rows(tokens, prompt_lengths, pad_id)[:, 1:])),
         ("The whole mask stands one column too early", lambda tokens, prompt_lengths, pad_id: (
             mask_by_rows(tokens, prompt_lengths, pad_id).roll(-1, 1))),
+        ("This is the prompt", lambda tokens, prompt_lengths, pad_id: (
+            (tokens != pad_id) & (columns_of(tokens) < prompt_lengths[:, None]))),
+        (None, lambda tokens, prompt_lengths, pad_id: (
+            (tokens != pad_id) & (columns_of(tokens) > prompt_lengths[:, None] + 1))),
     ],
     "next_token_logprobs": [
         ("Off by one", lambda logits, tokens: pick(logits[:, 1:].log_softmax(-1), tokens[:, 1:])),
@@ -220,6 +234,10 @@ WRONG = {
         ("The result has the shape", lambda logits, tokens: (
             -F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:]))),
         ("No gradient flows", lambda logits, tokens: selective_log_softmax(logits.detach(), tokens)),
+        ("This is the log-probability of the likeliest token", lambda logits, tokens: (
+            logits[:, :-1].log_softmax(-1).max(-1).values)),
+        ("These are bits", lambda logits, tokens: selective_log_softmax(logits, tokens) / math.log(2)),
+        (None, lambda logits, tokens: selective_log_softmax(logits, tokens).cumsum(1)),
     ],
     "sft_loss": [
         ("The shift is made twice", loss_shifted_again),
@@ -229,7 +247,11 @@ WRONG = {
         ("It divides by the rows", lambda logprobs, mask: -logprobs[mask].sum() / logprobs.shape[0]),
         ("No gradient flows", lambda logprobs, mask: -logprobs[mask].mean().item()),
         ("These are probabilities", lambda logprobs, mask: -logprobs[mask].exp().mean()),
-        ("", lambda logprobs, mask: -logprobs[mask].median()),
+        (None, lambda logprobs, mask: -logprobs[mask].median()),
+        ("Each row is averaged first", lambda logprobs, mask: (
+            -(torch.where(mask, logprobs, 0).sum(1) / mask.sum(1).clamp(min=1)).mean())),
+        ("It divides by the rows", lambda logprobs, mask: -torch.where(mask, logprobs, 0).sum(1).mean()),
+        (None, lambda logprobs, mask: -logprobs[mask].sum() / (mask.sum() - 1).clamp(min=1)),
     ],
     "piece_losses": [
         ("It divides by the piece's own positions", pieces_of_own_size),
@@ -239,6 +261,12 @@ WRONG = {
         ("It weighs the pieces by their rows, and the last one as if it were full", pieces_by_rows_of_full_ones),
         ("The result has the shape", lambda logprobs, mask, size: pieces_by_range(logprobs, mask, size).sum()),
         ("It returns", lambda logprobs, mask, size: list(pieces_by_range(logprobs, mask, size))),
+        ("It divides by the rows of the whole batch", lambda logprobs, mask, size: (
+            pieces_by_range(logprobs, mask, size) * mask.sum() / len(mask))),
+        ("Each row is averaged first", lambda logprobs, mask, size: torch.stack(
+            [-((x * m).sum(1) / m.sum(1)).mean()
+             for x, m in zip(logprobs.split(size), mask.split(size), strict=True)])),
+        (None, lambda logprobs, mask, size: pieces_by_range(logprobs, mask, size).cumsum(0)),
     ],
     "perplexity": [
         ("It is 1 over the mean probability", lambda logprobs, mask: 1 / logprobs[mask].exp().mean()),
@@ -248,5 +276,6 @@ WRONG = {
         ("The base is 10", lambda logprobs, mask: 10 ** -logprobs[mask].mean()),
         ("The result has the shape", lambda logprobs, mask: (
             (-torch.where(mask, logprobs, 0).sum(1) / mask.sum(1)).exp())),
+        (None, lambda logprobs, mask: (-(logprobs * mask).sum(1)).exp().mean()),
     ],
 }  # fmt: skip

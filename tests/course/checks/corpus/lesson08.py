@@ -290,6 +290,9 @@ RIGHT = {
         "a softmax of two": lambda chosen, rejected: (
             -torch.log_softmax(torch.stack((chosen, rejected), dim=-1), dim=-1)[..., 0].mean()
         ),
+        "Bradley and Terry": lambda chosen, rejected: (
+            -(chosen - torch.logsumexp(torch.stack((chosen, rejected)), 0)).mean()
+        ),
     },
     "ranking_loss": {
         "InstructGPT": ranking_by_combinations,
@@ -301,12 +304,21 @@ RIGHT = {
         "one by one": usable_one_by_one,
         "counting": usable_by_counting,
         "not the same": usable_by_same,
+        "lists": lambda tokens, scores: torch.tensor(
+            [
+                [[bool(si > sj) and ti != tj for sj, tj in zip(s, t, strict=True)] for si, ti in zip(s, t, strict=True)]
+                for s, t in zip(scores, tokens.tolist(), strict=True)
+            ]
+        ),
     },
     "last_token_scores": {
         "OpenRLHF": last_by_flip,
         "cumsum": last_by_cumsum,
         "row by row": last_row_by_row,
         "nonzero": last_by_nonzero,
+        "one-hot": lambda token_values, mask: torch.where(
+            F.one_hot((mask * torch.arange(1, mask.shape[1] + 1)).argmax(1), mask.shape[1]).bool(), token_values, 0.0
+        ).sum(1),
     },
     "noise_ceiling": {
         "one by one": ceiling_one_by_one,
@@ -317,6 +329,9 @@ RIGHT = {
         "running sum": offset_by_running_sum,
         "trl": offset_by_list,
         "weighed": offset_of_weighed_means,
+        "floats": lambda model, rows, batch_size: (
+            sum(float(score) for batch in rows.split(batch_size) for score in model(batch)) / len(rows)
+        ),
     },
 }
 
@@ -335,8 +350,15 @@ WRONG = {
         ("Each answer is judged alone", lambda chosen, rejected: (
             -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean())),
         ("One loss per pair comes back", lambda chosen, rejected: F.softplus(rejected - chosen)),
-        ("", lambda chosen, rejected: -F.logsigmoid(0.1 * (chosen - rejected)).mean()),
+        (None, lambda chosen, rejected: -F.logsigmoid(0.1 * (chosen - rejected)).mean()),
         ("The mean is taken before", lambda chosen, rejected: -F.logsigmoid((chosen - rejected).mean())),
+        ("This is a hinge at 0", lambda chosen, rejected: F.relu(rejected - chosen).mean()),
+        ("Every chosen answer is compared with every rejected one", lambda chosen, rejected: (
+            -F.logsigmoid(chosen[:, None] - rejected[None]).mean())),
+        ("No gradient flows", lambda chosen, rejected: -F.logsigmoid(chosen.detach() - rejected).mean()),
+        ("log(sigmoid(x)) is unstable, and so is log(1 + exp(-x))", lambda chosen, rejected: (
+            F.soft_margin_loss(chosen - rejected, torch.ones_like(chosen)))),
+        (None, lambda chosen, rejected: -torch.tanh(chosen - rejected).mean()),
     ],
     "ranking_loss": [
         ("This is Plackett-Luce", plackett_luce),
@@ -354,6 +376,11 @@ WRONG = {
             [ranking_by_bool_index(r[None], s[None]) if s.unique().numel() > 1 else r.sum() * 0
              for r, s in zip(rewards, scores, strict=True)])),
         ("No gradient flows", lambda rewards, scores: ranking_by_combinations(rewards.detach(), scores)),
+        ("This is ListNet", lambda rewards, scores: (
+            -(scores.softmax(1) * rewards.log_softmax(1)).sum(1).mean())),
+        ("Ties, and each answer against itself", lambda rewards, scores: F.binary_cross_entropy_with_logits(
+            rewards[:, :, None] - rewards[:, None], ((scores[:, :, None] - scores[:, None]).sign() + 1) / 2)),
+        (None, lambda rewards, scores: F.cross_entropy(rewards, scores.argmin(1))),
     ],
     "usable_pairs": [
         ("Only i < j is looked at", usable_upper_only),
@@ -363,16 +390,25 @@ WRONG = {
         ("Ties are pairs here", lambda tokens, scores: (
             (scores[:, :, None] >= scores[:, None]) & usable_without_scores(tokens, scores))),
         ("The pairs are upside down", lambda tokens, scores: usable_by_same(tokens, -scores)),
+        ("The order of the tokens is not looked at", lambda tokens, scores: (
+            usable_by_same(tokens.sort(-1).values, scores))),
+        ("These are the pairs that teach nothing", lambda tokens, scores: (
+            (scores[:, :, None] > scores[:, None]) & (tokens[:, :, None] == tokens[:, None]).all(-1))),
+        ("One of the two conditions is enough", lambda tokens, scores: (
+            (scores[:, :, None] > scores[:, None]) | (tokens[:, :, None] != tokens[:, None]).any(-1))),
     ],
     "last_token_scores": [
         ("It looks for the first padding", last_by_pad),
         ("This is the highest value", lambda token_values, mask: token_values.masked_fill(~mask, -torch.inf).amax(1)),
-        ("", lambda token_values, mask: (
+        (None, lambda token_values, mask: (
             (token_values * (mask & ~mask.roll(-1, 1))).sum(1))),
         ("It raises IndexError", lambda token_values, mask: token_values[torch.arange(len(mask)), mask.sum(1)]),
         ("The result has the shape", lambda token_values, mask: (
             token_values.gather(1, mask.size(1) - 1 - mask.long().fliplr().argmax(1, keepdim=True)))),
-        ("", last_discounted),
+        (None, last_discounted),
+        ("This is the lowest value", lambda token_values, mask: token_values.masked_fill(~mask, torch.inf).amin(1)),
+        (None, lambda token_values, mask: token_values[:, 0]),
+        (None, lambda token_values, mask: torch.stack([row[~row.isnan()][-1] for row in token_values])),
     ],
     "noise_ceiling": [
         ("Both results are right, but swapped", ceiling_with(lambda a, p: (p, a))),
@@ -383,10 +419,13 @@ WRONG = {
         ("Below an agreement of 1/2", ceiling_with(lambda a, p: (a, (1 + (2 * a - 1) ** 0.5) / 2))),
         ("It returns", ceiling_with(lambda a, p: p)),
         ("The ceiling is not the agreement", ceiling_with(lambda a, p: (a, a.clamp(min=0.5)))),
+        ("The second number is the agreement again", ceiling_with(lambda a, p: (a, a))),
+        ("Half way between the agreement and 1", ceiling_with(lambda a, p: (a, 1 - (1 - a) / 2))),
+        ("Below an agreement of 1/2 it turns", ceiling_with(lambda a, p: (a, (1 + (2 * a - 1).abs() ** 0.5) / 2))),
     ],
     "score_offset": [
         ("The last batch is counted as if it were full", offset_of_full_batches),
-        ("", offset_running),
+        (None, offset_running),
         ("It is the mean of the batches' means", lambda model, rows, batch_size: (
             torch.stack([model(b).mean() for b in rows.split(batch_size)]).mean())),
         ("This is the highest score", lambda model, rows, batch_size: (
@@ -395,5 +434,10 @@ WRONG = {
             -torch.cat([model(b) for b in rows.split(batch_size)]).mean())),
         ("The result has the shape", lambda model, rows, batch_size: (
             torch.cat([model(b) for b in rows.split(batch_size)]))),
+        ("The first batch is left out", lambda model, rows, batch_size: (
+            model(rows[batch_size:]).mean() if len(rows) > batch_size else model(rows).mean())),
+        ("The model is not asked", lambda model, rows, batch_size: rows.mean()),
+        (None, lambda model, rows, batch_size: (
+            torch.cat([model(rows[i : i + batch_size]) for i in range(len(rows))]).mean())),
     ],
 }  # fmt: skip

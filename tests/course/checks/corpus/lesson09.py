@@ -264,11 +264,16 @@ RIGHT = {
         "OpenRLHF": answer_by_argmax,
         "loop": answer_by_loop,
         "cumprod": answer_by_cumprod,
+        "integers": lambda tokens, eos_id: ((tokens == eos_id).cumsum(1) - (tokens == eos_id).long()).eq(0).int(),
     },
     "token_rewards": {
         "trl": rewards_by_actual_end,
         "OpenRLHF": rewards_by_scatter,
         "lm-human-preferences": rewards_row_by_row,
+        "one-hot": lambda scores, logprobs, ref_logprobs, response_mask, beta: (
+            -beta * log_ratio(logprobs, ref_logprobs, response_mask)
+            + scores[:, None] * F.one_hot(response_mask.sum(1) - 1, response_mask.shape[1])
+        ),
     },
     "experience": {
         "trl": experience_by_trl,
@@ -279,6 +284,7 @@ RIGHT = {
         "trl": estimates_by_trl,
         "OpenRLHF": estimates_as_list,
         "in double": estimates_in_double,
+        "a list": lambda logprobs, ref_logprobs: list(estimates_by_trl(logprobs, ref_logprobs)),
     },
     "ppo_ptx_loss": {
         "OpenRLHF": ptx_by_openrlhf,
@@ -286,6 +292,7 @@ RIGHT = {
         "the mean of rows of one length": lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss - ptx_coef * corpus_logprobs.mean(dim=1).mean()
         ),
+        "alpha": lambda ppo_loss, corpus_logprobs, ptx_coef: ppo_loss.add(corpus_logprobs.mean(), alpha=-ptx_coef),
     },
 }
 
@@ -302,6 +309,9 @@ WRONG = {
             answer_by_loop(tokens, eos_id) & (tokens == eos_id).any(1, keepdim=True))),
         ("It looks for padding", lambda tokens, eos_id: tokens > 0),
         ("EOS is left out", lambda tokens, eos_id: (tokens != eos_id).cumprod(1).bool()),
+        ("It goes on after EOS, until the second", lambda tokens, eos_id: (tokens == eos_id).cumsum(1) < 2),
+        ("It looks for padding", lambda tokens, eos_id: (tokens != 0) | (tokens == eos_id)),
+        (None, lambda tokens, eos_id: torch.zeros_like(tokens)),
     ],
     "token_rewards": [
         ("The rewards are whitened", rewards_whitened(shift_mean=False)),
@@ -320,10 +330,16 @@ WRONG = {
             rewards_by_scatter(beta * scores, logprobs, ref_logprobs, response_mask, beta))),
         ("The score is missing", rewards_with(
             lambda beta, d, mask: -beta * d, lambda scores, mask: torch.zeros_like(scores))),
-        ("", rewards_with(
+        (None, rewards_with(
             lambda beta, d, mask: -beta * d, lambda scores, mask: scores.clamp(-1, 1))),
         ("A gradient flows", lambda scores, logprobs, ref_logprobs, response_mask, beta: paid(
             torch.where(response_mask, -beta * (logprobs - ref_logprobs), 0.0), scores, response_mask)),
+        ("The score has the wrong sign", lambda scores, *others: rewards_by_scatter(-scores, *others)),
+        ("These are rewards to go", lambda *args: (
+            torch.where(args[3], rewards_by_scatter(*args).flip(1).cumsum(1).flip(1), 0.0))),
+        ("The KL is never charged", lambda scores, logprobs, ref_logprobs, response_mask, beta: (
+            rewards_by_scatter(scores, ref_logprobs, ref_logprobs, response_mask, beta))),
+        (None, lambda *args: torch.where(args[3], rewards_by_scatter(*args).cumsum(1), 0.0)),
     ],
     "experience": [
         ("Whitening divides by n - 1", experience_with(lambda a, r, v, mask: (masked_whiten(a, mask, 1), r))),
@@ -343,6 +359,12 @@ WRONG = {
         ("The values are taken off twice", experience_with(
             lambda a, r, v, mask: (whiten(a, mask), torch.where(mask, a - v, 0.0)))),
         ("The advantages are not whitened", experience_with(rewards_to_go)),
+        ("These are one-step errors", lambda *args: experience_by_package(*args[:-1], 0.0)),
+        ("The sign of the KL is wrong", lambda scores, logprobs, ref_logprobs, *others: (
+            experience_by_package(scores, ref_logprobs, logprobs, *others))),
+        ("Whitening averages over padding, and leaves numbers there", experience_with(
+            lambda a, r, v, mask: (whiten(a), r))),
+        (None, experience_with(lambda a, r, v, mask: (whiten(a, mask).clamp(-1, 1), r))),
     ],
     "kl_estimates": [
         ("All results are right, but in the wrong order", estimates_with(lambda k1, k2, k3: (k1, k3, k2))),
@@ -355,6 +377,11 @@ WRONG = {
         ("k1 has the wrong sign", estimates_with(lambda k1, k2, k3: (-k1, k2, k3))),
         ("Result 1 of 3 has the shape", estimates_with(lambda k1, k2, k3: (k1.mean(), k2.mean(), k3.mean()))),
         ("The digits cancel", estimates_with(lambda k1, k2, k3: (k1, k2, torch.exp(-k1) - 1 + k1))),
+        ("k1 is multiplied by the probability", lambda logprobs, ref_logprobs: (
+            logprobs.exp() * (logprobs - ref_logprobs), *estimates_by_trl(logprobs, ref_logprobs)[1:])),
+        ("It returns 2 results", lambda logprobs, ref_logprobs: estimates_by_trl(logprobs, ref_logprobs)[:2]),
+        ("No gradient flows", estimates_with(lambda k1, k2, k3: (k1, k2, k3.detach()))),
+        (None, estimates_with(lambda k1, k2, k3: (k1, k1.abs() / 2, k3))),
     ],
     "ppo_ptx_loss": [
         ("It divides by the rows only", lambda ppo_loss, corpus_logprobs, ptx_coef: (
@@ -375,5 +402,6 @@ WRONG = {
             ppo_loss, -ptx_coef * corpus_logprobs.mean())),
         ("The two are multiplied", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss * -ptx_coef * corpus_logprobs.mean())),
+        (None, lambda ppo_loss, corpus_logprobs, ptx_coef: ppo_loss + ptx_coef * corpus_logprobs.square().mean()),
     ],
 }  # fmt: skip

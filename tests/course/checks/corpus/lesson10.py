@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import torch
 
 # 10.1 best_of_n_kl ---------------------------------------------------------------------------------------------------
@@ -131,6 +132,12 @@ def curve_with_a_little_ridge(kl, gain):
     X = torch.stack((d, -d.square()), dim=1)
     alpha, beta = torch.linalg.solve(X.T @ X + 1e-10 * torch.eye(2, dtype=X.dtype), X.T @ gain)
     return torch.stack((alpha, beta, (alpha / (2 * beta)).square()))
+
+
+def curve_by_numpy(kl, gain):
+    d = np.sqrt(kl.numpy())
+    (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain.numpy(), rcond=None)
+    return np.array([alpha, beta, (alpha / (2 * beta)) ** 2])
 
 
 def curve_with(columns, peak):
@@ -316,6 +323,7 @@ RIGHT = {
         "trapezoid": kl_by_trapezoid,
         "midpoints": kl_by_midpoints,
         "inverse CDF": kl_by_inverse_cdf,
+        "numpy": lambda counts: np.log(counts.numpy()) - (counts.numpy() - 1) / counts.numpy(),
     },
     "best_of_n": {
         "brute force": best_by_brute_force,
@@ -327,6 +335,7 @@ RIGHT = {
         "QR": curve_by_qr,
         "Newton": curve_by_newton,
         "a little ridge": curve_with_a_little_ridge,
+        "numpy": curve_by_numpy,
     },
     "gold_where_stopped": {
         "one by one": stop_one_by_one,
@@ -340,6 +349,7 @@ RIGHT = {
     "fresh_pairs": {
         "one by one": fresh_one_by_one,
         "index": fresh_by_index,
+        "integers": lambda prompts, policies, scores: fresh_by_index(prompts, policies, scores).long(),
     },
 }
 
@@ -348,15 +358,17 @@ WRONG = {
         ("It takes off 1", lambda counts: counts.log() - 1),
         ("The sign is turned", lambda counts: (counts - 1) / counts - counts.log()),
         ("log n is multiplied by (n - 1) / n", lambda counts: counts.log() * (counts - 1) / counts),
-        ("", lambda counts: counts.log() - (counts - 1) / 2),
-        ("", lambda counts: counts * counts.log() - (counts - 1)),
-        ("", lambda counts: counts.log() - counts / (counts + 1)),
+        (None, lambda counts: counts.log() - (counts - 1) / 2),
+        (None, lambda counts: counts * counts.log() - (counts - 1)),
+        (None, lambda counts: counts.log() - counts / (counts + 1)),
         ("This is the KL the other way round", lambda counts: counts - 1 - counts.log()),
         ("These are bits", lambda counts: (counts.log() - 1 + 1 / counts) / math.log(2)),
+        ("The logarithm has base 10", lambda counts: counts.log10() - (counts - 1) / counts),
+        (None, lambda counts: (counts - 1) / counts),
     ],
     "best_of_n": [
         ("Ties: here the first", best_first_of_ties),
-        ("", best_by_sampling),
+        (None, best_by_sampling),
         ("It is not divided by C(N, n)", best_unnormalised),
         ("Places are off by one", best_with_places_from_zero),
         ("It is the best of the whole pool", lambda proxy, values, n: values.gather(1, proxy.argmax(1)[:, None])[:, 0]),
@@ -364,6 +376,9 @@ WRONG = {
         ("It gives the winner's proxy", lambda proxy, values, n: best_by_brute_force(proxy, proxy, n)),
         ("It takes the lowest proxy", lambda proxy, values, n: best_by_brute_force(-proxy, values, n)),
         ("This is the mean of all answers", lambda proxy, values, n: values.mean(1)),
+        ("It takes the lowest proxy", lambda proxy, values, n: best_by_lgamma(-proxy, values, n)),
+        ("The result has the shape", lambda proxy, values, n: best_by_lgamma(proxy, values, n).mean()),
+        (None, lambda proxy, values, n: ((n * proxy).softmax(1) * values).sum(1)),
     ],
     "curve_and_peak": [
         ("This is Gao et al.'s form for reinforcement learning", curve_with(
@@ -379,6 +394,10 @@ WRONG = {
         ("It fits against KL", curve_with(
             lambda d: (d**2, -(d**4)), lambda a, b, kl, gain: a / (2 * b))),
         ("It returns", lambda kl, gain: tuple(curve_by_qr(kl, gain))),
+        ("The peak is looked for among the measured KLs", curve_with(
+            best_of_n_columns, lambda a, b, kl, gain: kl[(a * kl.sqrt() - b * kl).argmax()])),
+        ("The order is alpha, beta, peak", lambda kl, gain: curve_by_qr(kl, gain).roll(1)),
+        (None, curve_with(best_of_n_columns, lambda a, b, kl, gain: (a / (2 * b)) ** 0.5)),
     ],
     "gold_where_stopped": [
         ("It stops where the KL first leaves the budget", stop_before_first_exceed),
@@ -386,12 +405,19 @@ WRONG = {
         ("It takes the first measurement beyond the budget", stop_at_first_exceed),
         ("The proxy has a say", stop_by_both),
         ("These are the indices", stop_at_index),
-        ("", stop_with_penalised_validation),
+        (None, stop_with_penalised_validation),
         ("It takes the measurement whose KL is nearest to the budget", stop_nearest_to_budget),
         ("Gold chooses here", lambda proxy, validation, gold, kl, budget: (
             gold.masked_fill(kl > budget, -torch.inf).amax(1))),
         ("The budget is not looked at", lambda proxy, validation, gold, kl, budget: (
             gold.gather(1, validation.argmax(1, keepdim=True))[:, 0])),
+        ("It reports the proxy", lambda proxy, validation, gold, kl, budget: (
+            stop_by_penalty(proxy, validation, proxy, kl, budget))),
+        ("It takes the lowest validation score", lambda proxy, validation, gold, kl, budget: (
+            stop_by_penalty(proxy, -validation, gold, kl, budget))),
+        (None, lambda proxy, validation, gold, kl, budget: gold[:, 0]),
+        (None, lambda proxy, validation, gold, kl, budget: (
+            torch.where(kl <= budget, gold, 0).sum(1) / (kl <= budget).sum(1))),
     ],
     "ensemble_reward": [
         ("This is the mean minus the models' deviation (M below)", ensemble_with(
@@ -399,7 +425,7 @@ WRONG = {
         ("They are brought between the lowest and the highest", ensemble_with(between_lowest_and_highest, mean_or_min)),
         ("They are combined first", ensemble_standardised_after),
         ("They are standardised across the models", ensemble_along_the_models),
-        ("", lambda scores, reference, how: mean_or_min(
+        (None, lambda scores, reference, how: mean_or_min(
             (scores - reference.mean(0).mean()) / reference.std(0, correction=0).mean(), how)),
         ("It takes the highest", ensemble_with(standard, lambda z, how: z.mean(0) if how == "mean" else z.amax(0))),
         ("Mean and min are interchanged", ensemble_with(
@@ -407,6 +433,12 @@ WRONG = {
         ("The result has the shape", lambda scores, reference, how: standard(scores, reference)),
         ("This is the mean minus the models' deviation (M - 1 below)", ensemble_with(
             standard, lambda z, how: z.mean(0) if how == "mean" or len(z) < 2 else z.mean(0) - z.std(0))),
+        ("This is the lowest score of the whole batch", ensemble_with(
+            standard, lambda z, how: z.mean(0) if how == "mean" else z.min().repeat(z.shape[1]))),
+        ("The result has the shape", ensemble_with(
+            standard, lambda z, how: z.mean(1) if how == "mean" else z.amin(1))),
+        (None, ensemble_with(
+            lambda scores, reference: (scores[:, :, None] > reference[:, None]).double().mean(2), mean_or_min)),
     ],
     "fresh_pairs": [
         ("The newest policy of each prompt", fresh_of_each_prompt),
@@ -417,5 +449,11 @@ WRONG = {
         ("It is turned round", lambda prompts, policies, scores: fresh_one_by_one(prompts, policies, -scores)),
         ("The result has the shape", lambda prompts, policies, scores: (
             fresh_one_by_one(prompts, policies, scores).nonzero())),
+        ("Only the worse one must be new", lambda prompts, policies, scores: (
+            (prompts[:, None] == prompts) & (policies == policies.max()) & (scores[:, None] > scores))),
+        ("A newer policy's answer is compared with an older one's", lambda prompts, policies, scores: (
+            (prompts[:, None] == prompts) & (policies[:, None] > policies) & (scores[:, None] > scores))),
+        (None, lambda prompts, policies, scores: (
+            (prompts[:, None] == prompts) & (policies[:, None] >= policies) & (scores[:, None] > scores))),
     ],
 }  # fmt: skip

@@ -207,6 +207,12 @@ def paired_with(change):
     return interval
 
 
+def textbook_of_differences(first, second, rows):
+    d = first - second
+    error = d.std() / len(d) ** 0.5
+    return torch.stack((d.mean() - 1.96 * error, d.mean() + 1.96 * error))
+
+
 def bias_of_medians(first, second, rows):
     marks = torch.tensor([0.025, 0.975], dtype=first.dtype)
     return (first[rows].median(1).values - second[rows].median(1).values).quantile(marks)
@@ -263,19 +269,27 @@ RIGHT = {
         "numbers": wilson_of_numbers,
         "signs": wilson_by_signs,
         "roots": wilson_by_roots,
+        "ndtri": interval_with(lambda p, n: wilson_of(p, n, float(torch.special.ndtri(torch.tensor(0.975))))),
     },
     "few_shot_prompt": {
         "lengths": few_shot_by_lengths,
         "trying": few_shot_by_trying,
+        "int32": lambda *args: few_shot_by_lengths(*args).int(),
     },
     "paired_interval": {
         "loop": paired_by_loop,
         "numpy": paired_by_numpy,
         "sorting": paired_by_sorting,
+        "one quantile at a time": lambda first, second, rows: torch.stack(
+            [(first[rows].mean(1) - second[rows].mean(1)).quantile(q) for q in (0.025, 0.975)]
+        ),
     },
     "seed_interval": {
         "statistics": seeds_by_columns,
         "sums": seeds_by_sums,
+        "variance": lambda rates, t: torch.stack(
+            [rates.mean(0) + side * t * (rates.var(0) / len(rates)).sqrt() for side in (0, -1, 1)]
+        ),
     },
     "tax_repaired": {
         "means": repaired_by_means,
@@ -296,6 +310,18 @@ WRONG = {
         ("This is mean ± 1.96 standard errors of the outcomes", students_interval),
         ("These are per cent", lambda scores, others: 100 * wilson_unrounded(scores, others)),
         ("z is 2", interval_with(lambda p, n: wilson_of(p, n, 2.0))),
+        ("z stands where z^2 is meant", interval_with(lambda p, n: (
+            (p + 0.98 / n - 1.96 * (p * (1 - p) / n + 0.49 / n**2) ** 0.5) / (1 + 1.96 / n),
+            (p + 0.98 / n + 1.96 * (p * (1 - p) / n + 0.49 / n**2) ** 0.5) / (1 + 1.96 / n)))),
+        ("Under the root stands z^2 / (4 n)", interval_with(lambda p, n: (
+            (p + 1.9208 / n - 1.96 * (p * (1 - p) / n + 0.9604 / n) ** 0.5) / (1 + 3.8416 / n),
+            (p + 1.9208 / n + 1.96 * (p * (1 - p) / n + 0.9604 / n) ** 0.5) / (1 + 3.8416 / n)))),
+        ("Each end is moved outwards by 1 / (2n)", interval_with(lambda p, n: (
+            (wilson_of(p, n, 1.96)[0] - 0.5 / n).clamp(min=0), (wilson_of(p, n, 1.96)[1] + 0.5 / n).clamp(max=1)))),
+        ("These are the distances from the rate", interval_with(lambda p, n: (
+            p - wilson_of(p, n, 1.96)[0], wilson_of(p, n, 1.96)[1] - p))),
+        ("It returns 3 results", lambda scores, others: tuple(wilson_by_signs(scores, others))),
+        (None, interval_with(lambda p, n: wilson_of(p, 2 * n, 1.96))),
     ],
     "few_shot_prompt": [
         ("It keeps the last examples", few_shot_with(pick=last_ones)),
@@ -306,6 +332,8 @@ WRONG = {
         ("There are no examples in it", lambda examples, prompt, newline, eos, limit: torch.tensor(
             [*prompt.tolist(), newline])),
         ("It does not look at the limit", few_shot_with(pick=all_of_them)),
+        ("The result has the shape", lambda examples, prompt, newline, eos, limit: torch.tensor(
+            [eos, *prompt.tolist(), newline])),
     ],
     "paired_interval": [
         ("This is the basic bootstrap", paired_with(
@@ -325,6 +353,16 @@ WRONG = {
         ("These are the 5 % and 95 % quantiles", paired_with(
             lambda d, seen: (d.quantile(0.05), d.quantile(0.95)))),
         ("It is turned round", lambda first, second, rows: paired_by_loop(second, first, rows)),
+        ("This is the textbook interval of the mean difference", textbook_of_differences),
+        ("This is mean ± one standard deviation", paired_with(
+            lambda d, seen: (d.mean() - d.std(), d.mean() + d.std()))),
+        ("The mean runs over the resamples", lambda first, second, rows: (
+            (first - second)[rows].mean(0).quantile(torch.tensor([0.025, 0.975], dtype=first.dtype)))),
+        ("These are sums", lambda first, second, rows: len(first) * paired_by_loop(first, second, rows)),
+        ("This is the first model alone", lambda first, second, rows: paired_by_loop(first, 0 * second, rows)),
+        ("These are absolute differences", lambda first, second, rows: (
+            paired_by_loop((first - second).abs(), 0 * second, rows))),
+        (None, paired_with(lambda d, seen: (d.quantile(0.05), d.quantile(0.975)))),
     ],
     "seed_interval": [
         ("The order is mean, low, high", lambda rates, t: seeds_by_sums(rates, t)[[0, 2, 1]]),
@@ -337,6 +375,12 @@ WRONG = {
         ("The result has the shape", lambda rates, t: seeds_by_sums(rates, t).T),
         ("1.96 is for many seeds", seeds_with(lambda rates, t: 1.96 * right_half(rates, 1.0))),
         ("It returns", lambda rates, t: tuple(seeds_by_sums(rates, t))),
+        ("This is the variance by S", seeds_with(lambda rates, t: t * rates.var(0) / len(rates))),
+        ("These are half-widths", lambda rates, t: torch.stack(
+            (rates.mean(0), right_half(rates, t), right_half(rates, t)))),
+        ("The ends are cut to [0, 1]", lambda rates, t: torch.cat(
+            (rates.mean(0)[None], seeds_by_sums(rates, t)[1:].clamp(0, 1)))),
+        (None, seeds_with(lambda rates, t: rates.std(0) / t)),
     ],
     "tax_repaired": [
         ("It is a median of the seeds' ratios", lambda base, ppo, ppo_ptx: (
@@ -348,5 +392,9 @@ WRONG = {
         ("The result has the shape", lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).mean() / (ppo - base).mean()),
         ("The result has the shape", lambda base, ppo, ppo_ptx: (ppo - ppo_ptx) / (ppo - base)),
         ("This is the share that is left", lambda base, ppo, ppo_ptx: repaired_by_means(ppo, base, ppo_ptx)),
+        ("It is cut at 0", lambda base, ppo, ppo_ptx: repaired_by_means(base, ppo, ppo_ptx).relu()),
+        ("This compares losses, not taxes", lambda base, ppo, ppo_ptx: 1 - ppo_ptx.sum(0) / ppo.sum(0)),
+        (None, lambda base, ppo, ppo_ptx: (ppo - ppo_ptx)[0] / (ppo - base)[0]),
+        (None, lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).mean(0) / (ppo_ptx - base).mean(0)),
     ],
 }  # fmt: skip
