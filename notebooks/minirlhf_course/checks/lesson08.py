@@ -45,7 +45,7 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     if bug == "squares":
         return (1 - difference.sigmoid()).square().mean()
     if bug == "relu":
-        return (-difference).clamp(min=0).mean()
+        return F.relu(-difference).mean()
     if bug == "crossed":
         return -F.logsigmoid(chosen[:, None] - rejected).mean()
     if bug == "to one":
