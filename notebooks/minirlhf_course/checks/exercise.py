@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minirlhf_course.checks.outcome import Outcome, compare, conform, describe, observed, run_on, same
+from minirlhf_course.checks.outcome import Outcome, compare, conform, observed, run_on, same
+from minirlhf_course.checks.shown import describe
 from minirlhf_course.checks.untouched import is_untouched
 
 __all__ = ["Case", "Exercise", "Verdict", "exercise"]
@@ -134,7 +135,7 @@ class Exercise:
         """The code cell that the learner fills in."""
         arguments = ", ".join(self.arguments)
         if len(f"def my_{self.name}({arguments}):") > WIDTH:
-            arguments = "\n" + textwrap.fill(arguments, WIDTH, initial_indent="    ", subsequent_indent="    ") + "\n"
+            arguments = "\n" + textwrap.indent("\n".join(filled(arguments, WIDTH - 4)), "    ") + "\n"
         lines = wrapped(f'"""{inspect.getdoc(self.reference) or ""}', WIDTH - 4)
         if len(lines) == 1 and len(lines[0]) < WIDTH - 7:
             lines[0] += '"""'
@@ -312,13 +313,13 @@ def wrapped(text: str, width: int) -> list[str]:
     for paragraph in text.split("\n\n"):
         lines += [""] if lines else []
         given = paragraph.splitlines() or [""]
-        lines += given if all(len(line) <= width for line in given) else _filled(" ".join(given), width)
+        lines += given if all(len(line) <= width for line in given) else filled(" ".join(given), width)
     return lines
 
 
-def _filled(text: str, width: int) -> list[str]:
+def filled(text: str, width: int) -> list[str]:
     """The text in lines, as few as the width allows, the last one no shorter than half of the longest."""
-    together = r"( ?\[[^][]*\]| [<>=]+ )"  # "rewards [N, T]", "n <= N"
+    together = r"( ?\[[^][]*\]| [<>=]+ |(?<=:) (?=tl\.))"  # "rewards [N, T]", "n <= N", "BLOCK: tl.constexpr"
     kept = re.sub(together, lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
     best = textwrap.wrap(kept, width)
     while len(best[-1]) < max(map(len, best)) / 2:

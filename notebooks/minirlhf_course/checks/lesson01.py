@@ -243,8 +243,10 @@ def _returns_with(bug: str, rewards: Tensor, ends: Tensor, gamma: float) -> Tens
     if bug == "no gamma":
         gamma = 1.0
     result, carry = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        following = torch.where(ends[:, t], 0, carry)
+    columns = range(rewards.shape[1])
+    for t in columns if bug == "forwards" else reversed(columns):
+        cut = ends[:, t] if bug != "forwards" else ends[:, t - 1] if t > 0 else never[:, 0]
+        following = torch.where(cut, 0, carry)
         carry = rewards[:, t] + (1.0 if bug == "gamma once" else gamma) * following
         once = rewards[:, t] + gamma * following
         result[:, t] = {"next reward": following, "gamma again": gamma * carry, "gamma once": once}.get(bug, carry)
@@ -317,6 +319,9 @@ def _centred(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
             partial(_returns_with, "flipped")
         ),
         "It sums what came before: the return looks forward, at the rewards still to come.": _so_far,
+        "It goes through time forwards: G_t needs what is still to come, so start from the last column.": (
+            partial(_returns_with, "forwards")
+        ),
         "Every step gets the return of its whole episode: an action can't change rewards from before it.": (
             partial(_so_far, total=True)
         ),

@@ -317,7 +317,7 @@ def _whiten_cases() -> list[Case]:
     for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
         mask = flags(generator, *size, share=0.7)
         mask.view(-1)[:2] = True
-        cases.append(Case(f"random, of shape {size}", (3 + 5 * normal(generator, *size), mask)))
+        cases.append(Case(f"random, of shape {size}", (3 + 20 * normal(generator, *size), mask)))
     return cases
 
 

@@ -110,22 +110,35 @@ def _n_step_with(
             total, k = torch.zeros_like(rewards[0, 0]), t
             if bug == "whole windows" and t + n > columns:
                 continue
-            late = False
+            ended = False
             while k < min(t + n, columns):
                 if bug == "reward lost" and ends[row, k]:
-                    k += 1
+                    ended = True
                     break
                 total = total + (1.0 if bug == "rewards" else gamma ** (k - t)) * rewards[row, k]
                 k += 1
-                if late or (ends[row, k - 1] and bug not in ("crosses", "late")):
+                seen = k - 2 if bug == "late" else k - 1
+                ended = seen >= t and bool(ends[row, seen])
+                if ended and bug != "crosses":
                     break
-                late = bug == "late" and bool(ends[row, k - 1])
-            ended = late or bool(ends[row, k - 1])
             if (not ended or bug in ("crosses", "end")) and not (bug == "no value" or (bug == "last" and k == columns)):
                 steps = n if bug == "gamma n" else k - t
                 power = 1.0 if bug == "no discount" else gamma if bug == "one gamma" else gamma**steps
                 total = total + power * extended[row, k - 1 if bug == "early value" else k]
             result[row, t] = total if bug == "target" else total - values[row, t]
+    return result
+
+
+def _n_step_cut_late(
+    rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
+) -> Tensor:
+    """The n-step advantage from TD errors, each multiplied by the flag of the step after it."""
+    deltas = rewards + gamma * _next_values(values, last_values) * ~ends - values
+    nothing = torch.zeros_like(deltas[:, :1])
+    late = torch.cat((ends[:, 1:], torch.zeros_like(ends[:, :1])), 1)
+    result = deltas
+    for _ in range(n - 1):
+        result = deltas + gamma * torch.cat((result[:, 1:], nothing), 1) * ~late
     return result
 
 
@@ -164,6 +177,8 @@ def _n_step_with(
         "The end is noticed a step late: ends[:, t] says that nothing after step t belongs to its episode.": (
             partial(_n_step_with, "late")
         ),
+        "The sum is cut a step late: delta is right, but ends[:, t] must cut what comes after step t too, not "
+        "ends[:, t + 1].": _n_step_cut_late,
         "Where fewer than n steps are left in the row it gives 0: add those that there are, then last_values.": (
             partial(_n_step_with, "whole windows")
         ),
@@ -328,7 +343,7 @@ def _target_cases() -> list[Case]:
              (tensor([-(2**0.5), 2**0.5], [0.0, 0.0]), tensor([1.0, 5.0], [3.0, 3.0]))),
     ]  # fmt: skip
     for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
-        x = 1 + 4 * normal(generator, *size)
+        x = 1 + 20 * normal(generator, *size)
         cases.append(Case(f"random, of shape {size}", (x, normal(generator, *size))))
     return cases
 
@@ -409,11 +424,13 @@ def _scan_with(bug: str, x: Tensor, decays: Tensor) -> Tensor:
     x, decays = x.clone(), decays.clone()
     reach = 1
     while reach < x.shape[1]:
+        if "cut" in bug:
+            decays[:, -reach:] = 0.0
         x = torch.cat((x[:, :-reach] + decays[:, :-reach] * x[:, reach:], x[:, -reach:]), 1)
         if bug != "decays":
             following = decays[:, :-reach] * decays[:, reach:]
             decays = torch.cat((following, decays[:, -reach:]), 1)
-        reach = reach + 1 if bug == "linear" else 2 * reach
+        reach = reach + 1 if "linear" in bug else 2 * reach
         if bug == "one round":
             break
     return x
@@ -441,6 +458,9 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
             partial(_scan_with, "decays")
         ),
         "The reach grows by one, and so counts steps twice: double it.": partial(_scan_with, "linear"),
+        "The reach grows by one, so that steps are counted twice: double it each round.": (
+            partial(_scan_with, "linear, cut")
+        ),
         "It stops after one round: double the reach until it is at least T.": partial(_scan_with, "one round"),
         "It runs forwards in time: y_t needs what comes after t.": partial(_scan_with, "forwards"),
         "The decays are not used: y_t = x_t + d_t * y_{t+1}, and this is the sum of all that follows.": (

@@ -105,8 +105,7 @@ def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterati
         if bug != "never stops" and squared < 1e-20:
             break
         product = matvec(direction)
-        along = residual if bug == "residual below" else direction
-        alpha = squared / (along @ (direction if bug == "no curvature" else product))
+        alpha = squared / (direction @ (direction if bug == "no curvature" else product))
         if bug == "norm":
             alpha = squared.sqrt() / (direction @ product)
         x = x + (alpha if bug != "no step" else 1.0) * direction
@@ -167,9 +166,6 @@ def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterati
         ),
         "The step length has a norm where the square belongs: alpha = (r . r) / (p . matvec(p)).": partial(
             _solve_with, "norm"
-        ),
-        "The denominator of alpha is the residual's: alpha = (r . r) / (p . matvec(p)), with the direction p.": partial(
-            _solve_with, "residual below"
         ),
     },
     hints=(

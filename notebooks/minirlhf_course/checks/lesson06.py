@@ -264,10 +264,6 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
             "The log is missing: log sum exp(z) = peak + log(total).": [
                 ("z_token - peak - tl.log(total)", "z_token - peak - total")
             ],
-            "Each block is measured from its own peak: keep the larger of the old peak and the block's.": [
-                ("tl.maximum(peak, tl.max(z, 0))", "tl.max(z, 0)"),
-                ("total * tl.exp(peak - shift)", "tl.where(total == 0, 0.0, total * tl.exp(peak - shift))"),
-            ],
             "The token is looked up in the first row: its logit stands at row * row_stride + token.": [
                 ("tl.load(logits + start_of_row + token)", "tl.load(logits + token)")
             ],

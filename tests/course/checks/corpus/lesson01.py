@@ -236,7 +236,7 @@ WRONG = {
         ("The discount is missing", returns_by_hand, ("gamma * G + x", "G + x")),
         ("Off by one in the discount", lambda r, e, gamma: gamma * returns_cleanrl(r, e, gamma)),
         ("The result runs backwards", returns_by_hand, ("row.insert(0, G)", "row.append(G)")),
-        ("It sums what came before", returns_by_matrix, ("ntk,nk->nt", "nkt,nk->nt")),
+        ("It goes through time forwards", returns_by_matrix, ("ntk,nk->nt", "nkt,nk->nt")),
         (
             "The discount is applied once",
             returns_cleanrl,

@@ -225,7 +225,10 @@ WRONG = {
         ("The weights are not normalised", lambda s, g: (s.pow(2).sum(1) * g).mean()),
         ("a mean above and a sum below", best_by_norm, ("/ torch.mean(w)", "/ torch.sum(w)")),
         ("This is a baseline for each parameter", lambda s, g: (s**2 * g.unsqueeze(1)).sum(0) / (s**2).sum(0)),
-        ("This averages the best baselines", lambda s, g: ((s**2 * g.unsqueeze(1)).sum(0) / (s**2).sum(0)).mean()),
+        (
+            "This averages the best baseline of each",
+            lambda s, g: ((s**2 * g.unsqueeze(1)).sum(0) / (s**2).sum(0)).mean(),
+        ),
         ("It squares the squared length once more", best_by_norm, ("** 2", "** 4")),
         ("It weighs by the score itself", lambda s, g: torch.einsum("sp,s->", s, g) / s.sum()),
         (
@@ -237,7 +240,7 @@ WRONG = {
         (None, lambda scores, returns: returns.median()),
     ],
     "explained_variance": [
-        ("The two are swapped", explained_with_epsilon, ("/ (torch.var(returns)", "/ (torch.var(values)")),
+        ("The two are swapped", explained_with_epsilon, ("(torch.var(returns) + 1e-8)", "torch.var(values)")),
         ("It uses the squared error", explained_sb3, ("(y_true - y_pred).var()", "((y_true - y_pred) ** 2).mean()")),
         ("This is the unexplained share", explained_by_hand, ("1 - left", "left")),
         (

@@ -246,6 +246,11 @@ WRONG = {
         ("It adds up to the end", n_step_hands_on, ("k - t == n or ", "")),
         ("Where fewer than n steps are left in the row it gives 0", n_step_hands_on, ("range(T)", "range(T - n + 1)")),
         (
+            "The sum is cut a step late",
+            n_step_from_errors,
+            ("+ gamma * alive * F.pad", "+ gamma * F.pad(alive[:, 1:], (0, 1), value=1.0) * F.pad"),
+        ),
+        (
             "The end is noticed a step late",
             n_step_hands_on,
             ("if ends[i, k - 1]:", "if k - 2 >= t and ends[i, k - 2]:"),

@@ -61,6 +61,20 @@ def cg_hands_on(matvec, b, max_iter):
     return x
 
 
+def cg_with_the_residual(matvec, b, iterations):
+    """r . F p in the denominator: the same number as p . F p, since directions are conjugate."""
+    x, r, p = 0 * b, b.clone(), b.clone()
+    for _ in range(iterations):
+        if r @ r < 1e-20:
+            break
+        Fp = matvec(p)
+        alpha = (r @ r) / (r @ Fp)
+        x, new_r = x + alpha * p, r - alpha * Fp
+        p = new_r - (new_r @ Fp) / (p @ Fp) * p
+        r = new_r
+    return x
+
+
 def krylov(matvec, b, iterations):
     """The best x of the span of b, F b, F F b, ...: what conjugate gradient finds, by a direct solve."""
     basis, v = [], b.double()
@@ -198,6 +212,7 @@ RIGHT = {
         "Spinning Up: an epsilon, float32": cg_spinning_up,
         "Hands-on-RL": cg_hands_on,
         "Krylov, a direct solve": krylov,
+        "conjugacy used": cg_with_the_residual,
     },
     "fisher_vector_product": {
         "Spinning Up": fisher_spinning_up,
@@ -249,7 +264,6 @@ WRONG = {
         ("The residual has the wrong sign", cg_hands_on, ("r -= alpha", "r += alpha")),
         ("x moves by the whole direction", cg_hands_on, ("x += alpha * p", "x += p")),
         ("The step length misses the curvature", cg_hands_on, ("torch.dot(p, Hp)", "torch.dot(p, p)")),
-        ("The denominator of alpha is the residual's", cg_spinning_up, ("torch.dot(p, z)", "torch.dot(r, z)")),
         ("The direction never changes", cg_hands_on, ("        p = r + beta * p\n", "")),
         ("This is the residual", cg_hands_on, ("return x", "return r")),
         ("writes into its argument `b`", cg_hands_on, ("r = b.clone()", "r = b")),
