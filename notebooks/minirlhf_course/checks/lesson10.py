@@ -374,6 +374,8 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         at = before.sum(1).clamp(max=kl.shape[1] - 1)
     if bug == "nearest":
         at = (kl - budget).abs().argmin(1)
+    if bug == "start":
+        at = torch.zeros_like(at)
     if bug == "index":
         return at.to(gold.dtype)
     if bug == "lowest":
@@ -421,6 +423,7 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         "The proxy has a say here, beside the validation score: it is what the run climbs. Validation chooses alone.": (
             partial(_stop_with, "both")
         ),
+        "This is gold at the start: report it where the validation score is highest.": partial(_stop_with, "start"),
         "These are the indices of the measurements: report gold there.": partial(_stop_with, "index"),
         "It stops at the first fall of the validation score: measurements are noisy, look at all of them.": (
             partial(_stop_with, "first fall")

@@ -365,7 +365,7 @@ WRONG = {
         ("This is Plackett-Luce", plackett_luce_mean),
         ("The pairs are weighed by how far apart", ranking_with(weight="gap")),
         ("The pairs are weighed by how far apart", ranking_with(weight="gap", mean=False)),
-        ("The difference of scores stands inside the sigmoid", ranking_with(margin=1.0)),
+        ("The difference of the labeler's scores stands inside the sigmoid", ranking_with(margin=1.0)),
         ("A prompt whose answers are all tied divides 0 by 0", ranking_with(guard=False)),
         ("This is a regression", lambda rewards, scores: F.mse_loss(rewards, scores)),
         ("Only the best answer is compared", ranking_of_best_against_rest),

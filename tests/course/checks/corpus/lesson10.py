@@ -415,7 +415,7 @@ WRONG = {
             stop_by_penalty(proxy, validation, proxy, kl, budget))),
         ("It takes the lowest validation score", lambda proxy, validation, gold, kl, budget: (
             stop_by_penalty(proxy, -validation, gold, kl, budget))),
-        (None, lambda proxy, validation, gold, kl, budget: gold[:, 0]),
+        ("This is gold at the start", lambda proxy, validation, gold, kl, budget: gold[:, 0]),
         (None, lambda proxy, validation, gold, kl, budget: (
             torch.where(kl <= budget, gold, 0).sum(1) / (kl <= budget).sum(1))),
     ],
@@ -425,7 +425,7 @@ WRONG = {
         ("They are brought between the lowest and the highest", ensemble_with(between_lowest_and_highest, mean_or_min)),
         ("They are combined first", ensemble_standardised_after),
         ("They are standardised across the models", ensemble_along_the_models),
-        (None, lambda scores, reference, how: mean_or_min(
+        ("is infinite where a number is expected", lambda scores, reference, how: mean_or_min(
             (scores - reference.mean(0).mean()) / reference.std(0, correction=0).mean(), how)),
         ("It takes the highest", ensemble_with(standard, lambda z, how: z.mean(0) if how == "mean" else z.amax(0))),
         ("Mean and min are interchanged", ensemble_with(

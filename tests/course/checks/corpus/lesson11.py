@@ -305,7 +305,7 @@ WRONG = {
         ("z is 1.645", interval_with(lambda p, n: wilson_of(p, n, 1.645))),
         ("The division by 1 + z^2 / n is missing", interval_with(wilson_without_shrinking)),
         ("z^2 / (4 n^2) is missing", interval_with(wilson_without_second_term)),
-        ("The first number is the centre", centre_for_rate),
+        ("The first number is the interval's centre", centre_for_rate),
         ("The order is rate, low, high", lambda scores, others: wilson_unrounded(scores, others)[[1, 0, 2]]),
         ("This is mean ± 1.96 standard errors of the outcomes", students_interval),
         ("These are per cent", lambda scores, others: 100 * wilson_unrounded(scores, others)),
