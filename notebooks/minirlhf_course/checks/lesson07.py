@@ -78,7 +78,7 @@ def _without_last(mask: Tensor) -> Tensor:
         "between logits and tokens is made elsewhere (7.2).": (
             lambda tokens, starts, pad_id: (tokens != pad_id) & (_columns(tokens) >= starts[:, None] - 1)
         ),
-        "It is turned round: True says what counts.": (
+        "It is the wrong way round: True says what counts.": (
             lambda tokens, starts, pad_id: ~((tokens != pad_id) & (_columns(tokens) >= starts[:, None]))
         ),
         "This is the prompt: the completion is what comes after it.": (
@@ -171,7 +171,7 @@ def _capped(epsilon: float, logits: Tensor, tokens: Tensor) -> Tensor:
         "log(softmax(x)) is -inf where the probability underflows: log_softmax does both at once.": (
             lambda logits, tokens: _gathered(logits[:, :-1].softmax(-1).log(), tokens[:, 1:])
         ),
-        "The sign is turned: a log-probability is never above 0.": (
+        "The sign is flipped: a log-probability is never above 0.": (
             lambda logits, tokens: -_gathered(logits[:, :-1].log_softmax(-1), tokens[:, 1:])
         ),
         "The softmax runs over the time steps: it belongs over the vocabulary, the last dimension.": (
@@ -352,7 +352,7 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
                 [-torch.where(m, x, 0).sum() for x, m in _parts(logprobs, mask, size)]
             )
         ),
-        "The sign is turned: a loss is minus the log-probability.": (
+        "The sign is flipped: a loss is minus the log-probability.": (
             lambda logprobs, mask, size: torch.stack(
                 [torch.where(m, x, 0).sum() / mask.sum() for x, m in _parts(logprobs, mask, size)]
             )
@@ -458,7 +458,7 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
         "These are bits: logprobs are in nats, so the base is e and not 2.": (
             lambda logprobs, mask: 2 ** _nats(logprobs, mask)
         ),
-        "The sign is turned: this is the typical probability of a token, and perplexity is 1 over it.": (
+        "The sign is flipped: this is the typical probability of a token, and perplexity is 1 over it.": (
             lambda logprobs, mask: (-_nats(logprobs, mask)).exp()
         ),
         "The mask is not used: prompt and padding count.": lambda logprobs, mask: (-logprobs.mean()).exp(),

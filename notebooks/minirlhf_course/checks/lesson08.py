@@ -788,7 +788,7 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "The last batch is dropped because it is smaller: its rows count as well.": partial(_offset_with, "dropped"),
         "This is the sum: take the mean.": partial(_offset_with, "sum"),
         "It divides by the number of batches: divide by the number of rows.": partial(_offset_with, "batches"),
-        "The sign is turned: give the number that is taken off, the mean itself.": partial(_offset_with, "minus"),
+        "The sign is flipped: give the number that is taken off, the mean itself.": partial(_offset_with, "minus"),
         "This is the median: the average of the demonstrations is to be 0.": partial(_offset_with, "median"),
         "The last batch is counted as if it were full: divide by the number of rows.": (
             partial(_offset_with, "as if full")

@@ -102,11 +102,11 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
         ),
         "It goes up to the last EOS: the answer is over with the first.": partial(_mask_with, "last"),
         "It goes on after EOS, until the second: count the EOS *before* each token.": partial(_mask_with, "late"),
-        "It is turned round: True says what belongs to the answer.": partial(_mask_with, "turned"),
-        "It is turned round: True from EOS on, where the answer and its EOS are asked for.": (
+        "It is the wrong way round: True says what belongs to the answer.": partial(_mask_with, "turned"),
+        "It is the wrong way round: True from EOS on, where the answer and its EOS are asked for.": (
             partial(_mask_with, "after")
         ),
-        "This is EOS itself: everything up to it counts, and it does, too.": partial(_mask_with, "eos alone"),
+        "This is EOS alone: everything up to it counts as well.": partial(_mask_with, "eos alone"),
         "One token too many: what stands right behind EOS is out.": partial(_mask_with, "one more"),
         "All rows are cut where the first one ends: each answer ends at its own EOS.": (
             partial(_mask_with, "first row")
@@ -420,8 +420,8 @@ def _experience_with(
         ),
         "The rewards are whitened, their mean kept: whiten the advantages alone, or beta and the score lose the units "
         "they were given in.": partial(_experience_with, "white rewards, kept"),
-        "The rewards are whitened, too, all as trl does it (n - 1 below): whiten the advantages alone, or beta and the "
-        "score lose the units they were given in.": partial(_experience_with, "white rewards, trl, kept"),
+        "The rewards are whitened, too, all as trl does it (dividing by n - 1): whiten the advantages alone, or beta "
+        "and the score lose the units they were given in.": partial(_experience_with, "white rewards, trl, kept"),
         "The rewards are whitened, their mean removed: whiten the advantages alone, or each token more changes what an "
         "answer is worth.": partial(_experience_with, "white rewards"),
         "The returns are whitened, too: values are trained on them in the units of the score.": (
@@ -545,7 +545,7 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
     cases=_kl_cases,
     suspects={
         "The half of k2 is missing.": partial(_estimates_with, "half"),
-        "k1 has lost its sign: single estimates may be negative, only so is the mean right.": (
+        "k1 has lost its sign: single estimates may be negative, and the mean is right only with them.": (
             partial(_estimates_with, "absolute")
         ),
         "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
@@ -562,7 +562,7 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
         ),
         "The log-ratio is clamped to [-10, 10], as some libraries do: the estimates are then wrong, and have no "
         "gradient, just where the policies are furthest apart.": partial(_estimates_with, "limited"),
-        "k1 is clamped at 0: single estimates may be negative, only so is the mean right.": (
+        "k1 is clamped at 0: single estimates may be negative, and the mean is right only with them.": (
             partial(_estimates_with, "k1 at 0")
         ),
         "k1 has the wrong sign: logprobs - ref_logprobs.": partial(_estimates_with, "k1 turned"),
@@ -660,10 +660,9 @@ def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) 
         "The sum is divided by 1 + ptx_coef: equation 2 adds, PPO's gradient stays as it is.": (
             partial(_ptx_with, "share")
         ),
-        "The whole is turned: PPO's loss is one already, and the corpus' is minus its mean log-probability.": (
-            partial(_ptx_with, "turned")
-        ),
-        "PPO's loss is turned: it is a loss already, add it as it is.": partial(_ptx_with, "ppo turned"),
+        "The sign of the whole is wrong: PPO's loss is a loss already, and the corpus' is minus its mean "
+        "log-probability.": partial(_ptx_with, "turned"),
+        "The sign of PPO's loss is wrong: it is a loss already, add it as it is.": partial(_ptx_with, "ppo turned"),
         "The two are multiplied: equation 2 adds them.": partial(_ptx_with, "product"),
         "This is the sum over tokens: take the mean, or ptx_coef changes its meaning with the batch.": (
             partial(_ptx_with, "sum")

@@ -79,7 +79,7 @@ def _kl_with(bug: str, counts: Tensor) -> Tensor:
         "It takes off 1: (n - 1) / n, which comes near to 1 only for large n, and is 0 for n = 1.": (
             partial(_kl_with, "one")
         ),
-        "The sign is turned: a KL is never below 0.": partial(_kl_with, "turned"),
+        "The sign is flipped: a KL is never below 0.": partial(_kl_with, "turned"),
         "log n is multiplied by (n - 1) / n: (n - 1) / n is taken off.": partial(_kl_with, "times"),
     },
     hints=(
@@ -555,7 +555,7 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         ),
         "Only the mean is divided: brackets.": partial(_ensemble_with, "brackets"),
         "It divides by the variance: by the standard deviation.": partial(_ensemble_with, "variance"),
-        "The deviation divides by R: `.std()` has R - 1 below.": partial(_ensemble_with, "population"),
+        "The deviation divides by R: `.std()` divides by R - 1.": partial(_ensemble_with, "population"),
         "Mean and min are interchanged.": partial(_ensemble_with, "swapped"),
         "`how` is not looked at: min asks for the lowest.": partial(_ensemble_with, "always mean"),
         "`how` is not looked at: mean asks for the mean.": partial(_ensemble_with, "pessimist"),
@@ -573,11 +573,10 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         ),
         "They are standardised across the models, answer by answer: then their mean is 0 for every answer. Use each "
         "model's own mean and deviation over `reference`.": partial(_ensemble_with, "across"),
-        "This is the mean minus the models' deviation (M below), another cautious reward: the lowest is asked for.": (
-            partial(_ensemble_with, "doubt, M")
-        ),
-        "This is the mean minus the models' deviation (M - 1 below), another cautious reward: the lowest is asked "
-        "for.": partial(_ensemble_with, "doubt, M - 1"),
+        "This is the mean minus the models' deviation (dividing by M), another cautious reward: the lowest is asked "
+        "for.": partial(_ensemble_with, "doubt, M"),
+        "This is the mean minus the models' deviation (dividing by M - 1), another cautious reward: the lowest is "
+        "asked for.": partial(_ensemble_with, "doubt, M - 1"),
     },
     hints=(
         "`reference.mean(1, keepdim=True)` and `reference.std(1, keepdim=True)` are [M, 1], and fit `scores` [M, B].",
@@ -707,7 +706,7 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         "Each pair is there in both directions: [i, j] means that i is the better one.": (
             partial(_fresh_with, "both ways")
         ),
-        "It is turned round: [i, j] means that i, the row, is the better one.": partial(_fresh_with, "worse"),
+        "It is the wrong way round: [i, j] means that i, the row, is the better one.": partial(_fresh_with, "worse"),
         "The newest policy of each prompt is taken: a prompt that the newest policy has not answered makes no pair.": (
             partial(_fresh_with, "each prompt")
         ),

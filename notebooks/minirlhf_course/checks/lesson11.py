@@ -120,7 +120,7 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "Ties count as lost: they count half, or a model loses against itself.": partial(_win_with, "ties lost"),
         "Ties are dropped: they count half. Two models that nearly always tie are close to 50 %, however the few "
         "others fall.": partial(_win_with, "ties dropped"),
-        "It is turned round: the first argument's wins.": partial(_win_with, "swapped"),
+        "It is the wrong way round: the first argument's wins.": partial(_win_with, "swapped"),
         "It counts by how much, not how often: one large win must weigh as much as one small one.": (
             partial(_win_with, "by how much")
         ),
@@ -135,14 +135,14 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "This is Agresti and Coull's interval in round numbers (two wins and two losses added): use Wilson's.": (
             partial(_win_with, "plus four")
         ),
-        "The division by 1 + z^2 / n is missing: it stands below the centre and below the half-width.": (
+        "The division by 1 + z^2 / n is missing: the centre and the half-width are both divided by it.": (
             partial(_win_with, "not shrunk")
         ),
         "z^2 / (4 n^2) is missing under the root: after a clean sweep there is no width left.": (
             partial(_win_with, "one term")
         ),
-        "Under the root stands z^2 / (4 n): z^2 / (4 n^2).": partial(_win_with, "4n"),
-        "z stands where z^2 is meant.": partial(_win_with, "z"),
+        "Under the root it has z^2 / (4 n), where z^2 / (4 n^2) belongs.": partial(_win_with, "4n"),
+        "It has z where z^2 is meant.": partial(_win_with, "z"),
         "Each end is moved outwards by 1 / (2n), a correction for continuity: Wilson's interval as it stands is asked "
         "for.": partial(_win_with, "continuity"),
         "These are the distances from the rate: give the ends of the interval.": partial(_win_with, "widths"),
@@ -154,7 +154,7 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "These are per cent: give shares, from 0 to 1.": partial(_win_with, "per cent"),
         "This is mean ± 1.96 standard errors of the outcomes: after one win out of one it says 100 % for sure. Use "
         "Wilson's.": partial(_win_with, "outcomes"),
-        "The width is right, the centre is not: Wilson's lies nearer to 1/2 than the rate does.": (
+        "The width is right, the centre is not: Wilson's is nearer to 1/2 than the rate.": (
             partial(_win_with, "centred")
         ),
         "n leaves the ties out: a tie is an outcome, too, n is len(scores).": partial(_win_with, "decided"),
@@ -421,7 +421,7 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
         "These are quantiles of single differences: take the mean of each resample first.": (
             partial(_paired_with, "single")
         ),
-        "It is turned round: the first minus the second.": partial(_paired_with, "swapped"),
+        "It is the wrong way round: the first minus the second.": partial(_paired_with, "swapped"),
         "These are the 5 % and 95 % quantiles: that leaves 10 % outside, not 5.": partial(_paired_with, "ninety"),
         "This is mean ± 1.96 standard deviations: a fine approximation, but the task asks for quantiles.": (
             partial(_paired_with, "error")
@@ -540,13 +540,13 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         "1.96 is for many seeds: with few, the spread itself is uncertain, and Student's t says how much. Use `t`.": (
             partial(_seed_with, "normal")
         ),
-        "The standard deviation divides by S: with S - 1 below it is not too small on average.": (
+        "The standard deviation divides by S, and is too small on average: divide by S - 1.": (
             partial(_seed_with, "biased")
         ),
         "This is the spread of single runs: the mean of S runs is surer by the root of S.": (
             partial(_seed_with, "deviation")
         ),
-        "It divides by the root of S - 1: that belongs into the standard deviation; under this root stands S.": (
+        "It divides by the root of S - 1: that belongs in the standard deviation. Here it is the root of S.": (
             partial(_seed_with, "degrees")
         ),
         "It divides by S: by the root of S.": partial(_seed_with, "count"),
@@ -648,10 +648,10 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
         "It is a median of the seeds' ratios: average the taxes over seeds, then divide once.": (
             partial(_tax_with, "median")
         ),
-        "The sign is turned: what is taken away counts above 0.": partial(_tax_with, "turned"),
+        "The sign is flipped: what is taken away counts above 0.": partial(_tax_with, "turned"),
         "This is the absolute value: a repair that makes things worse should be seen.": partial(_tax_with, "absolute"),
         "These are per cent: give shares, 1 for all of it.": partial(_tax_with, "per cent"),
-        "It is upside down: PPO's tax stands below.": partial(_tax_with, "other way"),
+        "It is upside down: PPO's tax is the denominator.": partial(_tax_with, "other way"),
         "It divides by the base model's loss: by PPO's tax.": partial(_tax_with, "of the base"),
         "It is cut at 0: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
     },

@@ -204,7 +204,8 @@ WRONG = {
     "completion_mask": [
         ("This is the prompt", lambda tokens, prompt_lengths, pad_id: columns_of(tokens) < prompt_lengths[:, None]),
         ("The prompt counts", lambda tokens, prompt_lengths, pad_id: tokens.ne(pad_id)),
-        ("It is turned round", lambda tokens, prompt_lengths, pad_id: ~mask_by_rows(tokens, prompt_lengths, pad_id)),
+        ("It is the wrong way round", lambda tokens, prompt_lengths, pad_id: (
+            ~mask_by_rows(tokens, prompt_lengths, pad_id))),
         ("It uses the longest prompt's length for all rows", lambda tokens, prompt_lengths, pad_id: (
             tokens.ne(pad_id) & (columns_of(tokens) >= prompt_lengths.max()))),
         ("`pad_id` is not used", lambda tokens, prompt_lengths, pad_id: (
@@ -272,7 +273,7 @@ WRONG = {
         ("It is 1 over the mean probability", lambda logprobs, mask: 1 / logprobs[mask].exp().mean()),
         ("These are bits", lambda logprobs, mask: 2 ** -logprobs[mask].mean()),
         ("It divides by all positions", lambda logprobs, mask: (-torch.where(mask, logprobs, 0).mean()).exp()),
-        ("The sign is turned", lambda logprobs, mask: logprobs[mask].mean().exp()),
+        ("The sign is flipped", lambda logprobs, mask: logprobs[mask].mean().exp()),
         ("The base is 10", lambda logprobs, mask: 10 ** -logprobs[mask].mean()),
         ("The result has the shape", lambda logprobs, mask: (
             (-torch.where(mask, logprobs, 0).sum(1) / mask.sum(1)).exp())),

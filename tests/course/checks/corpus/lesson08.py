@@ -430,7 +430,7 @@ WRONG = {
             torch.stack([model(b).mean() for b in rows.split(batch_size)]).mean())),
         ("This is the highest score", lambda model, rows, batch_size: (
             torch.cat([model(b) for b in rows.split(batch_size)]).max())),
-        ("The sign is turned", lambda model, rows, batch_size: (
+        ("The sign is flipped", lambda model, rows, batch_size: (
             -torch.cat([model(b) for b in rows.split(batch_size)]).mean())),
         ("The result has the shape", lambda model, rows, batch_size: (
             torch.cat([model(b) for b in rows.split(batch_size)]))),

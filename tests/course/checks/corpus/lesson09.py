@@ -298,10 +298,10 @@ RIGHT = {
 
 WRONG = {
     "answer_mask": [
-        ("It is turned round", lambda tokens, eos_id: ~answer_by_loop(tokens, eos_id)),
+        ("It is the wrong way round", lambda tokens, eos_id: ~answer_by_loop(tokens, eos_id)),
         ("All rows are cut where the first one ends", answer_of_first_row),
         ("One token too many", answer_and_one_more),
-        ("This is EOS itself", lambda tokens, eos_id: tokens == eos_id),
+        ("This is EOS alone", lambda tokens, eos_id: tokens == eos_id),
         ("It goes up to the last EOS", lambda tokens, eos_id: (
             (tokens == eos_id).flip(1).cumsum(1).flip(1).gt(0) | ~(tokens == eos_id).any(1, keepdim=True))),
         ("It leaves out EOS and counts", lambda tokens, eos_id: tokens != eos_id),
@@ -392,9 +392,9 @@ WRONG = {
             ppo_loss.detach() - ptx_coef * corpus_logprobs.mean())),
         ("The sum is divided by 1 + ptx_coef", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             (ppo_loss - ptx_coef * corpus_logprobs.mean()) / (1 + ptx_coef))),
-        ("The whole is turned", lambda ppo_loss, corpus_logprobs, ptx_coef: (
+        ("The sign of the whole is wrong", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             -ppo_loss + ptx_coef * corpus_logprobs.mean())),
-        ("PPO's loss is turned", lambda ppo_loss, corpus_logprobs, ptx_coef: (
+        ("The sign of PPO's loss is wrong", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             -ppo_loss - ptx_coef * corpus_logprobs.mean())),
         ("The result has the shape", lambda ppo_loss, corpus_logprobs, ptx_coef: (
             ppo_loss - ptx_coef * corpus_logprobs)),

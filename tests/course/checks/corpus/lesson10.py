@@ -356,7 +356,7 @@ RIGHT = {
 WRONG = {
     "best_of_n_kl": [
         ("It takes off 1", lambda counts: counts.log() - 1),
-        ("The sign is turned", lambda counts: (counts - 1) / counts - counts.log()),
+        ("The sign is flipped", lambda counts: (counts - 1) / counts - counts.log()),
         ("log n is multiplied by (n - 1) / n", lambda counts: counts.log() * (counts - 1) / counts),
         (None, lambda counts: counts.log() - (counts - 1) / 2),
         (None, lambda counts: counts * counts.log() - (counts - 1)),
@@ -420,7 +420,7 @@ WRONG = {
             torch.where(kl <= budget, gold, 0).sum(1) / (kl <= budget).sum(1))),
     ],
     "ensemble_reward": [
-        ("This is the mean minus the models' deviation (M below)", ensemble_with(
+        ("This is the mean minus the models' deviation (dividing by M)", ensemble_with(
             standard, lambda z, how: z.mean(0) if how == "mean" else z.mean(0) - z.std(0, correction=0))),
         ("They are brought between the lowest and the highest", ensemble_with(between_lowest_and_highest, mean_or_min)),
         ("They are combined first", ensemble_standardised_after),
@@ -431,7 +431,7 @@ WRONG = {
         ("Mean and min are interchanged", ensemble_with(
             standard, lambda z, how: z.amin(0) if how == "mean" else z.mean(0))),
         ("The result has the shape", lambda scores, reference, how: standard(scores, reference)),
-        ("This is the mean minus the models' deviation (M - 1 below)", ensemble_with(
+        ("This is the mean minus the models' deviation (dividing by M - 1)", ensemble_with(
             standard, lambda z, how: z.mean(0) if how == "mean" or len(z) < 2 else z.mean(0) - z.std(0))),
         ("This is the lowest score of the whole batch", ensemble_with(
             standard, lambda z, how: z.mean(0) if how == "mean" else z.min().repeat(z.shape[1]))),
@@ -446,7 +446,7 @@ WRONG = {
         ("The scores are not looked at", fresh_without_scores),
         ("Only neighbours in the ranking", fresh_neighbours),
         ("The last answer's policy", fresh_of_latest_number),
-        ("It is turned round", lambda prompts, policies, scores: fresh_one_by_one(prompts, policies, -scores)),
+        ("It is the wrong way round", lambda prompts, policies, scores: fresh_one_by_one(prompts, policies, -scores)),
         ("The result has the shape", lambda prompts, policies, scores: (
             fresh_one_by_one(prompts, policies, scores).nonzero())),
         ("Only the worse one must be new", lambda prompts, policies, scores: (

@@ -310,10 +310,10 @@ WRONG = {
         ("This is mean ± 1.96 standard errors of the outcomes", students_interval),
         ("These are per cent", lambda scores, others: 100 * wilson_unrounded(scores, others)),
         ("z is 2", interval_with(lambda p, n: wilson_of(p, n, 2.0))),
-        ("z stands where z^2 is meant", interval_with(lambda p, n: (
+        ("It has z where z^2 is meant", interval_with(lambda p, n: (
             (p + 0.98 / n - 1.96 * (p * (1 - p) / n + 0.49 / n**2) ** 0.5) / (1 + 1.96 / n),
             (p + 0.98 / n + 1.96 * (p * (1 - p) / n + 0.49 / n**2) ** 0.5) / (1 + 1.96 / n)))),
-        ("Under the root stands z^2 / (4 n)", interval_with(lambda p, n: (
+        ("Under the root it has z^2 / (4 n)", interval_with(lambda p, n: (
             (p + 1.9208 / n - 1.96 * (p * (1 - p) / n + 0.9604 / n) ** 0.5) / (1 + 3.8416 / n),
             (p + 1.9208 / n + 1.96 * (p * (1 - p) / n + 0.9604 / n) ** 0.5) / (1 + 3.8416 / n)))),
         ("Each end is moved outwards by 1 / (2n)", interval_with(lambda p, n: (
@@ -352,7 +352,7 @@ WRONG = {
             lambda d, seen: (d.mean() - 1.96 * d.std(), d.mean() + 1.96 * d.std()))),
         ("These are the 5 % and 95 % quantiles", paired_with(
             lambda d, seen: (d.quantile(0.05), d.quantile(0.95)))),
-        ("It is turned round", lambda first, second, rows: paired_by_loop(second, first, rows)),
+        ("It is the wrong way round", lambda first, second, rows: paired_by_loop(second, first, rows)),
         ("This is the textbook interval of the mean difference", textbook_of_differences),
         ("This is mean ± one standard deviation", paired_with(
             lambda d, seen: (d.mean() - d.std(), d.mean() + d.std()))),
@@ -386,7 +386,7 @@ WRONG = {
         ("It is a median of the seeds' ratios", lambda base, ppo, ppo_ptx: (
             ((ppo - ppo_ptx) / (ppo - base)).median(0).values)),
         ("These are per cent", lambda base, ppo, ppo_ptx: 100 * repaired_by_means(base, ppo, ppo_ptx)),
-        ("The sign is turned", lambda base, ppo, ppo_ptx: -repaired_by_means(base, ppo, ppo_ptx)),
+        ("The sign is flipped", lambda base, ppo, ppo_ptx: -repaired_by_means(base, ppo, ppo_ptx)),
         ("This is the absolute value", lambda base, ppo, ppo_ptx: repaired_by_means(base, ppo, ppo_ptx).abs()),
         ("This is PPO-ptx's tax alone", lambda base, ppo, ppo_ptx: (ppo_ptx - base).mean(0)),
         ("The result has the shape", lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).mean() / (ppo - base).mean()),
