@@ -66,7 +66,7 @@ WRONG = {
         ("-", "log n is only the first term", lambda counts: torch.log(counts)),
         ("-", "It takes off n - 1 / n", lambda counts: torch.log(counts) - counts - 1 / counts),
         ("-", "These are bits", lambda counts: torch.log2(counts) - (counts - 1) / counts / math.log(2)),
-        ("-", "This is the KL the other way round", integrated),
+        ("-", "The result is not right", integrated),
     ],
     "best_of_n": [
         ("-", "It takes the best of the first n",
