@@ -247,8 +247,8 @@ def _gae_with(
         deltas = rewards + gamma * lam * next_values * ~ends - values
     if bug == "sign":
         deltas = -deltas
-    cuts = {"carry late": torch.cat((ends[:, 1:], blank), 1), "carry early": torch.cat((blank, ends[:, :-1]), 1)}
-    cuts = cuts.get(bug, ends)
+    shifted = {"carry late": torch.cat((ends[:, 1:], blank), 1), "carry early": torch.cat((blank, ends[:, :-1]), 1)}
+    cuts = shifted.get(bug, ends)
     decay = {"lam alone": lam, "gamma alone": gamma, "swapped": gamma * lam}.get(bug, gamma * lam)
     carry = torch.zeros_like(rewards[:, 0])
     result = torch.zeros_like(rewards)

@@ -50,6 +50,12 @@ def _fold_cases() -> list[Case]:
     return cases
 
 
+def _fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.maximum(peak, block.amax(-1))
+    shift = _safe(top)
+    return top, total * (peak - shift).exp() + (block - shift[:, None]).exp().sum(-1)
+
+
 def _plain_fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.maximum(peak, block.amax(-1))
     return top, total * (peak - top).exp() + (block - top[:, None]).exp().sum(-1)
@@ -123,12 +129,12 @@ def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tenso
         "The new sum is rescaled twice: only the old sum was measured from the old peak.": _twice_scaled,
         "The second result is the log of the sum: return the sum, the log is taken once, at the end.": (
             lambda peak, total, block: (
-                fold.reference(peak, total, block)[0],
-                fold.reference(peak, total, block)[1].log(),
+                _fold(peak, total, block)[0],
+                _fold(peak, total, block)[1].log(),
             )
         ),
         "This is the sum over one block: fold it into what was there before.": (
-            lambda peak, total, block: fold.reference(torch.full_like(peak, -INF), torch.zeros_like(total), block)
+            lambda peak, total, block: _fold(torch.full_like(peak, -INF), torch.zeros_like(total), block)
         ),
     },
     hints=(
@@ -144,9 +150,7 @@ def fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     peak [N] is the highest logit so far, total [N] the sum of exp(z - peak) over all so far.
     Before anything was seen they are -inf and 0.
     """
-    top = torch.maximum(peak, block.amax(-1))
-    shift = torch.where(top == -INF, 0.0, top)
-    return top, total * (peak - shift).exp() + (block - shift[:, None]).exp().sum(-1)
+    return _fold(peak, total, block)
 
 
 # 6.2 -----------------------------------------------------------------------------------------------------------------
@@ -312,6 +316,13 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).exp()
 
 
+def _gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    ratio = (logprobs - old_logprobs).exp()
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return torch.where(clipped < surrogate, 0.0, -surrogate)
+
+
 def _outside(ratio: Tensor, clip_range: float) -> Tensor:
     return (ratio < 1 - clip_range) | (ratio > 1 + clip_range)
 
@@ -356,16 +367,14 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
             lambda n, o, a, c: -_ratio(n, o).clamp(1 - c, 1 + c) * a
         ),
         "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": (
-            lambda n, o, a, c: clip_gradient.reference(n, o, a, c) / len(n)
+            lambda n, o, a, c: _gradient(n, o, a, c) / len(n)
         ),
-        "The ratio is upside down: exp(logprobs - old_logprobs).": lambda n, o, a, c: clip_gradient.reference(
-            o, n, a, c
-        ),
+        "The ratio is upside down: exp(logprobs - old_logprobs).": lambda n, o, a, c: _gradient(o, n, a, c),
         "This is the loss, not its derivative.": lambda n, o, a, c: (
             -torch.minimum(_ratio(n, o) * a, _ratio(n, o).clamp(1 - c, 1 + c) * a)
         ),
         "The old log-probability is missing: r = exp(logprobs - old_logprobs).": (
-            lambda n, o, a, c: clip_gradient.reference(n, 0 * o, a, c)
+            lambda n, o, a, c: _gradient(n, 0 * o, a, c)
         ),
         "The log-ratio is compared with the bounds of the ratio: r = exp(logprobs - old_logprobs) is clipped.": (
             lambda n, o, a, c: torch.where(
@@ -385,10 +394,7 @@ def clip_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
 
     Three tensors [N] give [N].
     """
-    ratio = (logprobs - old_logprobs).exp()
-    surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    return torch.where(clipped < surrogate, 0.0, -surrogate)
+    return _gradient(logprobs, old_logprobs, advantages, clip_range)
 
 
 # 6.4 -----------------------------------------------------------------------------------------------------------------
@@ -535,7 +541,7 @@ def clipped_loss(
     ratio = (torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs, 0.0)).exp()
     advantages = torch.where(mask, advantages, 0.0)
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-    gradient = clip_gradient.reference(ratio.log(), torch.zeros_like(ratio), advantages, clip_range)
+    gradient = _gradient(ratio.log(), torch.zeros_like(ratio), advantages, clip_range)
     return loss, gradient
 
 
