@@ -8,7 +8,7 @@ import pytest
 import torch
 from minirlhf_kernels import fused, gae, linear_token_logprobs, ppo_loss, reference, token_logprobs
 from minirlhf_kernels.dispatch import path_for
-from minirlhf_kernels.fused import linear, logprobs
+from minirlhf_kernels.fused import linear, logprobs, logprobs_backward
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,10 +77,10 @@ def test_opcheck_linear_token_logprobs():
     _, tokens, mask = rows()
     tokens, mask = tokens.flatten(), mask.flatten()
     hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (6, 5))
-    opcheck(linear.forward_op, (hidden, weight, tokens, mask, 0.7, True))
+    opcheck(linear.forward_op, (hidden, weight, tokens, mask, 0.7, True, torch.float32))
     with torch.no_grad():
-        out, h, stats = linear.forward_op(hidden, weight, tokens, mask, 0.7, True)
-        opcheck(linear.backward_op, (hidden, weight, tokens, mask, h, stats, out, h, 0.7, True, True))
+        out, h, stats = linear.forward_op(hidden, weight, tokens, mask, 0.7, True, torch.float32)
+        opcheck(linear.backward_op, (hidden, weight, tokens, mask, h, stats, out, h, 0.7, torch.float32, True, True))
 
 
 @pytest.mark.parametrize("name", fused.__all__)
@@ -133,11 +133,11 @@ def test_the_gradient_begins_its_rows_where_a_causal_model_s_logits_do():
         (grad,) = torch.autograd.grad(token_logprobs(leaf, index).sum(), leaf)
         exact = torch.autograd.grad(leaf.log_softmax(-1).gather(-1, index.unsqueeze(-1)).sum(), leaf)[0]
         torch.testing.assert_close(grad, exact)
-    assert logprobs.room_like(whole[:, :-1]).stride() == whole.stride()
+    assert logprobs_backward.room_like(whole[:, :-1]).stride() == whole.stride()
     later = whole[:, 1:]
-    assert later.data_ptr() % 16 == 8 == logprobs.room_like(later).data_ptr() % 16
-    assert logprobs.room_like(whole[:1].expand(3, 5, 37)).is_contiguous()
-    assert logprobs.room_like(torch.empty(99999).as_strided((2, 3), (9999, 1))).is_contiguous()
+    assert later.data_ptr() % 16 == 8 == logprobs_backward.room_like(later).data_ptr() % 16
+    assert logprobs_backward.room_like(whole[:1].expand(3, 5, 37)).is_contiguous()
+    assert logprobs_backward.room_like(torch.empty(99999).as_strided((2, 3), (9999, 1))).is_contiguous()
 
 
 def test_a_token_outside_the_vocabulary_reads_nothing_and_gives_nan():
@@ -147,7 +147,7 @@ def test_a_token_outside_the_vocabulary_reads_nothing_and_gives_nan():
     out = torch.empty(4), torch.empty(4), torch.empty(4, 4)
     logprobs.forward_kernel[(4,)](
         logits, tokens, out[2], *out, 4, 4, 7, 0, 7, 0, 1.0,
-        IGNORED=-100, HAS_MASK=False, WANT_ENTROPY=True, ACC=logprobs.tl.float32, GROUP=4, BLOCK=16,
+        IGNORED=-100, HAS_MASK=False, WANT_ENTROPY=True, ACC=logprobs.tl.float32, GROUP=4, BLOCK=16, PREFETCH=False,
     )  # fmt: skip
     assert out[0][0].isfinite() and out[1][0].isfinite()
     assert out[0][1:].isnan().all() and out[1][1:].isnan().all()
