@@ -232,8 +232,11 @@ def test_the_operators_are_registered_as_they_behave(denominator):
     names = ("logprobs", "old_logprobs", "advantages", "response_mask", "values", "old_values", "returns", "entropy")
     given = tuple(data[name] for name in (*names, "ref_logprobs"))
     rest = tensor, denominator[1]
-    opcheck(ppo.forward_op, (*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest))
-    opcheck(ppo.forward_op, (*given[:4], None, None, None, None, None, 0.2, None, 0.5, 0.0, 0.0, *rest))
+    for k3_loss, sequence_mean in ((False, False), (True, True)):
+        options = 0.8, 1.3, 0.3, 0.7, 0.05, 0.4, k3_loss, sequence_mean
+        opcheck(ppo.forward_op, (*given, *rest, *options))
+    opcheck(ppo.forward_op, (*given[:4], *[None] * 5, *rest, 0.8, 1.2, None, 0.5, 0.0, 0.0, False, False))
     with torch.no_grad():
-        loss, metrics, a, b = ppo.forward_op(*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest)
-        opcheck(ppo.backward_op, (loss, metrics, given[3], a, b, 0.05, torch.float32, None, torch.float64))
+        _, *saved = ppo.forward_op(*given, *rest, *options)
+        saved.insert(1, given[3])
+        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, torch.float32, None, torch.float64))

@@ -132,14 +132,14 @@ def forward_kernel(
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
         rows = tl.arange(0, BLOCK // COLUMNS)[:, None]
-        sums, highest = tl.zeros((BLOCK // COLUMNS, COLUMNS), ACC), tl.zeros((BLOCK // COLUMNS, COLUMNS), ACC)
+        total, highest = tl.zeros((BLOCK // COLUMNS, COLUMNS), ACC), tl.zeros((BLOCK // COLUMNS, COLUMNS), ACC)
         for start in range(0, programs, BLOCK // COLUMNS):
             places = (start + rows) * COLUMNS + column[None, :]
             # .cg reads past this processor's own cache, which knows nothing of the others' writes
             part = tl.load(table + places, mask=start + rows < programs, other=0.0, cache_modifier=".cg")
-            sums += part
+            total += part
             highest = tl.maximum(highest, part)
-        total, highest = tl.sum(sums, 0), tl.max(highest, 0)
+        total, highest = tl.sum(total, 0), tl.max(highest, 0)
         if DENOMINATOR == BY_COUNT:
             divisor = tl.sum(tl.where(column == COUNT, total, 0.0), 0)
         elif DENOMINATOR == BY_NUMBER:
