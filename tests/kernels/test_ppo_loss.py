@@ -239,4 +239,5 @@ def test_the_operators_are_registered_as_they_behave(denominator):
     with torch.no_grad():
         _, *saved = ppo.forward_op(*given, *rest, *options)
         saved.insert(1, given[3])
-        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, torch.float32, None, torch.float64))
+        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, False, torch.float32, None, torch.float64))
+        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, True, None, torch.float64, torch.float64))

@@ -20,20 +20,21 @@ def register(
     fake_backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
-    differentiable: int = 1,
+    learns: tuple[int, ...] = (),
+    differentiable_outputs: int = 1,
     operator_backward: Callable[..., Any] | None = None,
 ) -> tuple[Callable[..., Any], Any, Any]:
     """An operation as (the call, its forward operator, its backward operator), for eager and for compiled code.
 
     forward(*inputs) and backward(...) launch kernels; `fake` and `fake_backward` take the same and give empty tensors
-    of the same shapes and types. save(ctx, inputs, outputs) keeps what backward needs, and
-    gradients(backward, ctx, *grads) gives each input's gradient by one call of `backward` or of its operator. The first
-    `differentiable` outputs have a gradient. Without a backward no gradient flows. An operator's outputs have the strides
-    that its fake promises: operator_backward takes backward's place in it where backward has others.
+    of the same shapes, strides and types (for `operator_backward`, where backward's strides can't be promised).
+    save(ctx, inputs, outputs) keeps what backward needs; gradients(call, ctx, needed, *grads) calls it, or its operator,
+    and gives the gradients of the inputs numbered `learns`. The first `differentiable_outputs` of the outputs have one.
 
     A compiled graph sees operators minirlhf::name, whose bodies it does not look into. They cost some 15 us a call, so
-    eager calls go to the launchers through an autograd.Function, whose forward takes ctx (one with a setup_context of
-    its own has its signature bound again by torch at every call).
+    eager calls go to the launchers through an autograd.Function, whose forward takes ctx: torch would bind the
+    signature of a setup_context again at every call. Of the inputs it is given those that learn; each costs half a
+    microsecond.
     """
     forward_op = torch.library.custom_op(f"minirlhf::{name}", forward, mutates_args=())
     forward_op.register_fake(fake)
@@ -41,14 +42,21 @@ def register(
         return (lambda *inputs: (forward_op if torch.compiler.is_compiling() else forward)(*inputs)), forward_op, None
     backward_op = torch.library.custom_op(f"minirlhf::{name}_backward", operator_backward or backward, mutates_args=())
     backward_op.register_fake(fake_backward)
-    forward_op.register_autograd(lambda ctx, *grads: gradients(backward_op, ctx, *grads), setup_context=save)
+
+    def gradients_of_operator(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = [ctx.needs_input_grad[i] for i in learns]
+        given = dict(zip(learns, gradients(backward_op, ctx, needed, *grads), strict=True))
+        return tuple(given.get(i) for i in range(len(ctx.needs_input_grad)))
+
+    forward_op.register_autograd(gradients_of_operator, setup_context=save)
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, *learning_and_inputs: Any) -> Any:
+            inputs = learning_and_inputs[-1]
             outputs = forward(*inputs)
             save(ctx, inputs, outputs)
-            ctx.mark_non_differentiable(*outputs[differentiable:])
+            ctx.mark_non_differentiable(*outputs[differentiable_outputs:])
             return outputs
 
         @staticmethod
@@ -56,10 +64,19 @@ def register(
             # Only create_graph=True runs a backward with gradients on; once_differentiable would let some cases pass.
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{name} is differentiable once in Triton: set MINIRLHF_KERNELS=reference for more")
-            return gradients(backward, ctx, *grads)
+            return (*gradients(backward, ctx, ctx.needs_input_grad[:-1], *grads), None)
 
-    eager = Eager.apply
-    return (lambda *inputs: (forward_op if torch.compiler.is_compiling() else eager)(*inputs)), forward_op, backward_op
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward_op(*inputs)
+        return Eager.apply(*[inputs[i] for i in learns], inputs)
+
+    return call, forward_op, backward_op
+
+
+def cdiv(total: int, size: int) -> int:
+    """How many blocks of `size` cover `total` (triton.cdiv costs some microseconds on the host)."""
+    return -(-total // size)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:

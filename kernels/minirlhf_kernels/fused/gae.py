@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.checks import check_gae
-from minirlhf_kernels.fused.common import INTERPRETED, compute_dtype, on_device_of, register
+from minirlhf_kernels.fused.common import INTERPRETED, cdiv, compute_dtype, on_device_of, register
 
 
 def configuration(steps: int, time_first: bool) -> tuple[int, int, int]:
@@ -145,7 +145,7 @@ def launch(
     time_first = strides[1] != 1
     tile_rows, tile_steps, warps = configuration(steps, time_first)
     with on_device_of(rewards):
-        gae_kernel[(triton.cdiv(rows, tile_rows),)](
+        gae_kernel[(cdiv(rows, tile_rows),)](
             laid_out(rewards), laid_out(values), laid_out(ends), last, laid_out(truncated_values), laid_out(mask),
             advantages, returns, rows, steps, strides[1] if time_first else strides[0], gamma, lam,
             LAST=last_values is not None, TRUNCATED=truncated_values is not None, MASKED=mask is not None,

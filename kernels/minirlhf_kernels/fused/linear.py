@@ -223,16 +223,15 @@ def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def gradients(call: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    of_hidden, of_weight = ctx.needs_input_grad[:2]
+def gradients(call: Any, ctx: Any, needed: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_entropy = grads[1] if ctx.want_entropy else None
-    out = call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature, ctx.dtype, of_hidden, of_weight)
-    return out[0] if of_hidden else None, out[1] if of_weight else None, None, None, None, None, None
+    out = call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature, ctx.dtype, *needed)
+    return out[0] if needed[0] else None, out[1] if needed[1] else None
 
 
 _call, forward_op, backward_op = register(
     "linear_token_logprobs", launch_forward, empty_outputs, launch_backwards, empty_gradients, save, gradients,
-    differentiable=2,
+    learns=(0, 1), differentiable_outputs=2,
 )  # fmt: skip
 
 

@@ -223,14 +223,14 @@ def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def gradients(call: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(call: Any, ctx: Any, needed: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_entropy = grads[1] if ctx.want_entropy else None
-    return call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature), None, None, None, None
+    return (call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature),)
 
 
 _call, forward_op, backward_op = register(
     "token_logprobs", launch_forward, empty_outputs, launch_backward, empty_gradient, save, gradients,
-    differentiable=2, operator_backward=contiguous_backward,
+    learns=(0,), differentiable_outputs=2, operator_backward=contiguous_backward,
 )  # fmt: skip
 
 

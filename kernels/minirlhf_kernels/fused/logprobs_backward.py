@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.checks import IGNORED_TOKEN
-from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of
+from minirlhf_kernels.fused.common import as_rows, cdiv, compute_dtype, from_16_bytes, on_device_of
 from minirlhf_kernels.fused.rows import exp, gradient
 
 SHORT, LONG = (1024, 4), (2048, 4)  # lanes of a block and warps of a program: rows up to 1024 logits, and longer
@@ -145,7 +145,7 @@ def launch_backward(
         (x, offset), (base, grad_offset) = from_16_bytes(x), from_16_bytes(out)
         differences = outer_stride - grad_outer_stride, row_stride - grad_row_stride, offset - grad_offset
         with on_device_of(x):
-            backward_kernel[(rows, triton.cdiv(columns + group - 1, SPAN * block))](
+            backward_kernel[(rows, cdiv(columns + group - 1, SPAN * block))](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), entropy, stats,
                 *(stats if g is None else g for g in grads), base,
                 rows, inner, columns, outer_stride, row_stride, offset, grad_outer_stride, grad_row_stride, grad_offset,

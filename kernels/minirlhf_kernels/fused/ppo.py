@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from minirlhf_kernels.checks import check_ppo, chosen
-from minirlhf_kernels.fused.common import compute_dtype, on_device_of, register
+from minirlhf_kernels.fused.common import cdiv, compute_dtype, on_device_of, register
 from minirlhf_kernels.fused.ppo_kernels import (
     BY_COUNT,
     BY_NUMBER,
@@ -20,7 +19,7 @@ from minirlhf_kernels.fused.ppo_kernels import (
 )
 
 BLOCK = 512  # tokens of a program
-DIFFERENTIABLE = 0, 4, 7  # logprobs, values, entropy
+LEARNS = 0, 4, 7  # logprobs, values, entropy
 
 
 def launch_forward(
@@ -43,26 +42,24 @@ def launch_forward(
     kl_coef: float,
     k3_loss: bool,
     sequence_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss (0-d), METRICS in one vector, gradients of logprobs and values times the denominator, and lengths."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (0-d), METRICS in one vector, and the gradients of logprobs and values times the denominator."""
     given = logprobs, old_logprobs, advantages, mask, values, old_values, returns, entropy, ref_logprobs
     if denominator is None and denominator_value is None and not mask.is_cuda and not bool(mask.any()):
         raise ValueError("no token counts: give the denominator of the whole optimizer step")
     if denominator is not None and denominator.device != mask.device:
         denominator_value, denominator = float(denominator), None
     mode = BY_TENSOR if denominator is not None else BY_COUNT if denominator_value is None else BY_NUMBER
-    outputs = empty_outputs(*given, *(None,) * 9, sequence_mean)
-    loss, metrics, grad_logprobs, grad_values, lengths = outputs
-    if sequence_mean:
-        torch.sum(mask, -1, out=lengths)
+    loss, metrics, grad_logprobs, grad_values = outputs = empty_outputs(*given)
     tokens, columns = mask.numel(), mask.shape[-1] if mask.dim() else 1
-    programs = max(1, triton.cdiv(tokens, BLOCK))
+    programs = max(1, cdiv(tokens, BLOCK))
     table = metrics.new_empty((programs, COLUMNS.value))
     ticket = torch.zeros(1, dtype=torch.int32, device=mask.device)
     mask = mask.contiguous()
     with on_device_of(mask):
         forward_kernel[(programs,)](
-            *(mask if x is None else x.contiguous() for x in given), lengths,
+            *(mask if x is None else x.contiguous() for x in given),
+            mask.sum(-1) if sequence_mean else mask,
             mask if denominator is None else denominator,
             grad_logprobs, grad_values, table, ticket, loss, metrics, tokens, programs, columns,
             low, high, value_clip_range or 0.0, value_coef, entropy_coef, kl_coef, denominator_value or 0.0,
@@ -74,12 +71,11 @@ def launch_forward(
     return outputs
 
 
-def empty_outputs(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask, values, sequence_mean = inputs[3], inputs[4], inputs[-1]
+def empty_outputs(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask, values = inputs[3], inputs[4]
     loss = torch.empty((), dtype=compute_dtype(*inputs[:9]), device=mask.device)
     grad_values = loss.new_empty(mask.shape if values is not None else (0,))
-    lengths = mask.new_empty(mask.shape[:-1] if sequence_mean else (0,), dtype=torch.int64)
-    return loss, loss.new_empty(len(METRICS)), loss.new_empty(mask.shape), grad_values, lengths
+    return loss, loss.new_empty(len(METRICS)), loss.new_empty(mask.shape), grad_values
 
 
 def launch_backward(
@@ -88,48 +84,47 @@ def launch_backward(
     mask: Tensor,
     saved_logprobs: Tensor,
     saved_values: Tensor,
-    lengths: Tensor,
     entropy_coef: float,
+    sequence_mean: bool,
     of_logprobs: torch.dtype | None,
     of_values: torch.dtype | None,
     of_entropy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients in their inputs' types; one that isn't asked for is empty."""
-    grads = empty_gradients(grad_loss, metrics, mask, *(None,) * 4, of_logprobs, of_values, of_entropy)
+    grads = empty_gradients(grad_loss, metrics, mask, of_logprobs, of_values, of_entropy)
+    weighs = sequence_mean and of_entropy is not None  # the other gradients come with their weights
     if mask.numel() and (of_logprobs or of_values or of_entropy):
         with on_device_of(mask):
-            backward_kernel[(triton.cdiv(mask.numel(), BLOCK),)](
-                grad_loss, metrics, mask.contiguous(), lengths, saved_logprobs, saved_values, *grads,
+            backward_kernel[(cdiv(mask.numel(), BLOCK),)](
+                grad_loss, metrics, mask.contiguous(), mask.sum(-1) if weighs else mask, saved_logprobs, saved_values,
+                *grads,
                 mask.numel(), mask.shape[-1] if mask.dim() else 1, entropy_coef,
                 LOGPROBS=of_logprobs is not None, VALUES=of_values is not None, ENTROPY=of_entropy is not None,
-                SEQUENCE_MEAN=lengths.numel() > 0,
+                SEQUENCE_MEAN=weighs,
                 ACC=tl.float64 if metrics.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return grads
 
 
 def empty_gradients(grad_loss: Tensor, metrics: Tensor, mask: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [mask.new_empty(mask.shape if t else (0,), dtype=t or metrics.dtype) for t in others[4:]]
+    grads = [mask.new_empty(mask.shape if t else (0,), dtype=t or metrics.dtype) for t in others[-3:]]
     return grads[0], grads[1], grads[2]
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(outputs[1], inputs[3], *outputs[2:])
-    ctx.entropy_coef = inputs[15]
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in DIFFERENTIABLE]
+    ctx.save_for_backward(outputs[1], inputs[3], outputs[2], outputs[3])
+    ctx.entropy_coef, ctx.sequence_mean = inputs[15], inputs[18]
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in LEARNS]
 
 
-def gradients(call: Any, ctx: Any, grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    needed = [t if ctx.needs_input_grad[i] else None for t, i in zip(ctx.dtypes, DIFFERENTIABLE, strict=True)]
-    grads = call(grad_loss, *ctx.saved_tensors, ctx.entropy_coef, *needed)
-    out: list[Tensor | None] = [None] * 19
-    for i, grad, dtype in zip(DIFFERENTIABLE, grads, needed, strict=True):
-        out[i] = None if dtype is None else grad
-    return tuple(out)
+def gradients(call: Any, ctx: Any, needed: Any, grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, needed, strict=True)]
+    grads = call(grad_loss, *ctx.saved_tensors, ctx.entropy_coef, ctx.sequence_mean, *dtypes)
+    return tuple(None if dtype is None else grad for dtype, grad in zip(dtypes, grads, strict=True))
 
 
 _call, forward_op, backward_op = register(
-    "ppo_loss", launch_forward, empty_outputs, launch_backward, empty_gradients, save, gradients
+    "ppo_loss", launch_forward, empty_outputs, launch_backward, empty_gradients, save, gradients, learns=LEARNS
 )
 
 
