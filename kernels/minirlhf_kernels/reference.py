@@ -117,11 +117,13 @@ def gae(
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t),      A_t = delta_t + gamma lam A_{t+1},      returns = A + V
 
-    rewards, values and ends (bool) are [N, T], and so are both results. Strides are honoured: what is kept as [T, N]
-    goes in as `x.t()`, a view. `ends[t]` says that the episode ends with step t, terminated or truncated: nothing flows
-    back over it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the value
-    of a truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last column
-    is `last_values` [N], or 0.
+    rewards, values and ends (bool) are [N, T], and so are both results. What is kept as [T, N], as a vectorised
+    environment fills it, goes in as `x.t()`: strides are honoured, the results are laid out the same, and in Triton a
+    view costs no copy and as much as any other layout. Rows packed from several sequences need nothing else: `ends` is
+    True on the last token of each. `ends[t]` says that the episode ends with step t, terminated or truncated: nothing
+    flows back over it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the
+    value of a truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last
+    column is `last_values` [N], or 0.
     Where `mask` is False both results are 0 and nothing leaks out (NaN may lie there); the value after the last counted
     step before such a slot is 0 too. No gradient flows. Raises ValueError or TypeError for wrong shapes or types.
 

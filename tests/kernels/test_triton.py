@@ -181,8 +181,8 @@ def test_launches(monkeypatch):
             launched.append(self.kernel)
             return self.kernel[grid]
 
-    kernels = ("logprobs", "forward"), ("logprobs", "backward"), ("ppo", "forward"), ("ppo", "backward"), ("gae", "gae")
-    for file, kernel in kernels:
+    kernels = ("logprobs", "forward"), ("logprobs_backward", "backward"), ("ppo", "forward"), ("ppo", "backward")
+    for file, kernel in (*kernels, ("gae", "gae")):
         module = sys.modules[f"minirlhf_kernels.fused.{file}"]
         monkeypatch.setattr(module, f"{kernel}_kernel", Counted(getattr(module, f"{kernel}_kernel")))
     logits, tokens, mask = rows()

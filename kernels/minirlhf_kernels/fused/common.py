@@ -28,8 +28,9 @@ def register(
 
     forward(*inputs) and backward(...) launch kernels; `fake` and `fake_backward` take the same and give empty tensors
     of the same shapes, strides and types (for `operator_backward`, where backward's strides can't be promised).
-    save(ctx, inputs, outputs) keeps what backward needs; gradients(call, ctx, needed, *grads) calls it, or its operator,
-    and gives the gradients of the inputs numbered `learns`. The first `differentiable_outputs` of the outputs have one.
+    save(ctx, inputs, output) keeps what backward needs; gradients(call, ctx, needed, *grads) calls it, or its
+    operator, and gives the gradients of the inputs numbered `learns`. The first `differentiable_outputs` of the outputs
+    have one.
 
     A compiled graph sees operators minirlhf::name, whose bodies it does not look into. They cost some 15 us a call, so
     eager calls go to the launchers through an autograd.Function, whose forward takes ctx: torch would bind the

@@ -217,9 +217,9 @@ def empty_gradients(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tenso
     return hidden.new_empty(hidden.shape if of_hidden else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, tokens, mask, ctx.temperature, ctx.want_entropy, ctx.dtype = inputs
-    ctx.save_for_backward(hidden, weight, tokens, mask, outputs[1], outputs[2])
+    ctx.save_for_backward(hidden, weight, tokens, mask, output[1], output[2])
     ctx.set_materialize_grads(False)
 
 

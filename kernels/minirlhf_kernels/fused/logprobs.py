@@ -217,9 +217,9 @@ def empty_gradient(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, tokens, mask, ctx.temperature, ctx.want_entropy = inputs
-    ctx.save_for_backward(logits, tokens, mask, outputs[1], outputs[2])
+    ctx.save_for_backward(logits, tokens, mask, output[1], output[2])
     ctx.set_materialize_grads(False)
 
 

@@ -111,8 +111,8 @@ def empty_gradients(grad_loss: Tensor, metrics: Tensor, mask: Tensor, *others: A
     return grads[0], grads[1], grads[2]
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(outputs[1], inputs[3], outputs[2], outputs[3])
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], inputs[3], output[2], output[3])
     ctx.entropy_coef, ctx.sequence_mean = inputs[15], inputs[18]
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in LEARNS]
 
