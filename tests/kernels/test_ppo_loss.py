@@ -83,7 +83,7 @@ def test_the_clip_s_upper_limit_may_differ_from_its_lower_one(high):
 
 
 def test_every_sequence_counts_the_same_where_their_means_are_averaged():
-    """Every term and metric is the mean over sequences of the mean of its counted tokens; one without any is not one."""
+    """Every term and metric is the mean over sequences of its mean over their counted tokens."""
     data = batch(rows=5, dtype=F64)
     data["response_mask"][3] = False
     alone = [
