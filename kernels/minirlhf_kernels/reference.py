@@ -86,7 +86,7 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T, tokens)`. Its Triton twin never holds all the logits; this one does.
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
-    as `token_logprobs` does, with the same masks and the same errors. Under autocast the product is taken in its type.
+    as `token_logprobs` does, with the same masks and the same errors. Under autocast both are cast to its type first.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
@@ -94,10 +94,10 @@ def linear_token_logprobs(
     """
     check_linear(hidden, weight)
     check_tokens(tokens, mask, hidden.shape[:-1])
-    hidden = _counted(hidden, counted_rows(tokens, mask, len(weight)).unsqueeze(-1))
-    dtype = product_dtype(hidden, weight)
+    counted, dtype = counted_rows(tokens, mask, len(weight)), product_dtype(hidden, weight)
+    hidden, weight = _counted(hidden.to(dtype), counted.unsqueeze(-1)), weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(dtype) @ weight.to(dtype).T
+        logits = hidden @ weight.to(hidden.dtype).T
     return token_logprobs(logits, tokens, temperature=temperature, mask=mask, return_entropy=return_entropy)
 
 

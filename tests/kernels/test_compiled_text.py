@@ -98,7 +98,8 @@ def test_no_loop_over_a_row_of_logits_makes_its_threads_meet(compiled):
 def test_the_last_program_of_ppo_reads_its_table_once(compiled):
     ptx = compiled["ppo"]["ptx"]
     assert len(loops(compiled["ppo"]["ttgir"])) == 1
-    assert ptx.count("shfl.sync") <= 80 and ptx.count("bar.sync") <= 20  # once 155 and 67
+    # A term at a time it was 155 and 67. (Of these, ptxas drops a third: those of the table's empty columns.)
+    assert ptx.count("shfl.sync") <= 110 and ptx.count("bar.sync") <= 16
 
 
 @pytest.mark.parametrize(("layout", "order"), [("gae [N, T]", "[1, 0]"), ("gae [T, N]", "[0, 1]")])

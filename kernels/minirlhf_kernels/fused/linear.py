@@ -10,7 +10,7 @@ logprobs.py does, and merges a row's sums with those of the slabs before:
 Backward makes each slab again, turns it into its gradient, and feeds two more products: 8 M H V operations in all.
 Both gradients are summed in float32: in bfloat16 small terms would be lost, one slab after the other. Where all rows
 fit one slab, as they mostly do, a slab of the weight's gradient is one product, written where it belongs.
-Rows that don't count take part in the products, with hidden states of 0 in the backward's: 0 * NaN would be NaN.
+Rows that don't count take part, with hidden states of 0 in the backward: 0 * NaN would be NaN.
 """
 
 import functools
@@ -110,7 +110,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
         if out.dtype == a.dtype:
             return torch.mm(a, b, out=out)  # rounded once
         return torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
-    a, b = a.to(compute_dtype(a)), b.to(compute_dtype(a))
+    a, b = a.to(compute_dtype(a)), b.to(compute_dtype(a))  # below: with beta=0 `out` is not read
     return torch.addmm(out, a, b, beta=int(add), out=out) if out.dtype == a.dtype else out.copy_(a @ b)
 
 
@@ -146,8 +146,7 @@ def launch_forward(
         x, w = hidden.to(dtype), weight.to(dtype)
         for part in slices(rows, tall):
             for words in slices(vocabulary, wide):
-                logits = stats.new_empty(part.stop - part.start, words.stop - words.start)
-                product(x[part], w[words].t(), logits)
+                logits = product(x[part], w[words].t(), stats.new_empty(len(x[part]), len(w[words])))
                 fold_kernel[(len(logits),)](
                     logits, tokens, stats if mask is None else mask, sums, logprobs, entropy, stats,
                     rows, logits.shape[1], logits.stride(0), part.start, words.start, vocabulary, 1.0 / temperature,
@@ -186,15 +185,13 @@ def launch_backwards(
     tall, wide = plan(rows, vocabulary)
     in_one_slab = tall >= rows
     grad_hidden = stats.new_zeros(hidden.shape if of_hidden else (0,))
-    grad_weight = weight.new_empty(weight.shape if of_weight else (0,))
+    grad_weight = (weight.new_empty if rows else weight.new_zeros)(weight.shape if of_weight else (0,))
     with torch.autocast(hidden.device.type, enabled=False):
         x, w = torch.where(counts[:, None], hidden, 0).to(dtype), weight.to(dtype)
         for words in slices(vocabulary, wide):
-            if of_weight:
-                of_words = grad_weight[words] if in_one_slab else stats.new_empty(words.stop - words.start, x.shape[1])
+            of_words = grad_weight[words] if in_one_slab else stats.new_empty(words.stop - words.start, x.shape[1])
             for part in slices(rows, tall):
-                logits = stats.new_empty(part.stop - part.start, words.stop - words.start)
-                product(x[part], w[words].t(), logits)
+                logits = product(x[part], w[words].t(), stats.new_empty(len(x[part]), len(w[words])))
                 up_logprobs, up_entropy = (None if g is None else g[part] for g in (grad_logprobs, grad_entropy))
                 grad = launch_backward(
                     logits, tokens[part], None if mask is None else mask[part], entropy[part],
@@ -207,8 +204,6 @@ def launch_backwards(
                     product(grad.t(), x[part], of_words, add=part.start > 0)
             if of_weight and not in_one_slab:
                 grad_weight[words] = of_words.to(weight.dtype)
-    if rows == 0:
-        grad_weight.zero_()
     return grad_hidden.to(hidden.dtype), grad_weight
 
 
