@@ -43,20 +43,21 @@ def register(
         return (lambda *inputs: (forward_op if torch.compiler.is_compiling() else forward)(*inputs)), forward_op, None
     backward_op = torch.library.custom_op(f"minirlhf::{name}_backward", operator_backward or backward, mutates_args=())
     backward_op.register_fake(fake_backward)
+    keep, differentiate = save, gradients
 
     def gradients_of_operator(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = [ctx.needs_input_grad[i] for i in learns]
-        given = dict(zip(learns, gradients(backward_op, ctx, needed, *grads), strict=True))
+        given = dict(zip(learns, differentiate(backward_op, ctx, needed, *grads), strict=True))
         return tuple(given.get(i) for i in range(len(ctx.needs_input_grad)))
 
-    forward_op.register_autograd(gradients_of_operator, setup_context=save)
+    forward_op.register_autograd(gradients_of_operator, setup_context=keep)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *learning_and_inputs: Any) -> Any:
             inputs = learning_and_inputs[-1]
             outputs = forward(*inputs)
-            save(ctx, inputs, outputs)
+            keep(ctx, inputs, outputs)
             ctx.mark_non_differentiable(*outputs[differentiable_outputs:])
             return outputs
 
@@ -65,7 +66,7 @@ def register(
             # Only create_graph=True runs a backward with gradients on; once_differentiable would let some cases pass.
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{name} is differentiable once in Triton: set MINIRLHF_KERNELS=reference for more")
-            return (*gradients(backward, ctx, ctx.needs_input_grad[:-1], *grads), None)
+            return (*differentiate(backward, ctx, ctx.needs_input_grad[:-1], *grads), None)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
