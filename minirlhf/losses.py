@@ -77,11 +77,13 @@ def clipped_surrogate(
     response_mask: Tensor | None = None,
     *,
     clip_range: float = 0.2,
+    clip_range_high: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """-min(r A, clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprobs - old_logprobs) (PPO, equation 7).
 
-    All [...]. Only the policy term of `ppo_loss`. clip_range=inf gives the unclipped surrogate of TRPO.
+    All [...]: the policy term of `ppo_loss` alone. clip_range=inf gives the unclipped surrogate of TRPO.
+    `clip_range_high` is the upper limit where it differs (DAPO's "clip-higher").
 
     >>> clipped_surrogate(torch.tensor([0.0]), torch.tensor([-1.0]), torch.tensor([1.0]))  # r = 2.7
     tensor(-1.2000)
@@ -89,7 +91,13 @@ def clipped_surrogate(
     if response_mask is None:
         response_mask = torch.ones_like(logprobs, dtype=torch.bool)
     loss, _ = ppo_loss(
-        logprobs, old_logprobs, advantages, response_mask, clip_range=clip_range, denominator=denominator
+        logprobs,
+        old_logprobs,
+        advantages,
+        response_mask,
+        clip_range=clip_range,
+        clip_range_high=clip_range_high,
+        denominator=denominator,
     )
     return loss
 

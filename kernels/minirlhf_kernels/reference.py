@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED_TOKEN", "gae", "linear_token_logprobs", "ppo_loss", "token_logprobs"]
+from minirlhf_kernels.checks import (
+    IGNORED_TOKEN,
+    check_gae,
+    check_linear,
+    check_ppo,
+    check_tokens,
+    checked_temperature,
+    chosen,
+    counted_rows,
+    product_dtype,
+)
 
-IGNORED_TOKEN = -100
-"""A token that never counts (torch's own convention for `cross_entropy`)."""
-LEAST_TEMPERATURE = 1e-38  # float32 still holds its reciprocal
+__all__ = ["IGNORED_TOKEN", "gae", "linear_token_logprobs", "ppo_loss", "token_logprobs"]
 
 
 def _counted(x: Tensor, mask: Tensor) -> Tensor:
@@ -51,9 +59,9 @@ def token_logprobs(
     >>> token_logprobs(logits, torch.tensor([1, 0]), mask=torch.tensor([True, False]))
     tensor([-0.6931,  0.0000])
     """
-    temperature = _checked_temperature(temperature)
-    _check_tokens(tokens, mask, logits.shape[:-1])
-    counted = _counted_rows(tokens, mask, logits.shape[-1])
+    temperature = checked_temperature(temperature)
+    check_tokens(tokens, mask, logits.shape[:-1])
+    counted = counted_rows(tokens, mask, logits.shape[-1])
     z = _counted(logits, counted.unsqueeze(-1))
     if temperature != 1.0:  # z / temperature alone may overflow
         z = (z - z.detach().amax(-1, keepdim=True)) / temperature
@@ -78,18 +86,18 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T, tokens)`. The Triton version never holds all the logits; this one does.
 
     hidden [..., H], weight [V, H] (a head without bias) and tokens [...] give logprobs [...], with entropy on request,
-    as `token_logprobs` does, with the same masks and the same errors.
+    as `token_logprobs` does, with the same masks and the same errors. Under autocast both are cast to its type first.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 7.0]])
     >>> linear_token_logprobs(hidden, weight, torch.tensor([0]))
     tensor([-0.1269])
     """
-    _check_linear(hidden, weight)
-    _check_tokens(tokens, mask, hidden.shape[:-1])
-    hidden = _counted(hidden, _counted_rows(tokens, mask, len(weight)).unsqueeze(-1))
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    check_linear(hidden, weight)
+    check_tokens(tokens, mask, hidden.shape[:-1])
+    counted, dtype = counted_rows(tokens, mask, len(weight)), product_dtype(hidden, weight)
+    hidden, weight = _counted(hidden.to(dtype), counted.unsqueeze(-1)), weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(dtype) @ weight.to(dtype).T
+        logits = hidden @ weight.to(hidden.dtype).T
     return token_logprobs(logits, tokens, temperature=temperature, mask=mask, return_entropy=return_entropy)
 
 
@@ -109,19 +117,21 @@ def gae(
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t),      A_t = delta_t + gamma lam A_{t+1},      returns = A + V
 
-    rewards, values and ends (bool) are [N, T], and so are both results. Any strides work: pass a [T, N] tensor as
-    `x.t()`, a view. `ends[t]` means that the episode ends with step t, terminated or truncated: nothing flows back
-    across it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the value of a
-    truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last column is
-    `last_values` [N], or 0.
-    Where `mask` is False both results are 0 and nothing leaks out (even NaN); the value after the last counted step
-    before such a slot is 0 too. No gradient flows. Raises ValueError or TypeError for wrong shapes or types.
+    rewards, values and ends (bool) are [N, T], and so are both results. Data stored as [T, N], as a vectorised
+    environment fills it, goes in as the view `x.t()`: any strides work, the results have the same layout, and in Triton
+    the view costs no copy. Rows packed from several sequences need nothing else: `ends` is
+    True on the last token of each. `ends[t]` says that the episode ends with step t, terminated or truncated: nothing
+    flows back over it. The value after an end is `truncated_values[t]` (same shape, read only where ends is True: the
+    value of a truncated episode's last observation, 0 for a terminated one), or 0 without it. The value after the last
+    column is `last_values` [N], or 0.
+    Where `mask` is False both results are 0 and nothing leaks out (NaN may lie there); the value after the last counted
+    step before such a slot is 0 too. No gradient flows. Raises ValueError or TypeError for wrong shapes or types.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
     >>> gae(rewards, values, torch.tensor([[False, True]]), gamma=1.0, lam=0.5)
     (tensor([[0.2500, 0.5000]]), tensor([[0.7500, 1.0000]]))
     """
-    _check_gae(rewards, last_values, values=values, ends=ends, truncated_values=truncated_values, mask=mask)
+    check_gae(rewards, last_values, values=values, ends=ends, truncated_values=truncated_values, mask=mask)
     counted = torch.ones_like(ends) if mask is None else mask
     values = _counted(values, counted)
     next_values = torch.zeros_like(values)
@@ -149,23 +159,34 @@ def ppo_loss(
     entropy: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     clip_range: float = 0.2,
+    clip_range_high: float | None = None,
     value_clip_range: float | None = None,
     value_coef: float = 0.5,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    kl_estimator: str = "k2",
+    loss_agg_mode: str = "token-mean",
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss, to be minimised, and its metrics (Schulman et al. 2017, equations 7 and 9).
 
-        policy    -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A),       r = exp(logprobs - old_logprobs)
-        value     1/2 (V - R)^2; with `value_clip_range` the larger of that and the same for V clipped near old_values
+        policy    -min(r A, clip(r, 1 - clip_range, 1 + clip_range_high) A),       r = exp(logprobs - old_logprobs)
+        value     1/2 (V - R)^2; with `value_clip_range` the larger of that and the same with V kept near old_values
         loss      policy + value_coef value - entropy_coef entropy + kl_coef KL
 
     Each term is summed over the tokens where response_mask is True and divided by `denominator`: the number of counted
     tokens of the WHOLE optimizer step (default: of this call), so that micro-batches add up to the same gradient.
-    All tensors share one shape, [B, T] or any other; masked values, even NaN, change nothing.
-    Gradients flow into logprobs, values and entropy only. The KL term is k2 = (logprobs - ref_logprobs)^2 / 2 whose
-    gradient, on samples of the policy, is that of KL(policy || ref); k3's would be that of KL(ref || policy).
+    All tensors share one shape, [B, T] or any other; what lies under the mask, NaN too, changes nothing.
+    Gradients flow into logprobs, values and entropy only.
+
+    `clip_range_high` (default: clip_range) lets a ratio rise further than it may fall, "clip-higher" (DAPO).
+    `loss_agg_mode="seq-mean-token-mean"` is GRPO's mean: each sequence (the last dimension) counts as much as any
+    other, its terms are divided by the count of its own tokens, and `denominator` is the number of sequences in which a
+    token counts. (For the sum of each sequence, averaged over sequences, pass their number with "token-mean".)
+    `kl_estimator`, with d = logprobs - ref_logprobs, on samples of the policy:
+        k2   d^2 / 2              its gradient is that of KL(policy || ref) at each token
+        k3   exp(-d) - 1 + d      GRPO's: its mean is KL(policy || ref), its gradient that of KL(ref || policy)
+    Both gradients stop at the token: what it does to the KL of later tokens only a KL in the reward can charge.
 
     Metrics (0-d, detached): policy/loss, policy/clip_fraction (tokens where the clip stops the gradient),
     policy/approx_kl (k3 of old against new), policy/ratio_mean, policy/ratio_max; value/loss with values and
@@ -183,10 +204,15 @@ def ppo_loss(
     mask = response_mask
     given = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values}
     given |= {"returns": returns, "old_values": old_values, "entropy": entropy, "ref_logprobs": ref_logprobs}
-    _check_ppo(given, mask, clip_range, value_clip_range, entropy_coef, kl_coef)
+    check_ppo(given, mask, clip_range, clip_range_high, value_clip_range, entropy_coef, kl_coef)
+    k3_loss, sequence_mean = chosen(kl_estimator, loss_agg_mode)
     if denominator is None:
-        denominator = mask.sum()
-        _require(bool(denominator > 0), "no token counts: give the denominator of the whole optimizer step")
+        denominator = mask.any(-1).sum() if sequence_mean else mask.sum()
+        if not bool(denominator > 0):
+            raise ValueError("no token counts: give the denominator of the whole optimizer step")
+
+    def total(x: Tensor) -> Tensor:
+        return (x / mask.sum(-1, keepdim=True).clamp(min=1) if sequence_mean else x).sum()
 
     logprobs, old_logprobs = _counted(logprobs, mask), _counted(old_logprobs.detach(), mask)
     advantages = _counted(advantages.detach(), mask)
@@ -194,13 +220,14 @@ def ppo_loss(
     log_ratio = (logprobs - old_logprobs).clamp(max=80.0)
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -torch.minimum(surrogate, clipped).sum() / denominator
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = ratio.clamp(1 - clip_range, 1 + high) * advantages
+    loss = -total(torch.minimum(surrogate, clipped)) / denominator
     metrics = {
         "policy/loss": loss,
-        "policy/clip_fraction": (clipped < surrogate).sum(dtype=ratio.dtype) / denominator,
-        "policy/approx_kl": (log_ratio.expm1() - log_ratio).sum() / denominator,
-        "policy/ratio_mean": _counted(ratio, mask).sum() / denominator,
+        "policy/clip_fraction": total((clipped < surrogate).to(ratio.dtype)) / denominator,
+        "policy/approx_kl": total(log_ratio.expm1() - log_ratio) / denominator,
+        "policy/ratio_mean": total(_counted(ratio, mask)) / denominator,
         "policy/ratio_max": _counted(ratio, mask).amax(),
     }
 
@@ -214,83 +241,17 @@ def ppo_loss(
             # Within the range use the value itself: old + move is rounded, and would be counted as clipped.
             near = torch.where(move.abs() <= value_clip_range, values, near)
             clipped_error = (near - returns).square()
-            metrics["value/clip_fraction"] = (clipped_error > error).sum(dtype=error.dtype) / denominator
+            metrics["value/clip_fraction"] = total((clipped_error > error).to(error.dtype)) / denominator
             error = torch.maximum(error, clipped_error)
-        metrics["value/loss"] = 0.5 * error.sum() / denominator
+        metrics["value/loss"] = 0.5 * total(error) / denominator
         loss = loss + value_coef * metrics["value/loss"]
     if entropy is not None:
-        metrics["policy/entropy"] = _counted(entropy, mask).sum() / denominator
+        metrics["policy/entropy"] = total(_counted(entropy, mask)) / denominator
         loss = loss - entropy_coef * metrics["policy/entropy"] if entropy_coef else loss
     if ref_logprobs is not None:
         d = logprobs - _counted(ref_logprobs.detach(), mask)
-        metrics["policy/ref_kl"] = (torch.expm1(-d) + d).sum() / denominator
-        loss = loss + kl_coef * 0.5 * d.square().sum() / denominator if kl_coef else loss
+        k3 = torch.expm1(-d) + d
+        metrics["policy/ref_kl"] = total(k3) / denominator
+        kl_sum = total(k3) if k3_loss else 0.5 * total(d.square())
+        loss = loss + kl_coef * kl_sum / denominator if kl_coef else loss
     return loss, {name: metric.detach() for name, metric in metrics.items()}
-
-
-# The checks of arguments, here and in the Triton versions.
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _checked_temperature(temperature: float) -> float:
-    fits = LEAST_TEMPERATURE <= temperature < math.inf
-    _require(fits, f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, not {temperature}")
-    return float(temperature)  # a tensor becomes a number, which passes no gradient
-
-
-def _check_tokens(tokens: Tensor, mask: Tensor | None, shape: torch.Size) -> None:
-    _require(tokens.shape == shape, f"tokens must have the rows' shape {tuple(shape)}, not {tuple(tokens.shape)}")
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"tokens must be int64, not {tokens.dtype}")
-    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool of shape {tuple(shape)}, not {mask.dtype} of {tuple(mask.shape)}")
-
-
-def _counted_rows(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """Which rows count. Raises on a token that counts and is outside the vocabulary."""
-    counted = tokens != IGNORED_TOKEN if mask is None else mask & (tokens != IGNORED_TOKEN)
-    outside = tokens[counted & ((tokens < 0) | (tokens >= vocabulary))].tolist()
-    if outside:
-        raise ValueError(
-            f"token {outside[0]} is outside the vocabulary [0, {vocabulary}): mask the row, or give it {IGNORED_TOKEN}"
-        )
-    return counted
-
-
-def _check_linear(hidden: Tensor, weight: Tensor) -> None:
-    fits = weight.dim() == 2 and weight.shape[-1] == hidden.shape[-1]
-    _require(fits, f"weight must be [V, {hidden.shape[-1]}] for this hidden, not {tuple(weight.shape)}")
-
-
-def _check_gae(rewards: Tensor, last_values: Tensor | None, **others: Tensor | None) -> None:
-    _require(rewards.dim() == 2, f"rewards must have two dimensions, not the shape {tuple(rewards.shape)}")
-    shape, rows = rewards.shape, rewards.shape[:1]
-    for name, x in others.items():
-        _require(x is None or x.shape == shape, f"{name} must have rewards' shape {tuple(shape)}")
-        if name in ("ends", "mask") and x is not None and x.dtype != torch.bool:
-            raise TypeError(f"{name} must be bool, not {x.dtype}")
-    _require(last_values is None or last_values.shape == rows, f"last_values must have the shape {tuple(rows)}")
-
-
-def _check_ppo(
-    given: dict[str, Tensor | None],
-    mask: Tensor,
-    clip_range: float,
-    value_clip_range: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-) -> None:
-    for name, x in given.items():
-        _require(x is None or x.shape == mask.shape, f"{name} must have response_mask's shape {tuple(mask.shape)}")
-    _require(mask.dtype == torch.bool, f"response_mask must be bool (True = counts), not {mask.dtype}")
-    _require(clip_range > 0, f"clip_range must be above 0, not {clip_range}")
-    values, old_values = given["values"], given["old_values"]
-    _require((values is None) == (given["returns"] is None), "values and returns go together: give both or neither")
-    _require(value_clip_range is None or old_values is not None, "value_clip_range needs old_values")
-    _require(old_values is None or values is not None, "old_values needs values and returns")
-    _require(entropy_coef == 0 or given["entropy"] is not None, "entropy_coef needs entropy")
-    _require(kl_coef == 0 or given["ref_logprobs"] is not None, "kl_coef needs ref_logprobs")

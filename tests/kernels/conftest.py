@@ -49,8 +49,10 @@ def small_blocks(backend):
     """Blocks of a few lanes, so that rows of a few logits cross many of them (GPUs need powers of two, 16 is one)."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "triton":
-            patch.setattr("minirlhf_kernels.fused.logprobs.SHORT", (16, 1))
-            patch.setattr("minirlhf_kernels.fused.logprobs.LONG", (1024, 4))
+            patch.setattr("minirlhf_kernels.fused.logprobs.SHORT", (16, 1, False))
+            patch.setattr("minirlhf_kernels.fused.logprobs.LONG", (1024, 4, False))
+            patch.setattr("minirlhf_kernels.fused.logprobs_backward.SHORT", (16, 1))
+            patch.setattr("minirlhf_kernels.fused.logprobs_backward.LONG", (1024, 4))
             patch.setattr("minirlhf_kernels.fused.ppo.BLOCK", 16)
             plan = "minirlhf_kernels.fused.linear.plan"
             patch.setattr(plan, lambda rows, vocabulary: (max(1, min(rows, 4)), 21))

@@ -82,20 +82,70 @@ def test_on_a_gpu_the_linear_op_never_holds_all_logits(monkeypatch):
     assert made.largest == 16 * 50
 
 
-def test_autocast_leaves_the_linear_op_in_float32(backend):
-    """Forward, and backward outside of autocast, as torch asks for; Triton's also inside."""
+@pytest.mark.parametrize("backward_too", [False, True])
+def test_autocast_multiplies_in_its_type(backend, backward_too):
+    """Tensor cores take bfloat16: the same bits as from hidden states and a weight that were cast by hand, also where
+    Triton's backward runs inside of autocast (torch asks for it outside). What comes out, and Triton's gradients of
+    float32 inputs, stays float32."""
     torch.manual_seed(8)
     hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (5, 40))
     tokens = torch.randint(40, (5,))
 
-    def everything(forward, backward):
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=forward):
+    def everything(autocast, hidden, weight):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=autocast):
             out = linear_token_logprobs(hidden, weight, tokens, return_entropy=True)
             with torch.no_grad():
                 alone = linear_token_logprobs(hidden, weight, tokens)
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=backward):
+        with torch.autocast(
+            hidden.device.type, torch.bfloat16, enabled=autocast and backward_too and backend == "triton"
+        ):
             return *out, alone, *torch.autograd.grad(sum(y.sum() for y in out), (hidden, weight))
 
-    expected = everything(forward=False, backward=False)
-    got = everything(forward=True, backward=backend == "triton")
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    expected = everything(False, *(x.detach().bfloat16().requires_grad_() for x in (hidden, weight)))
+    got = everything(True, hidden, weight)
+    assert all(x.dtype == torch.float32 for x in got)
+    torch.testing.assert_close(got[:3], expected[:3], rtol=0, atol=0)
+    torch.testing.assert_close(got[3:], tuple(x.float() for x in expected[3:]), rtol=1e-2, atol=1e-2)
+    in_float32 = everything(False, hidden, weight)
+    assert not torch.equal(got[0], in_float32[0])
+    wide = everything(True, hidden.detach().double().requires_grad_(), weight)
+    assert all(x.dtype == torch.float64 for x in wide[:3])  # autocast leaves float64 alone
+    torch.testing.assert_close(wide[0], in_float32[0].double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_without_a_product_into_float32_it_says_so_once(monkeypatch):
+    from minirlhf_kernels.fused import linear
+
+    def refuse(*a, **options):
+        raise TypeError("addmm() got an unexpected keyword argument 'out_dtype'")
+
+    monkeypatch.setattr(torch, "addmm", refuse)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
+    linear._float32_products.cache_clear()
+    with pytest.warns(UserWarning, match="multiplies in float32, without tensor cores") as warned:
+        assert not linear._float32_products("cuda") and not linear._float32_products("cuda")
+    assert len(warned) == 1
+    linear._float32_products.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("tall", [6, 4])
+def test_a_slab_of_the_weight_s_gradient_is_one_product_where_all_rows_fit(monkeypatch, tall):
+    from minirlhf_kernels.fused import linear
+
+    products, product = [], linear.product
+
+    def watched(a, b, out, add=False):
+        products.append((tuple(out.shape), add))
+        return product(a, b, out, add)
+
+    monkeypatch.setattr(linear, "product", watched)
+    monkeypatch.setattr(linear, "plan", lambda rows, vocabulary: (tall, 20))
+    hidden, weight = (torch.randn(n, 3, requires_grad=True) for n in (6, 40))
+    out = linear_token_logprobs(hidden, weight, torch.randint(40, (6,)))
+    products.clear()
+    out.sum().backward()
+    of_weight = [add for shape, add in products if shape == (20, 3)]
+    assert of_weight == ([False, False] if tall == 6 else [False, True] * 2)

@@ -67,6 +67,67 @@ def test_every_term_and_metric_by_hand():
     assert 0 < metrics["policy/clip_fraction"] < 1 and 0 < metrics["value/clip_fraction"] < 1
 
 
+@pytest.mark.parametrize("high", [0.1, 0.28, 5.0])
+def test_the_clip_s_upper_limit_may_differ_from_its_lower_one(high):
+    """DAPO's clip-higher: a token that should become likelier may rise to 1 + clip_range_high; it falls to 1 - 0.2."""
+    ratio = torch.tensor([[1.25, 1.25, 0.7, 0.7]]).double()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]]).double()
+    logprobs, mask = ratio.log().requires_grad_(), torch.ones(1, 4, dtype=torch.bool)
+    loss, metrics = ppo_loss(logprobs, torch.zeros(1, 4).double(), advantages, mask, clip_range_high=high)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    stops = high < 0.25
+    by_hand = min(1.25, 1 + high) - 1.25 + 0.7 - 0.8
+    assert loss.item() == pytest.approx(-by_hand / 4, rel=1e-12)
+    torch.testing.assert_close(grad, torch.tensor([[0.0 if stops else -1.25, 1.25, -0.7, 0.0]]).double() / 4)
+    assert metrics["policy/clip_fraction"].item() == (2 if stops else 1) / 4
+
+
+def test_every_sequence_counts_the_same_where_their_means_are_averaged():
+    """Every term and metric is the mean over sequences of its mean over their counted tokens."""
+    data = batch(rows=5, dtype=F64)
+    data["response_mask"][3] = False
+    alone = [
+        ppo_loss(**{k: v[[i]] for k, v in data.items()}, **OPTIONS) for i in range(5) if data["response_mask"][i].any()
+    ]
+    loss, metrics, grads = run(data, loss_agg_mode="seq-mean-token-mean")
+    torch.testing.assert_close(loss, torch.stack([x[0] for x in alone]).mean())
+    for name, metric in metrics.items():
+        each = torch.stack([x[1][name] for x in alone])
+        torch.testing.assert_close(metric, each.max() if name == "policy/ratio_max" else each.mean(), msg=name)
+    # And in micro-batches of one sequence, divided by the number of sequences.
+    options = {"loss_agg_mode": "seq-mean-token-mean", "denominator": 4.0}
+    parts = [run({k: v[[i]] for k, v in data.items()}, **options) for i in range(5)]
+    torch.testing.assert_close(sum(x[0] for x in parts), loss)
+    for i, grad in enumerate(grads):
+        torch.testing.assert_close(torch.cat([x[2][i] for x in parts]), grad)
+    assert not torch.allclose(run(data)[0], loss)
+
+
+def test_what_the_two_kl_losses_are_the_gradient_of():
+    """Exact, by summing over a small vocabulary: p is the policy, each of its words drawn in proportion to p."""
+    torch.manual_seed(4)
+    logits, ref = torch.randn(5, dtype=F64, requires_grad=True), torch.randn(5, dtype=F64).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    p, mask = log_p.exp(), torch.ones(1, dtype=torch.bool)
+    forward, reverse = (ref.exp() * (ref - log_p)).sum(), (p * (log_p - ref)).sum()
+    for estimator, divergence in (("k2", reverse), ("k3", forward)):
+        (exact,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+        expected = torch.zeros(5, dtype=F64)
+        value = 0.0
+        for word in range(5):
+            new, old, fixed = (x[[word]].detach() for x in (log_p, log_p, ref))
+            new.requires_grad_()
+            none = torch.zeros(1, dtype=F64)
+            loss, _ = ppo_loss(
+                new, old, none, mask, ref_logprobs=fixed, kl_coef=1.0, kl_estimator=estimator, denominator=1.0
+            )
+            (up,) = torch.autograd.grad(loss, new)
+            expected += p[word].detach() * up * torch.autograd.grad(log_p[word], logits, retain_graph=True)[0]
+            value += p[word].item() * loss.item()
+        torch.testing.assert_close(expected, exact)
+        assert estimator == "k2" or value == pytest.approx(reverse.item())  # k3's value is the other divergence
+
+
 def test_the_gradient_of_the_policy_term():
     """A r grad log pi where the clip is quiet, 0 where it acts; never through old_logprobs, advantages or returns."""
     data = batch()
@@ -129,12 +190,15 @@ def test_micro_batches_add_up_to_the_same_gradient_and_metrics(size):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradcheck(seed):
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_gradcheck(seed, mode, estimator):
     data = batch(2, 3, seed)
+    options = OPTIONS | {"loss_agg_mode": mode, "kl_estimator": estimator, "clip_range_high": 0.3}
     inputs = tuple(data[k].clone().requires_grad_() for k in DIFFERENTIABLE)
     rest = {k: v for k, v in data.items() if k not in DIFFERENTIABLE}
     assert torch.autograd.gradcheck(
-        lambda *a: ppo_loss(**dict(zip(DIFFERENTIABLE, a, strict=True)), **rest, **OPTIONS)[0], inputs
+        lambda *a: ppo_loss(**dict(zip(DIFFERENTIABLE, a, strict=True)), **rest, **options)[0], inputs
     )
 
 
@@ -169,6 +233,9 @@ def test_what_is_refused():
         ({"value_clip_range": 0.2}, "value_clip_range needs old_values"),
         ({"old_values": data["old_values"]}, "old_values needs values"),
         ({"clip_range": 0.0}, "clip_range must be above 0"),
+        ({"clip_range_high": -0.1}, "clip_range_high must be above 0"),
+        ({"kl_estimator": "k1"}, "kl_estimator must be 'k2' or 'k3', not 'k1'"),
+        ({"loss_agg_mode": "mean"}, "loss_agg_mode must be 'token-mean' or"),
         ({"advantages": data["advantages"][:, :1]}, "advantages must have response_mask's shape"),
         ({"response_mask": data["response_mask"].double()}, "response_mask must be bool"),
     ):
@@ -187,9 +254,12 @@ def test_what_is_refused():
     absent=st.sets(st.sampled_from(["values", "old_values", "entropy", "ref_logprobs"])),
     denominator=st.sampled_from([None, float, torch.tensor]),
     view=st.booleans(),
+    high=st.sampled_from([None, 0.05, 0.4]),
+    estimator=st.sampled_from(["k2", "k3"]),
+    mode=st.sampled_from(["token-mean", "seq-mean-token-mean"]),
     seed=st.integers(0, 10_000),
 )
-def test_equals_the_reference_in_float64(rows, columns, dtype, absent, denominator, view, seed):
+def test_equals_the_reference_in_float64(rows, columns, dtype, absent, denominator, view, high, estimator, mode, seed):
     absent = absent | {"old_values", "returns"} if "values" in absent else absent
     data = {k: v for k, v in batch(rows, columns, seed, dtype).items() if k not in absent}
     data["response_mask"][0, 0] = True
@@ -198,6 +268,7 @@ def test_equals_the_reference_in_float64(rows, columns, dtype, absent, denominat
         data = {name: x.t().contiguous().t() for name, x in data.items()}
     off = {"old_values": ("value_clip_range", None), "entropy": ("entropy_coef", 0), "ref_logprobs": ("kl_coef", 0)}
     options = {"denominator": denominator and denominator(7.5)} | dict(off[name] for name in absent & set(off))
+    options |= {"clip_range_high": high, "kl_estimator": estimator, "loss_agg_mode": mode}
     wide = {k: v.double() if v.dtype == dtype else v for k, v in data.items()}
     loss, metrics, grads = run(data, **options)
     exact, exact_metrics, exact_grads = run(wide, reference.ppo_loss, **options)
@@ -232,8 +303,12 @@ def test_the_operators_are_registered_as_they_behave(denominator):
     names = ("logprobs", "old_logprobs", "advantages", "response_mask", "values", "old_values", "returns", "entropy")
     given = tuple(data[name] for name in (*names, "ref_logprobs"))
     rest = tensor, denominator[1]
-    opcheck(ppo.forward_op, (*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest))
-    opcheck(ppo.forward_op, (*given[:4], None, None, None, None, None, 0.2, None, 0.5, 0.0, 0.0, *rest))
+    for k3_loss, sequence_mean in ((False, False), (True, True)):
+        options = 0.8, 1.3, 0.3, 0.7, 0.05, 0.4, k3_loss, sequence_mean
+        opcheck(ppo.forward_op, (*given, *rest, *options))
+    opcheck(ppo.forward_op, (*given[:4], *[None] * 5, *rest, 0.8, 1.2, None, 0.5, 0.0, 0.0, False, False))
     with torch.no_grad():
-        loss, metrics, a, b = ppo.forward_op(*given, 0.2, 0.3, 0.7, 0.05, 0.4, *rest)
-        opcheck(ppo.backward_op, (loss, metrics, given[3], a, b, 0.05, torch.float32, None, torch.float64))
+        _, *saved = ppo.forward_op(*given, *rest, *options)
+        saved.insert(1, given[3])
+        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, False, torch.float32, None, torch.float64))
+        opcheck(ppo.backward_op, (saved[0].sum(), *saved, 0.05, True, None, torch.float64, torch.float64))

@@ -1,15 +1,17 @@
 """Log-probabilities of tokens and the entropy of each row: one read forward; one read and one write backward.
 
-Forward, a program reads a row once, block after block, each thread 16 bytes at a time: a group. Every thread keeps
-sums (rows.py) for the groups that it reads, and the threads combine them only at the end of the row: the loop has no
-barrier. In the time that two bytes take from memory, some fifteen instructions fit, so it has few, about ten per logit:
-it skips the block that has the token, and the row's ends, which are read with masks afterwards. A row whose entropy
-would lose its digits (another logit leads by far) is read a second time, with the leaders summed separately.
+Forward, one program reads a row once, block after block, and every thread 16 bytes at a time: a group. Each group has
+its own running max and sums (rows.py), which are reduced to the row's at its end, so the loop has no barrier:
 
-Backward, a program recomputes p from a few blocks of logits: the logits are the only [rows, V] tensor kept in between.
+    row in memory    | before | ........ the row's logits ..................................... | after |
+    blocks           |<- skew, masked ->|<- whole ->|<- token's, masked ->|<- whole ->|<- tail, masked ->|
+
+Whole blocks have no masks: while two bytes come from memory there is time for some fifteen instructions. Blocks begin
+at multiples of 16 bytes also where the row does not. A row whose entropy would lose its digits, because one logit is
+far above the rest, is read a second time with its max known. Backward (logprobs_backward.py) makes p again from the
+logits: no other [rows, V] tensor waits between the two.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -17,259 +19,153 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of, refuse_second_derivative
-from minirlhf_kernels.fused.rows import CLOSE, LOG2E, LOWEST, LOWEST64, exp, finish, fold, fold_apart, gradient, join
-from minirlhf_kernels.reference import IGNORED_TOKEN, _check_tokens, _checked_temperature, _counted_rows
+from minirlhf_kernels.checks import IGNORED_TOKEN, check_tokens, checked_temperature, counted_rows
+from minirlhf_kernels.fused.common import as_rows, compute_dtype, from_16_bytes, on_device_of, register
+from minirlhf_kernels.fused.logprobs_backward import launch_backward, read_token, start_of
+from minirlhf_kernels.fused.rows import (
+    CLOSE,
+    LOG2E,
+    LOWEST,
+    LOWEST64,
+    accumulate,
+    accumulate_below,
+    finish,
+    reduce_groups,
+)
 
-# Lanes of a block and warps of a program, for rows up to 1024 logits and for longer ones. Two variants, for any V.
-SHORT, LONG = (1024, 4), (2048, 4)
-SPAN = 4  # blocks per program in backward
-# Otherwise Triton would recompile for a new divisibility of these, and for 1.
-RUN_TIME = ["rows", "inner", "columns", "outer_stride", "row_stride", "offset"]
-GRAD_RUN_TIME = [*RUN_TIME, "grad_outer_stride", "grad_row_stride", "grad_offset", "first_column", "vocabulary"]
+# Forward: lanes of a block, warps of a program, whether the next block is loaded early; rows up to 1024, and longer.
+SHORT, LONG = (1024, 4, False), (2048, 4, False)
+CANDIDATES = {
+    "4 warps": LONG,
+    "8 warps": (4096, 8, False),
+    "prefetch": (2048, 4, True),
+    "8 warps, prefetch": (4096, 8, True),
+}
+"""What LONG could be: none has run on a GPU yet."""
 
 
-def configuration(columns: int) -> tuple[int, int]:
+def configuration(columns: int) -> tuple[int, int, bool]:
+    """One variant for short rows and one for long ones, whatever V is."""
     return SHORT if columns <= 1024 else LONG
 
 
 @triton.jit
-def store_row(
-    logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement,
-    WANT_ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Store a row's results and what its backward needs; 0 if the row does not count."""
-    logprob = tl.where(counts, logprob, 0.0)
-    tl.store(logprobs + row, logprob)
-    if WANT_ENTROPY:
-        tl.store(entropies + row, tl.where(counts, entropy, 0.0))
-    tl.store(stats + row, tl.where(counts, top, 0.0))
-    tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
-    tl.store(stats + 2 * rows + row, tl.where(counts, complement, 0.0))
-    tl.store(stats + 3 * rows + row, logprob)
-
-
-@triton.jit
-def read_token(tokens, mask, row, columns, IGNORED: tl.constexpr, HAS_MASK: tl.constexpr):
-    """The row's token, whether the row counts, and whether the token is in the vocabulary (checked when debugging)."""
-    token = tl.load(tokens + row)
-    counts = token != IGNORED
-    if HAS_MASK:
-        counts = counts & (tl.load(mask + row) != 0)
-    inside = (token >= 0) & (token < columns)
-    tl.device_assert(inside | (counts == 0), "a token that counts is outside the vocabulary")
-    return token, counts, inside
-
-
-@triton.jit
-def start_of(row, inner, outer_stride, row_stride):
-    """Where row [outer, inner] starts, in elements. It divides in int32, which is fast, and multiplies in int64."""
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * row_stride
-
-
-@triton.jit
-def others(logits, start, skew, end, own, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Lanes start ... of a row that fills skew ... end; -inf outside the row, and at its token."""
+def load_others(logits, start, skew, end, token_at, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """A block [BLOCK] of a row that fills skew ... end; -inf in place of what is outside it, and of its token."""
     at = start + tl.arange(0, BLOCK)
     z = tl.load(logits + at, mask=(at >= skew) & (at < end), other=float("-inf")).to(ACC)
-    return tl.where(at == own, float("-inf"), z)
+    return tl.where(at == token_at, float("-inf"), z)
 
 
 @triton.jit
-def read_others(
-    logits, skew, end, own, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+def load_whole(logits, i, stop, token_block, skip, BLOCK: tl.constexpr):
+    """The whole block [BLOCK] at i, or the one after it where the token's is stepped over; past `stop`, nothing."""
+    start = tl.where(skip & (i >= token_block), i + BLOCK, i)
+    return tl.load(logits + start + tl.arange(0, BLOCK), mask=i < stop, other=0.0)
+
+
+@triton.jit
+def sum_row(
+    logits, skew, end, token_at, scale_log2, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """The sums (`join` of rows.py) of a row that fills skew ... end, without its token. Its loop has no barrier."""
-    lanes = tl.arange(0, BLOCK)
-    first, whole = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK
-    aside = own // BLOCK * BLOCK
-    steps_over = (aside >= first) & (aside < whole)
+    """max, sum of exp(u) and sum of exp(u) u (rows.py) of a row that fills skew ... end, without its token."""
     lowest = LOWEST64 if ACC == tl.float64 else LOWEST  # noqa: SIM300 (ACC is the variable)
-    peaks = tl.full((BLOCK // GROUP,), lowest, ACC)
-    totals, slopes = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
-    for i in range(first, tl.where(steps_over, whole - BLOCK, whole), BLOCK):
-        start = tl.where(steps_over & (i >= aside), i + BLOCK, i)
-        z = tl.load(logits + start + lanes).to(ACC)  # half precision ends here
-        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    if steps_over:
-        z = tl.load(logits + aside + lanes).to(ACC)
-        z = tl.where(lanes == own - aside, float("-inf"), z)
-        z = tl.reshape(z, (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    # Only the head of a row that starts between two multiples, and the tail, need a mask.
-    for start in range(tl.where(skew > 0, 0, whole), end, tl.maximum(whole, BLOCK)):
-        z = tl.reshape(others(logits, start, skew, end, own, ACC, BLOCK), (BLOCK // GROUP, GROUP))
-        peaks, totals, slopes = fold(z, bits, peaks, totals, slopes, WANT_ENTROPY)
-    return join(bits, peaks, totals, slopes)
-
-
-@triton.jit
-def read_apart(logits, skew, end, own, scale, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """The same with the leaders separate. It is rarely used: no registers are spent on its speed."""
-    peak, each = tl.full((), float("-inf"), ACC), tl.zeros((BLOCK,), ACC)
-    below, products = each, each
-    for start in range(0, end, BLOCK):
-        z = others(logits, start, skew, end, own, ACC, BLOCK)
-        peak, each, below, products = fold_apart(z, scale, peak, each, below, products)
-    return peak, tl.sum(each, 0), tl.sum(below, 0), tl.sum(products, 0)
+    row_max = tl.full((BLOCK // GROUP,), lowest, ACC)
+    sum_exp, sum_exp_u = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
+    first, last = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK  # whole blocks begin at first ... last - BLOCK
+    token_block = token_at // BLOCK * BLOCK
+    skip = (token_block >= first) & (token_block < last)
+    stop = tl.where(skip, last - BLOCK, last)
+    if PREFETCH:
+        ahead = load_whole(logits, first, stop, token_block, skip, BLOCK)
+    for i in range(first, stop, BLOCK):
+        if PREFETCH:
+            block = ahead
+            ahead = load_whole(logits, i + BLOCK, stop, token_block, skip, BLOCK)
+        else:
+            block = load_whole(logits, i, stop, token_block, skip, BLOCK)
+        z = tl.reshape(block.to(ACC), (BLOCK // GROUP, GROUP))  # half precision ends here
+        row_max, sum_exp, sum_exp_u = accumulate(z, scale_log2, row_max, sum_exp, sum_exp_u, WANT_ENTROPY)
+    for i in range(3):  # the blocks that need masks: the first of a row that is skewed, the token's, and the tail
+        start = tl.where(i == 0, 0, tl.where(i == 1, token_block, last))
+        tail = (last < end) & ((last > 0) | (skew == 0))
+        if tl.where(i == 0, skew > 0, tl.where(i == 1, skip, tail)) & (end > 0):
+            z = tl.reshape(load_others(logits, start, skew, end, token_at, ACC, BLOCK), (BLOCK // GROUP, GROUP))
+            row_max, sum_exp, sum_exp_u = accumulate(z, scale_log2, row_max, sum_exp, sum_exp_u, WANT_ENTROPY)
+    return reduce_groups(scale_log2, row_max, sum_exp, sum_exp_u)
 
 
 @triton.jit
 def read_row(
-    logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, skew, end, token_at, z_token, scale, scale_log2, WANT_ENTROPY: tl.constexpr, ACC: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """peak, leaders, rest and slope of a row without its token, read a second time if the entropy needs it."""
-    peak, total, slope = read_others(logits, skew, end, own, bits, WANT_ENTROPY, ACC, GROUP, BLOCK)
-    leaders, rest = tl.minimum(total, 1.0), tl.maximum(total - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    """max, ties, below and sum of exp(u) u of a row without its token; read again where the entropy needs it."""
+    row_max, sum_exp, sum_exp_u = sum_row(
+        logits, skew, end, token_at, scale_log2, WANT_ENTROPY, ACC, GROUP, BLOCK, PREFETCH
+    )
+    ties, below = tl.minimum(sum_exp, 1.0), tl.maximum(sum_exp - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if WANT_ENTROPY:  # noqa: SIM102 (known when the kernel is compiled)
-        if ((z_token > peak) == 0) & (rest < CLOSE):  # if the token leads, the others are summed relative to it
-            peak, leaders, rest, slope = read_apart(logits, skew, end, own, scale, ACC, BLOCK // 4)
-    return peak, leaders, rest, slope
+        if ((z_token > row_max) == 0) & (below < CLOSE):  # where the token is highest, the others are measured from it
+            ties_of, below_of = tl.zeros((BLOCK // 4,), ACC), tl.zeros((BLOCK // 4,), ACC)
+            sum_of = tl.zeros((BLOCK // 4,), ACC)
+            for start in range(0, end, BLOCK // 4):
+                z = load_others(logits, start, skew, end, token_at, ACC, BLOCK // 4)
+                ties_of, below_of, sum_of = accumulate_below(z, scale, row_max, ties_of, below_of, sum_of)
+            ties, below, sum_exp_u = tl.sum(ties_of, 0), tl.sum(below_of, 0), tl.sum(sum_of, 0)
+    return row_max, ties, below, sum_exp_u
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit
+def store_row(
+    logprobs, entropies, stats, row, rows, counts, z_token, scale, row_max, ties, below, sum_exp_u,
+    WANT_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """A row's results, and its stats [4, rows], from which backward starts; 0 where the row does not count."""
+    logprob, entropy, row_max, log_sum, one_minus_p = finish(z_token, scale, row_max, ties, below, sum_exp_u)
+    logprob = tl.where(counts, logprob, 0.0)
+    tl.store(logprobs + row, logprob)
+    if WANT_ENTROPY:
+        tl.store(entropies + row, tl.where(counts, entropy, 0.0))
+    tl.store(stats + row, tl.where(counts, row_max, 0.0))
+    tl.store(stats + rows + row, tl.where(counts, log_sum, 0.0))
+    tl.store(stats + 2 * rows + row, tl.where(counts, one_minus_p, 0.0))
+    tl.store(stats + 3 * rows + row, logprob)
+
+
+@triton.jit(
+    # Triton would compile again for 1 or another divisibility of these, and for `tokens[1:]`.
+    do_not_specialize=["rows", "inner", "columns", "outer_stride", "row_stride", "offset"],
+    do_not_specialize_on_alignment=["tokens", "mask", "logprobs", "entropies", "stats"],
+)
 def forward_kernel(
     logits, tokens, mask, logprobs, entropies, stats,
-    rows, inner, columns, outer_stride, row_stride, offset, per_temperature: tl.float64,
+    rows, inner, columns, outer_stride, row_stride, offset, inverse_temperature: tl.float64,
     IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, WANT_ENTROPY: tl.constexpr,
-    ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, on grid x. Offsets are int64: 8 x 4096 tokens with a vocabulary of 150k exceed 2^31."""
+    """One program per row, on grid x. Offsets are int64: eight sequences of 4096 tokens and 150k words pass 2^31."""
     row = tl.program_id(0)
-    token, counts, inside = read_token(tokens, mask, row, columns, IGNORED, HAS_MASK)
-    start_of_row = offset + start_of(row, inner, outer_stride, row_stride)
-    # Blocks start at multiples of 16 bytes even if the row doesn't; else 50257 logits would be read one by one.
-    skew = (start_of_row % GROUP).to(tl.int32)
-    row_logits = logits + tl.multiple_of(start_of_row - skew, GROUP)
-    scale, bits = tl.full((), per_temperature, ACC), tl.full((), per_temperature * LOG2E, ACC)
+    token, counts, in_vocabulary = read_token(tokens, mask, row, columns, IGNORED, HAS_MASK)
+    row_start = offset + start_of(row, inner, outer_stride, row_stride)
+    # Blocks begin at multiples of 16 bytes wherever the row does, or a row of 50257 would be read number by number.
+    skew = (row_start % GROUP).to(tl.int32)
+    logits += tl.multiple_of(row_start - skew, GROUP)
+    scale = tl.full((), inverse_temperature, ACC)
+    scale_log2 = tl.full((), inverse_temperature * LOG2E, ACC)
 
-    # A row that does not count has no columns here: nothing of it is read.
+    # A row that does not count is a row of no columns: nothing of it is read.
     end = tl.where(counts, skew + columns, 0)
-    own = tl.where(inside, skew + token, -1).to(tl.int32)
-    # A token outside the vocabulary gets NaN instead of a logit: nothing is read, and its row becomes NaN.
-    z_token = tl.load(row_logits + own, mask=counts & inside, other=float("nan")).to(ACC)
-    peak, leaders, rest, slope = read_row(
-        row_logits, skew, end, own, z_token, scale, bits, WANT_ENTROPY, ACC, GROUP, BLOCK
+    token_at = tl.where(in_vocabulary, skew + token, -1).to(tl.int32)
+    # A token outside the vocabulary reads NaN in place of a logit: its row comes out NaN, and nothing is read.
+    z_token = tl.load(logits + token_at, mask=counts & in_vocabulary, other=float("nan")).to(ACC)
+    row_max, ties, below, sum_exp_u = read_row(
+        logits, skew, end, token_at, z_token, scale, scale_log2, WANT_ENTROPY, ACC, GROUP, BLOCK, PREFETCH
     )
-    logprob, entropy, top, log_sum, complement = finish(z_token, scale, peak, leaders, rest, slope)
     store_row(
-        logprobs, entropies, stats, row, rows, counts, logprob, entropy, top, log_sum, complement, WANT_ENTROPY
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=GRAD_RUN_TIME)
-def backward_kernel(
-    logits, tokens, mask, entropies, stats, grad_logprobs, grad_entropies, grads,
-    rows, inner, columns, outer_stride, row_stride, offset, grad_outer_stride, grad_row_stride, grad_offset,
-    first_column, vocabulary, per_temperature: tl.float64,
-    IGNORED: tl.constexpr, HAS_MASK: tl.constexpr, OF_LOGPROBS: tl.constexpr, OF_ENTROPY: tl.constexpr,
-    ALIKE: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """One program per few blocks of a row: p from its logits, then (1 - p at the token, -p elsewhere) / temperature.
-
-    The entropy adds -p (log p + H) / temperature: in total p times a linear function of log p. `logits` may hold
-    columns first_column ... of a longer row (the linear op's slabs). ALIKE: rows of grads and of logits start at the
-    same offset from a multiple of 16 bytes.
-    """
-    row = tl.program_id(0)
-    token, counts, _ = read_token(tokens, mask, row, vocabulary, IGNORED, HAS_MASK)
-    logits_at = offset + start_of(row, inner, outer_stride, row_stride)
-    grads_at = grad_offset + start_of(row, inner, grad_outer_stride, grad_row_stride)
-    skew = (logits_at % GROUP).to(tl.int32)
-    logits += tl.multiple_of(logits_at - skew, GROUP)
-    grads += tl.multiple_of(grads_at - skew, GROUP) if ALIKE else grads_at - skew
-
-    scale = tl.full((), per_temperature, ACC)
-    top, log_sum = tl.load(stats + row), tl.load(stats + rows + row)
-    # With u = (z - top) / temperature, log p = u - log_sum, the gradient is exp(u) (level + slope u).
-    level, slope = scale * 0.0, scale * 0.0
-    if OF_LOGPROBS:
-        level -= tl.load(grad_logprobs + row).to(ACC)
-    if OF_ENTROPY:
-        slope -= tl.load(grad_entropies + row).to(ACC)
-        level += slope * (tl.load(entropies + row) - log_sum)
-    outer = tl.where(counts, scale * exp(-log_sum), 0.0)
-    level, slope = tl.where(counts, level * outer, 0.0), tl.where(counts, slope * outer, 0.0)
-    first, end = tl.program_id(1) * SPAN, skew + columns
-    last = tl.minimum(first + SPAN, end)
-    low = first + tl.where(skew > first, BLOCK, 0)
-    whole = tl.maximum((last - low) // BLOCK * BLOCK, 0)
-    for start in range(low, low + whole, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + at, mask=counts, other=float("-inf")).to(ACC)
-        tl.store(grads + at, gradient(z, top, scale, level, slope, OF_ENTROPY))
-    # Head and tail need masks: in smaller pieces, so that they cost the loop above no registers.
-    for i in range(first, last - whole, BLOCK // 4):
-        start = tl.where(i >= low, i + whole, i)
-        at = start + tl.arange(0, BLOCK // 4)
-        inside = (at >= skew) & (at < last)
-        z = tl.load(logits + at, mask=inside & counts, other=float("-inf")).to(ACC)
-        tl.store(grads + at, gradient(z, top, scale, level, slope, OF_ENTROPY), mask=inside)
-
-    own = token - first_column + skew
-    if counts & (own >= tl.maximum(first, skew)) & (own < last):
-        at_token = scale * 0.0
-        if OF_LOGPROBS:
-            at_token += tl.load(grad_logprobs + row).to(ACC) * tl.load(stats + 2 * rows + row)
-        if OF_ENTROPY:
-            logprob = tl.load(stats + 3 * rows + row)
-            of_entropy = tl.load(grad_entropies + row).to(ACC) * exp(logprob) * (logprob + tl.load(entropies + row))
-            at_token -= tl.where(logprob == float("-inf"), 0.0, of_entropy)
-        tl.debug_barrier()  # after the store of the block, which another thread did
-        tl.store(grads + own, at_token * scale)
-
-
-def room_like(x: Tensor) -> Tensor:
-    """Memory for x's gradient, with rows aligned as in x, even if x is `logits[:, :-1]`: see ALIKE."""
-    strides = x.stride()
-    in_order = all(a >= b * n for a, b, n in zip(strides[:-1], strides[1:], x.shape[1:], strict=True))
-    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
-    if x.numel() and strides[-1] == 1 and in_order and span <= 2 * x.numel():
-        _, offset = from_16_bytes(x)
-        return torch.empty(offset + span, dtype=x.dtype, device=x.device).as_strided(x.shape, strides, offset)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def launch_backward(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    out: Tensor | None = None,
-    first_column: int = 0,
-    vocabulary: int | None = None,
-) -> Tensor:
-    """The gradient with respect to logits, in their type; written into `out` if given."""
-    x, inner, outer_stride, row_stride = as_rows(logits)
-    out = room_like(x) if out is None else out
-    _, _, grad_outer_stride, grad_row_stride = as_rows(out)
-    rows, columns = tokens.numel(), logits.shape[-1]
-    ups = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
-    if rows and columns:
-        block, warps = configuration(columns)
-        group = 16 // max(x.dtype.itemsize, out.dtype.itemsize)
-        (x, offset), (base, grad_offset) = from_16_bytes(x), from_16_bytes(out)
-        differ = outer_stride - grad_outer_stride, row_stride - grad_row_stride, offset - grad_offset
-        with on_device_of(x):
-            backward_kernel[(rows, triton.cdiv(columns + group - 1, SPAN * block))](
-                x, tokens.contiguous(), stats if mask is None else mask.contiguous(), entropy, stats,
-                *(stats if g is None else g for g in ups), base,
-                rows, inner, columns, outer_stride, row_stride, offset, grad_outer_stride, grad_row_stride, grad_offset,
-                first_column, columns if vocabulary is None else vocabulary, 1.0 / temperature,
-                IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None,
-                OF_LOGPROBS=ups[0] is not None, OF_ENTROPY=ups[1] is not None,
-                ALIKE=all(d % group == 0 for d in differ),
-                ACC=tl.float64 if compute_dtype(stats) == torch.float64 else tl.float32,
-                GROUP=group, BLOCK=block, SPAN=SPAN * block, num_warps=warps,
-            )  # fmt: skip
-    return out
+        logprobs, entropies, stats, row, rows, counts, z_token, scale, row_max, ties, below, sum_exp_u, WANT_ENTROPY
+    )
 
 
 def launch_forward(
@@ -277,57 +173,33 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropy in tokens' shape (empty unless wanted), and the rows' stats [4, rows]."""
     if not tokens.is_cuda:
-        _counted_rows(tokens, mask, logits.shape[-1])  # on the CPU, checking costs no sync
-    dtype = compute_dtype(logits)
-    logprobs = torch.empty(tokens.shape, dtype=dtype, device=logits.device)
-    entropy = torch.empty(tokens.shape if want_entropy else (0,), dtype=dtype, device=logits.device)
+        counted_rows(tokens, mask, logits.shape[-1])  # on the CPU, looking costs no sync
+    logprobs, entropy, stats = empty_outputs(logits, tokens, mask, temperature, want_entropy)
     rows, columns = tokens.numel(), logits.shape[-1]
-    stats = torch.empty((4, rows), dtype=dtype, device=logits.device)
     x, inner, outer_stride, row_stride = as_rows(logits)
     if rows:
-        block, warps = configuration(columns)
+        block, warps, prefetch = configuration(columns)
         x, offset = from_16_bytes(x)
         with on_device_of(x):
             forward_kernel[(rows,)](
                 x, tokens.contiguous(), stats if mask is None else mask.contiguous(), logprobs, entropy, stats,
                 rows, inner, columns, outer_stride, row_stride, offset, 1.0 / temperature,
                 IGNORED=IGNORED_TOKEN, HAS_MASK=mask is not None, WANT_ENTROPY=want_entropy,
-                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-                GROUP=16 // x.dtype.itemsize, BLOCK=block, num_warps=warps,
+                ACC=tl.float64 if stats.dtype == torch.float64 else tl.float32,
+                GROUP=16 // x.dtype.itemsize, BLOCK=block, PREFETCH=prefetch, num_warps=warps,
             )  # fmt: skip
     return logprobs, entropy, stats
 
 
-# Eager calls go straight to the launchers through a plain autograd.Function; a compiled graph sees two opaque
-# operators. Both save the same tensors and share the backward.
+def empty_outputs(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = torch.empty(tokens.shape, dtype=compute_dtype(logits), device=logits.device)
+    entropy = logprobs.new_empty(tokens.shape if want_entropy else (0,))
+    return logprobs, entropy, logprobs.new_empty((4, tokens.numel()))
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tokens, mask, temperature, _ = inputs
-    _, entropy, stats = output
-    ctx.save_for_backward(logits, tokens, mask, entropy, stats)
-    ctx.temperature = temperature
-    ctx.set_materialize_grads(False)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = launch_forward(*inputs)
-        setup_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("token_logprobs")
-        logits, tokens, mask, entropy, stats = ctx.saved_tensors
-        grad = launch_backward(logits, tokens, mask, entropy, stats, grads[0], grads[1], ctx.temperature)
-        return grad, None, None, None, None
-
-
-@torch.library.custom_op("minirlhf::token_logprobs_backward", mutates_args=())
-def backward_op(
+def contiguous_backward(
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
@@ -337,33 +209,29 @@ def backward_op(
     grad_entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty_gradient(logits)
     return launch_backward(logits, tokens, mask, entropy, stats, grad_logprobs, grad_entropy, temperature, out=out)
 
 
-@backward_op.register_fake
-def _(logits: Tensor, *others: Any) -> Tensor:
+def empty_gradient(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-forward_op = torch.library.custom_op("minirlhf::token_logprobs", launch_forward, mutates_args=())
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, tokens, mask, ctx.temperature, ctx.want_entropy = inputs
+    ctx.save_for_backward(logits, tokens, mask, output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
-@forward_op.register_fake
-def _(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, want_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    new = functools.partial(torch.empty, dtype=compute_dtype(logits), device=logits.device)
-    return new(tokens.shape), new(tokens.shape if want_entropy else (0,)), new((4, tokens.numel()))
+def gradients(call: Any, ctx: Any, needed: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_entropy = grads[1] if ctx.want_entropy else None
+    return (call(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature),)
 
 
-def _backward_of_op(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_entropy = grads[1] if ctx.saved_tensors[3].numel() else None
-    grad = backward_op(*ctx.saved_tensors, grads[0], grad_entropy, ctx.temperature)
-    return grad, None, None, None, None
-
-
-forward_op.register_autograd(_backward_of_op, setup_context=setup_context)
+_call, forward_op, backward_op = register(
+    "token_logprobs", launch_forward, empty_outputs, launch_backward, empty_gradient, save, gradients,
+    learns=(0,), differentiable_outputs=2, operator_backward=contiguous_backward,
+)  # fmt: skip
 
 
 def token_logprobs(
@@ -375,8 +243,7 @@ def token_logprobs(
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.token_logprobs` in two kernels. On CUDA a token outside [0, V) makes its row NaN (no host sync)."""
-    temperature = _checked_temperature(temperature)
-    _check_tokens(tokens, mask, logits.shape[:-1])
-    call = forward_op if torch.compiler.is_compiling() else TokenLogprobs.apply
-    logprobs, entropy, _ = call(logits, tokens, mask, temperature, return_entropy)
+    temperature = checked_temperature(temperature)
+    check_tokens(tokens, mask, logits.shape[:-1])
+    logprobs, entropy, _ = _call(logits, tokens, mask, temperature, return_entropy)
     return (logprobs, entropy) if return_entropy else logprobs

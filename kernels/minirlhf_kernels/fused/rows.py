@@ -1,24 +1,28 @@
-"""The mathematics of one row for the kernels: partial sums that can be merged, and the results computed from them.
+"""The mathematics of a row of logits: an online softmax over all its logits but the token's, and what it gives.
 
-In a row of logits z the token is set aside; for the OTHERS three numbers are kept, for any part of the row:
+Of the row's logits z the token's is left out. Of the OTHERS three numbers are kept, for any part of the row:
 
-    peak      the highest logit so far
-    total     sum of 2^w, w = (z - peak) log2(e) / temperature
-    slope     sum of 2^w w                                          what the entropy needs
+    row_max     the highest logit so far (a running max)
+    sum_exp     sum of exp(u), u = (z - row_max) / temperature
+    sum_exp_u   sum of exp(u) u                                     what the entropy needs
 
-If another part has a higher peak, the old sums are scaled by 2^((old - new) log2(e) / temperature).
+Where another part has a higher max, the old sums are rescaled by exp((old max - new max) / temperature).
 
 Why it is stable. Only differences of logits are ever scaled or exponentiated: adding 1000 to a row changes nothing.
-No power is above 1. In `fold` a peak starts at the lowest finite number, so that -inf - peak is -inf and never NaN.
-The token is compared with the others, never subtracted from a sum that includes it:
+No power is above 1. In `accumulate` a running max begins at the lowest finite number, so that -inf - max is -inf and
+never NaN. The token is compared with the others, never subtracted from a sum that holds it:
 
-    the token leads     log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
-    another one leads   log p = u_token - log(leaders) - log1p((rest + exp(u_token)) / leaders)
+    the token is highest   log p = -log1p(odds),   odds = sum of the others / token        1 - p = odds / (1 + odds)
+    another one is         log p = u_token - log(ties) - log1p((below + exp(u_token)) / ties)
 
-with u = (z - peak) / temperature, `leaders` others at the peak and `rest` the sum of all below it. Both are sums of
-terms of one sign: no cancellation, and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and
-log_softmax gives 0, log p and its gradient keep all their digits. So does the entropy, except if another logit leads
-by far: then 1 + rest has lost the digits of rest, and the row needs `fold_apart`, which sums the leaders separately.
+with `ties` others at the max and `below` the sum of all under it. Both are sums of terms of one sign: no cancellation,
+and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and log_softmax gives 0, log p and its
+gradient keep all their digits. So does the entropy, except where one of the others is far above the rest: there
+1 + below has lost the digits of below, and the row is read again by `accumulate_below`, which keeps the two apart.
+
+How many digits that is depends on exp2 and log. In Triton's interpreter, where the tests of a machine without a GPU
+run, they are numpy's and exact to a float32's last digit: errors of 1e-8 there are the algorithm's alone. A GPU's
+ex2.approx and lg2.approx are good to 2^-22, so expect some 1e-7 on one.
 """
 
 import triton
@@ -26,9 +30,9 @@ import triton.language as tl
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 LOWEST, LOWEST64 = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931348623157e308)  # finite numbers
-FAR = tl.constexpr(-1e30)  # a peak further below than this adds nothing, and this can still be scaled
+FAR = tl.constexpr(-1e30)  # a max that is further below is rescaled to nothing, and this can still be scaled
 NEVER = tl.constexpr(-1500.0)  # 2 to this power is 0 in float64 too
-CLOSE = tl.constexpr(0.03)  # below this, 1 + rest keeps too few digits of rest
+CLOSE = tl.constexpr(0.03)  # in a sum of 1 + this, the rest keeps too few digits
 
 
 @triton.jit
@@ -45,103 +49,100 @@ def exp(x):
     """exp(x), x <= 0, to the last digit or two: 2^k exp(x - k ln 2). The hardware's is off by |x| / 2^24."""
     x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
     k = (x * LOG2E + 12582912.0) - 12582912.0  # 1.5 2^23: no float32 near it has a fraction
-    left = (x - k * 0.693359375) + k * 2.121944400546905827679e-4  # ln 2 in two parts, k times the first is exact
-    return tl.exp2(k) * tl.exp2(left * LOG2E)
+    remainder = (x - k * 0.693359375) + k * 2.121944400546905827679e-4  # ln 2 in two parts, k times the first is exact
+    return tl.exp2(k) * tl.exp2(remainder * LOG2E)
 
 
 @triton.jit
-def fold(z, bits, peak, total, slope, WANT_ENTROPY: tl.constexpr):
-    """Add a block z [groups, GROUP] of logits (-inf where none counts) to each group's own sums [groups]."""
-    higher = tl.maximum(peak, tl.max(z, 1))
-    step = tl.maximum(tl.maximum(peak - higher, FAR) * bits, NEVER)
-    w = (z - higher[:, None]) * bits
+def accumulate(z, scale_log2, row_max, sum_exp, sum_exp_u, WANT_ENTROPY: tl.constexpr):
+    """A block z [groups, GROUP] of logits (-inf where none counts) into each group's own sums [groups], u in bits."""
+    new_max = tl.maximum(row_max, tl.max(z, 1))
+    u_old = tl.maximum(tl.maximum(row_max - new_max, FAR) * scale_log2, NEVER)
+    u = (z - new_max[:, None]) * scale_log2
     if WANT_ENTROPY:
-        w = tl.maximum(w, NEVER, propagate_nan=tl.PropagateNan.ALL)  # -inf * 2^-inf is NaN
-    e = tl.exp2(w)
-    fade = tl.exp2(step)
-    total *= fade
+        u = tl.maximum(u, NEVER, propagate_nan=tl.PropagateNan.ALL)  # -inf * 2^-inf is NaN
+    e = tl.exp2(u)
+    rescale = tl.exp2(u_old)
+    sum_exp *= rescale
     if WANT_ENTROPY:
-        slope = slope * fade + step * total + tl.sum(e * w, 1)
-    return higher, total + tl.sum(e, 1), slope
+        sum_exp_u = sum_exp_u * rescale + u_old * sum_exp + tl.sum(e * u, 1)
+    return new_max, sum_exp + tl.sum(e, 1), sum_exp_u
 
 
 @triton.jit
-def join(bits, peaks, totals, slopes):
-    """Join the groups' sums into the row's: peak (-inf if nothing counts), total, and slope in nats."""
-    peak = tl.max(peaks, 0)
-    apart = tl.maximum(peaks - peak, FAR, propagate_nan=tl.PropagateNan.ALL)
-    step = tl.maximum(apart * bits, NEVER, propagate_nan=tl.PropagateNan.ALL)
-    fade = tl.exp2(step)
-    total = tl.sum(totals * fade, 0)
-    slope = tl.sum(fade * (slopes + step * totals), 0) * LN2
-    return tl.where(total == 0.0, float("-inf"), peak), total, slope
+def reduce_groups(scale_log2, row_max, sum_exp, sum_exp_u):
+    """The groups' sums [groups] as the row's: max (-inf where nothing counts), sum, and sum of exp(u) u in nats."""
+    top = tl.max(row_max, 0)
+    gap = tl.maximum(row_max - top, FAR, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.maximum(gap * scale_log2, NEVER, propagate_nan=tl.PropagateNan.ALL)
+    rescale = tl.exp2(u)
+    total = tl.sum(sum_exp * rescale, 0)
+    total_u = tl.sum(rescale * (sum_exp_u + u * sum_exp), 0) * LN2
+    return tl.where(total == 0.0, float("-inf"), top), total, total_u
 
 
 @triton.jit
-def seen_from(higher, scale, peak, leaders, rest, slope):
-    """Sums of a part, with its `leaders` separate, relative to a peak that is as high or higher."""
-    step = tl.where(peak == float("-inf"), 0.0, (peak - higher) * scale)
-    step = tl.maximum(step, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # it fades to 0, and 0 * -inf is NaN
-    fade = exp(step)
-    old = leaders + rest
-    rest = tl.where(higher > peak, fade * old, rest)
-    leaders = tl.where(higher > peak, 0.0, leaders)
-    return leaders, rest, fade * (slope + step * old)
-
-
-@triton.jit
-def fold_apart(z, scale, peak, leaders, rest, slope):
-    """Add a block z of logits to lanes of sums, with the leaders summed separately; in nats, to the last digit."""
-    higher = tl.maximum(peak, tl.max(z, 0))
-    leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
+def accumulate_below(z, scale, row_max, ties, below, sum_exp_u):
+    """A block z of logits into lanes of sums, those at the row's max counted apart; in nats, to the last digit."""
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     u = (z - shift) * scale
     e = exp(u)
-    leads = tl.where(z == shift, 1.0, 0.0)
-    rest += e - leads  # exactly 0 for a leader
-    slope += tl.where(e > 0.0, e * u, 0.0)  # 0 * -inf is NaN
-    return higher, leaders + leads, rest, slope
+    tie = tl.where(z == shift, 1.0, 0.0)
+    below += e - tie  # exactly 0 at the max
+    sum_exp_u += tl.where(e > 0.0, e * u, 0.0)  # 0 * -inf is NaN
+    return ties + tie, below, sum_exp_u
 
 
 @triton.jit
-def merge(scale, peak, leaders, rest, slope, other_peak, other_leaders, other_rest, other_slope):
-    """Merge two parts of a row: the leaders of the lower one join the rest."""
-    higher = tl.maximum(peak, other_peak)
-    leaders, rest, slope = seen_from(higher, scale, peak, leaders, rest, slope)
-    other_leaders, other_rest, other_slope = seen_from(
-        higher, scale, other_peak, other_leaders, other_rest, other_slope
-    )
-    return higher, leaders + other_leaders, rest + other_rest, slope + other_slope
+def rescaled(new_max, scale, row_max, ties, below, sum_exp_u):
+    """A part's sums, measured from a max that is as high as its own or higher."""
+    u = tl.where(row_max == float("-inf"), 0.0, (row_max - new_max) * scale)
+    u = tl.maximum(u, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # exp gives 0, and 0 * -inf is NaN
+    rescale = exp(u)
+    sum_exp = ties + below
+    below = tl.where(new_max > row_max, rescale * sum_exp, below)
+    ties = tl.where(new_max > row_max, 0.0, ties)
+    return ties, below, rescale * (sum_exp_u + u * sum_exp)
 
 
 @triton.jit
-def finish(z_token, scale, peak, leaders, rest, slope):
-    """log p, entropy, the row's highest logit, log of the sum below it, and 1 - p, from the sums of the others."""
-    total = leaders + rest
-    x = (z_token - tl.where(peak == float("-inf"), 0.0, peak)) * scale
-    token_leads = z_token > peak
-    # The token leads: all others are relative to it.
-    fade = tl.where(total > 0.0, exp(-tl.where(token_leads, x, 0.0)), 0.0)
-    odds = total * fade
+def merge(scale, max_a, ties_a, below_a, sum_exp_u_a, max_b, ties_b, below_b, sum_exp_u_b):
+    """Two parts of a row as one: what is at the lower max is below the higher."""
+    new_max = tl.maximum(max_a, max_b)
+    ties_a, below_a, sum_exp_u_a = rescaled(new_max, scale, max_a, ties_a, below_a, sum_exp_u_a)
+    ties_b, below_b, sum_exp_u_b = rescaled(new_max, scale, max_b, ties_b, below_b, sum_exp_u_b)
+    return new_max, ties_a + ties_b, below_a + below_b, sum_exp_u_a + sum_exp_u_b
+
+
+@triton.jit
+def finish(z_token, scale, row_max, ties, below, sum_exp_u):
+    """log p, entropy, the max of all logits, log of the sum of exp(u) under that max, and 1 - p."""
+    sum_exp = ties + below
+    u_token = (z_token - tl.where(row_max == float("-inf"), 0.0, row_max)) * scale
+    token_is_max = z_token > row_max
+    # The token is highest: the others are rescaled to it. `mean_gap` is how far below it they are, times their p.
+    gap = tl.where(token_is_max, u_token, 0.0)
+    rescale = tl.where(sum_exp > 0.0, exp(-gap), 0.0)
+    odds = sum_exp * rescale
     log_odds = log1p(odds)
-    spread = tl.where(fade > 0.0, fade * (tl.where(token_leads, x, 0.0) * total - slope), 0.0) / (1.0 + odds)
-    # Another logit leads.
-    own = exp(tl.where(token_leads, 0.0, x))
-    log_sum = tl.log(leaders) + log1p((rest + own) / leaders)
-    slope += tl.where(own > 0.0, own * x, 0.0)
-    logprob = tl.where(token_leads, 0.0 - log_odds, x - log_sum)
-    entropy = tl.where(token_leads, log_odds + spread, log_sum - slope / (total + own))
-    complement = tl.where(token_leads, odds / (1.0 + odds), total / (total + own))
-    return logprob, entropy, tl.maximum(z_token, peak), tl.where(token_leads, log_odds, log_sum), complement
+    mean_gap = tl.where(rescale > 0.0, rescale * (gap * sum_exp - sum_exp_u), 0.0) / (1.0 + odds)
+    # Another one is.
+    p_token = exp(tl.where(token_is_max, 0.0, u_token))
+    log_sum = tl.log(ties) + log1p((below + p_token) / ties)
+    sum_exp_u += tl.where(p_token > 0.0, p_token * u_token, 0.0)
+    logprob = tl.where(token_is_max, 0.0 - log_odds, u_token - log_sum)
+    entropy = tl.where(token_is_max, log_odds + mean_gap, log_sum - sum_exp_u / (sum_exp + p_token))
+    one_minus_p = tl.where(token_is_max, odds / (1.0 + odds), sum_exp / (sum_exp + p_token))
+    return logprob, entropy, tl.maximum(z_token, row_max), tl.where(token_is_max, log_odds, log_sum), one_minus_p
 
 
 @triton.jit
-def gradient(z, top, scale, level, slope, OF_ENTROPY: tl.constexpr):
-    """exp(u) (level + slope u), u = (z - top) / temperature."""
-    u = (z - top) * scale
+def gradient(z, row_max, scale, intercept, slope, OF_ENTROPY: tl.constexpr):
+    """exp(u) (intercept + slope u), u = (z - row_max) / temperature."""
+    u = (z - row_max) * scale
     if OF_ENTROPY:
         u = tl.maximum(u, -1000.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-inf) * -inf is NaN
-        grad = exp(u) * (level + slope * u)
+        grad = exp(u) * (intercept + slope * u)
     else:
-        grad = exp(u) * level
+        grad = exp(u) * intercept
     return grad
