@@ -70,15 +70,15 @@ def test_every_term_and_metric_by_hand():
 @pytest.mark.parametrize("high", [0.1, 0.28, 5.0])
 def test_the_clip_s_upper_limit_may_differ_from_its_lower_one(high):
     """DAPO's clip-higher: a token that should become likelier may rise to 1 + clip_range_high; it falls to 1 - 0.2."""
-    ratio = torch.tensor([[1.25, 1.25, 0.7, 0.7]]).double()
-    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]]).double()
+    ratio = torch.tensor([[1.25, 1.25, 0.7, 0.7]], dtype=F64)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=F64)
     logprobs, mask = ratio.log().requires_grad_(), torch.ones(1, 4, dtype=torch.bool)
-    loss, metrics = ppo_loss(logprobs, torch.zeros(1, 4).double(), advantages, mask, clip_range_high=high)
+    loss, metrics = ppo_loss(logprobs, torch.zeros(1, 4, dtype=F64), advantages, mask, clip_range_high=high)
     (grad,) = torch.autograd.grad(loss, logprobs)
     stops = high < 0.25
     by_hand = min(1.25, 1 + high) - 1.25 + 0.7 - 0.8
     assert loss.item() == pytest.approx(-by_hand / 4, rel=1e-12)
-    torch.testing.assert_close(grad, torch.tensor([[0.0 if stops else -1.25, 1.25, -0.7, 0.0]]).double() / 4)
+    torch.testing.assert_close(grad, torch.tensor([[0.0 if stops else -1.25, 1.25, -0.7, 0.0]], dtype=F64) / 4)
     assert metrics["policy/clip_fraction"].item() == (2 if stops else 1) / 4
 
 
