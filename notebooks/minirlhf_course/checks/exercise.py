@@ -1,23 +1,28 @@
 """The machine behind the checks: an `Exercise` runs an answer on its cases and names what went wrong.
 
 1. The answer and the reference run on every case, hand-worked ones first, then random ones of many sizes.
+   An answer is right if its numbers and gradients are, to about five digits, whatever the types they come in.
 2. Where they differ, the exercise's *suspects* run too: the mistakes that others made, each a small function. If one of
    them gives just what the answer gave on every case, its sentence is the verdict. If one does so on the smallest
-   failing case alone, that may be chance: its sentence is a hint below the verdict. That case is shown either way.
+   failing case and on most of the other failing ones, its sentence is a hint beside the verdict; on less than that it
+   may be chance, and nothing is said of it. The smallest failing case is shown either way.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import update_wrapper
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 
-from minirlhf_course.checks.outcome import Outcome, compare, describe, run_on, same
+from minirlhf_course.checks.outcome import Outcome, compare, conform, observed, run_on, same
+from minirlhf_course.checks.shown import describe
 from minirlhf_course.checks.untouched import is_untouched
 
 __all__ = ["Case", "Exercise", "Verdict", "exercise"]
@@ -35,7 +40,8 @@ class Case:
         name: what is special about it, shown to the learner.
         args: the arguments, in the order of the stub.
         expected: the answer worked by hand (tests compare it with the reference); None for random cases.
-        rtol: how far off an answer may be, relative to it; None: 1e-4 for float32 and 1e-8 for float64.
+        rtol: how far off an answer may be, relative to it, also where it is small; None: 1e-5 of the result, and 1e-6
+            of 1 or of its largest number where that is more.
     """
 
     name: str
@@ -90,7 +96,8 @@ class Exercise:
         hints: two, the second nearly the solution; in Markdown.
         leaves: names of tensor arguments that need a gradient. The gradients of every result into them must be right,
             also where they must be zero.
-        observe: turns (result, args) into what is compared, for answers that draw random numbers; a string is a fault.
+        observe: turns (result, args) into what is compared, for answers that draw random numbers: a dict from what each
+            thing is, in words that the learner reads ("the share of each action"), to its value. A string is a fault.
         budget: the most tensor operations that an answer may take, from its arguments; None: any number.
     """
 
@@ -128,13 +135,11 @@ class Exercise:
         """The code cell that the learner fills in."""
         arguments = ", ".join(self.arguments)
         if len(f"def my_{self.name}({arguments}):") > WIDTH:
-            arguments = "\n" + textwrap.fill(arguments, WIDTH, initial_indent="    ", subsequent_indent="    ") + "\n"
-        lines = (inspect.getdoc(self.reference) or "").splitlines()
-        lines[0] = f'"""{lines[0]}'
+            arguments = "\n" + textwrap.indent("\n".join(filled(arguments, WIDTH - 4)), "    ") + "\n"
+        lines = wrapped(f'"""{inspect.getdoc(self.reference) or ""}', WIDTH - 4)
         if len(lines) == 1 and len(lines[0]) < WIDTH - 7:
             lines[0] += '"""'
         else:
-            lines = [part for line in lines for part in textwrap.wrap(line, WIDTH - 4) or [""]]
             lines.append('"""')
         doc = textwrap.indent("\n".join(lines), "    ")
         return f"def my_{self.name}({arguments}):\n{doc}\n    ...  # your code here"
@@ -172,8 +177,25 @@ class Exercise:
             return Verdict("not attempted", later, self.reference, answer)
         problem, count = self._problem(answer)
         if problem is None:
-            return Verdict("passed", f"Right on all {count} cases; later cells use your function.", answer, answer)
+            message = f"Right on all {count} cases; later cells use your function."
+            return Verdict("passed", message, self._conformed(answer), answer)
         return Verdict("failed", problem, self.reference, answer)
+
+    def _conformed(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+        """A right answer, made to return the reference's types (a mask as bool) where it doesn't by itself."""
+        if self.observe is not None or answer is self.reference:
+            return answer
+        cases = list(self.cases())
+        patterns = [self.run(self.reference, case).result for case in cases]
+        results = [self.run(answer, case).result for case in cases]
+        rows = zip(cases, results, patterns, strict=True)
+        if all(_identical(x, conform(x, y, case.args)) for case, x, y in rows):
+            return answer
+
+        def conformed(*args: Any, **kwargs: Any) -> Any:
+            return conform(answer(*args, **kwargs), patterns[0], (*args, *kwargs.values()))
+
+        return conformed
 
     def run(self, function: Callable[..., Any], case: Case) -> Outcome:
         """A function's outcome on a case: its result, the gradients, and what it did wrong on the way."""
@@ -182,36 +204,131 @@ class Exercise:
 
     def _problem(self, answer: Callable[..., Any]) -> tuple[str | None, int]:
         cases = list(self.cases())
-        runs = [(case, self.run(answer, case), self.run(self.reference, case)) for case in cases]
-        found = [(case, got, compare(got, expected, case.rtol)) for case, got, expected in runs]
-        failing = [(case, got, problem) for case, got, problem in found if problem is not None]
+        runs = [_Run(case, self.run(answer, case), self.run(self.reference, case)) for case in cases]
+        constants = _never_moved([run.expected for run in runs])
+        for run in runs:
+            run.problem = compare(run.got, run.expected, run.case.rtol, constants)
+        failing = [run for run in runs if run.problem is not None]
         if not failing:
             return None, len(cases)
-        case, got, problem = min(failing, key=lambda item: item[0].size)  # the first of the smallest
-        sentence, certain = (None, False) if got.fault else self._suspect([(case, got) for case, got, _ in runs], case)
-        headline = sentence if sentence and certain else problem
-        if sentence and not certain:
-            headline += f" On this case it looks like a known mistake: {sentence}"
-        expected = next(expected for other, _, expected in runs if other is case)
-        return f"{headline}\n\n{describe(case.name, self.arguments, case.args, got, expected, problem)}", len(cases)
+        worst = min(failing, key=lambda run: run.case.size)  # the first of the smallest
+        sentence, certain = (None, False) if worst.got.fault else self._suspect(runs, worst)
+        order = None if sentence and certain else self._right_order(runs)
+        if sentence and certain:
+            headline = sentence
+        elif order is not None:
+            headline = _ordered(order)
+        elif sentence:
+            headline = f"{worst.problem} On this case it looks like a known mistake: {sentence}"
+        else:
+            headline = str(worst.problem)
+        case = worst.case
+        shown = describe(case.name, self.arguments, case.args, worst.got, worst.expected, worst.problem, case.rtol)
+        return f"{headline}\n\n{shown}", len(cases)
 
-    def _suspect(self, runs: list[tuple[Case, Outcome]], smallest: Case) -> tuple[str | None, bool]:
+    def _suspect(self, runs: list[_Run], worst: _Run) -> tuple[str | None, bool]:
         """The suspect that agrees with the answer on the smallest failing case and on most others: (sentence, on all).
 
-        What agrees on the smallest case alone may be another mistake, so only one that agrees on all is certain.
+        Only one that agrees on all cases is certain. One that agrees on less than half of the failing ones, or on a
+        single one of three or more, is as likely another mistake, and none is returned.
         """
         best, best_count = None, 0
-        runs = sorted(runs, key=lambda item: item[0] is not smallest)
+        failing = [run for run in runs if run.problem is not None]
+        runs = sorted(runs, key=lambda run: run is not worst)
         for sentence, suspect in self.suspects.items():
-            count = 0
-            for case, got in runs:
-                if same(got, self.run(suspect, case), case.rtol):
-                    count += 1
-                elif case is smallest:
+            agreed = []
+            for run in runs:
+                if same(run.got, self.run(suspect, run.case), run.case.rtol):
+                    agreed.append(run)
+                elif run is worst:
                     break
-            if count > best_count:
-                best, best_count = sentence, count
+            telling = sum(run.problem is not None for run in agreed)
+            enough = 2 * telling >= len(failing) and telling >= min(2, len(failing) // 2)
+            if enough and len(agreed) > best_count:
+                best, best_count = sentence, len(agreed)
         return best, best_count == len(runs)
+
+    def _right_order(self, runs: list[_Run]) -> tuple[int, ...] | None:
+        """The order in which what the answer returns is right on every case, if it isn't as it is."""
+        returned, wanted = runs[0].got.returned, runs[0].expected.returned
+        several = isinstance(returned, tuple | list) and isinstance(wanted, tuple | list)
+        if not several or len(returned) != len(wanted):
+            return None
+        for order in permutations(range(len(wanted))):
+            if all(compare(self._reordered(run, order), run.expected, run.case.rtol) is None for run in runs):
+                return order
+        return None
+
+    def _reordered(self, run: _Run, order: tuple[int, ...]) -> Outcome:
+        got = run.got
+        if not isinstance(got.returned, tuple | list) or len(got.returned) != len(order):
+            return got
+        seen = observed(tuple(got.returned[index] for index in order), run.case.args, self.observe)
+        seen.gradients = {(order.index(index), name): x for (index, name), x in got.gradients.items()}
+        seen.cut = {(order.index(index), name) for index, name in got.cut}
+        return seen
+
+
+@dataclass
+class _Run:
+    """An answer's outcome on a case, beside the reference's."""
+
+    case: Case
+    got: Outcome
+    expected: Outcome
+    problem: str | None = None
+
+
+def _never_moved(outcomes: Sequence[Outcome]) -> set[tuple[int, str]]:
+    """The places where no outcome has a gradient."""
+    places = {place for outcome in outcomes for place in outcome.gradients}
+    return {
+        place for place in places if not any(place in x.gradients and bool(x.gradients[place].any()) for x in outcomes)
+    }
+
+
+def _ordered(order: tuple[int, ...]) -> str:
+    if len(order) == 2:
+        return "Both results are right, but swapped: return the second one first."
+    first, *rest = (f"result {index + 1}" for index in order)
+    return f"All results are right, but in the wrong order: your {first} comes first, then {', then '.join(rest)}."
+
+
+def _identical(x: Any, y: Any) -> bool:
+    if isinstance(x, tuple | list) and isinstance(y, tuple):
+        return all(a is b for a, b in zip(x, y, strict=True))
+    return x is y
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The lines of a docstring, none longer than width.
+
+    Lines are left as they are unless one of their paragraph is too long; then all of that paragraph is filled anew, so
+    that no word is left alone on a line, and a shape like [N, T] is not broken.
+
+    >>> wrapped("The KL of one row [N, T] from another row, in nats.", 30)
+    ['The KL of one row [N, T]', 'from another row, in nats.']
+    """
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        lines += [""] if lines else []
+        given = paragraph.splitlines() or [""]
+        lines += given if all(len(line) <= width for line in given) else filled(" ".join(given), width)
+    return lines
+
+
+def filled(text: str, width: int) -> list[str]:
+    """The text in lines, as few as the width allows, the last one no shorter than half of the longest."""
+    together = r"( ?\[[^][]*\]| [<>=]+ |(?<=:) (?=tl\.))"  # "rewards [N, T]", "n <= N", "BLOCK: tl.constexpr"
+    kept = re.sub(together, lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    best = textwrap.wrap(kept, width)
+    while len(best[-1]) < max(map(len, best)) / 2:
+        width -= 1
+        narrower = textwrap.wrap(kept, width)
+        if len(narrower) > len(best):
+            break
+        best = narrower
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in best]
 
 
 def exercise(number: str, title: str, **about: Any) -> Callable[[Callable[..., Any]], Exercise]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf_course.checks.exercise import WIDTH, Case, Exercise, Verdict
+from minirlhf_course.checks.exercise import WIDTH, Case, Exercise, Verdict, filled
 from minirlhf_course.checks.outcome import Outcome
 from minirlhf_course.checks.untouched import is_untouched
 
@@ -115,11 +115,10 @@ class KernelExercise(Exercise):
     @property
     def stub(self) -> str:
         """The code cell that the learner fills in."""
-        names = [f"{name}:tl.constexpr" if name.isupper() else name for name in _parameters(self.kernel)]
+        names = [f"{name}: tl.constexpr" if name.isupper() else name for name in _parameters(self.kernel)]
         arguments = ", ".join(names)
         if len(f"def my_{self.name}({arguments}):") > WIDTH:
-            arguments = "\n" + textwrap.fill(arguments, WIDTH, initial_indent="    ", subsequent_indent="    ") + "\n"
-        arguments = arguments.replace(":tl", ": tl")  # not a place to break the line
+            arguments = "\n" + textwrap.indent("\n".join(filled(arguments, WIDTH - 4)), "    ") + "\n"
         doc = f'"""{inspect.getdoc(self.kernel)}\n"""'
         return f"def my_{self.name}({arguments}):\n{textwrap.indent(doc, '    ')}\n    ...  # your code here"
 

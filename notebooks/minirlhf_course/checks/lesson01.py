@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn.functional import one_hot
 
 from minirlhf import losses, returns
@@ -45,7 +46,7 @@ def _score_cases() -> list[Case]:
     "$\\partial \\log \\pi(a) / \\partial z$ with pencil and paper, and write it without autograd.",
     cases=_score_cases,
     suspects={
-        "The sign is turned: it is the one-hot of the action minus the probabilities.": (
+        "The sign is wrong: it is the one-hot of the action minus the probabilities.": (
             lambda z, a: z.softmax(-1) - _hot(z, a)
         ),
         "The one-hot of the action is missing: its own logit appears in log pi(a) = z_a - logsumexp(z) as well.": (
@@ -54,6 +55,20 @@ def _score_cases() -> list[Case]:
         "The probabilities are missing: logsumexp(z) depends on every logit.": lambda z, a: _hot(z, a),
         "This is the gradient of pi(a), not of log pi(a): divide by pi(a).": (
             lambda z, a: z.softmax(-1).gather(-1, a[:, None]) * (_hot(z, a) - z.softmax(-1))
+        ),
+        "The softmax runs over the rows, the states: each row is a distribution of its own, use softmax(-1).": (
+            lambda z, a: _hot(z, a) - z.softmax(0)
+        ),
+        "Only the logit of the action taken moves: logsumexp(z) depends on the other logits too, and they get "
+        "-pi(b).": lambda z, a: _hot(z, a) * (1 - z.softmax(-1)),
+        "It subtracts log-probabilities: the derivative of logsumexp(z) is the probabilities, softmax(-1).": (
+            lambda z, a: _hot(z, a) - z.log_softmax(-1)
+        ),
+        "It subtracts the logits: the derivative of logsumexp(z) is the probabilities, softmax(-1).": (
+            lambda z, a: _hot(z, a) - z
+        ),
+        "This is the gradient of the mean over the rows: each row's own score is not divided by the number of rows.": (
+            lambda z, a: (_hot(z, a) - z.softmax(-1)) / len(z)
         ),
     },
     hints=(
@@ -80,27 +95,33 @@ def _rows(*rows: list[float]) -> Tensor:
 def _sample_cases() -> list[Case]:
     half, third = [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]
     return [
-        Case(f"probabilities {half}, in {DRAWS} rows", (_rows(half),), rtol=0.06),
-        Case("the same with 7 added to every logit", ((_rows(half) + 7).detach().requires_grad_(),), rtol=0.06),
-        Case(f"half of the rows have probabilities {half}, half {third}", (_rows(half, third),), rtol=0.06),
+        Case(f"probabilities {half}, in {DRAWS} rows", (_rows(half),), rtol=0.08),
+        Case("the same with 7 added to every logit", ((_rows(half) + 7).detach().requires_grad_(),), rtol=0.08),
+        Case(f"half of the rows have probabilities {half}, half {third}", (_rows(half, third),), rtol=0.08),
     ]
 
 
 def _sample_observe(result: Any, args: tuple[Any, ...]) -> Any:
-    """How often each action came (a row a distribution), how far off the log-probs are, whether they can learn."""
+    """How often each action came (a row per distribution), how far off the log-probs are, whether they can learn."""
     (logits,) = args
     shapes = [tuple(x.shape) for x in result] if isinstance(result, tuple | list) else None
     if shapes != [(len(logits),)] * 2:
-        return (
-            f"It must return two tensors of shape ({len(logits)},), actions and logprobs: one of each a row of logits."
-        )
+        shape = f"({len(logits)},)"
+        return f"It must return two tensors of shape {shape}, actions and logprobs: one of each per row of logits."
     actions, logprobs = result
     if actions.is_floating_point():
         return f"The actions must be integers, not {actions.dtype}."
+    if not logprobs.isfinite().all():
+        return "Some log-probabilities are infinite or NaN: an action whose probability is 0 was never drawn."
     frequencies = _hot(logits, actions).unflatten(0, (-1, DRAWS)).mean(1)
     truth = logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
-    error = (logprobs - truth).abs().max().detach()
-    return frequencies.detach(), (error * 1e3).round() / 1e3, float(logprobs.requires_grad)
+    errors = (logprobs - truth).abs().detach()
+    return {
+        "the share of each action": (frequencies.detach() * 100).round() / 100,
+        "the largest error of a log-probability": (errors.max() * 1e3).round() / 1e3,
+        "the share of rows whose log-probability is right": ((errors < 1e-3).float().mean() * 100).round() / 100,
+        "whether the log-probabilities carry a gradient (1) or not (0)": float(logprobs.requires_grad),
+    }
 
 
 def _drawn(logits: Tensor) -> Tensor:
@@ -118,6 +139,23 @@ def _sampled(table_of: Callable[[Tensor], Tensor], draw: Callable[[Tensor], Tens
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1)
+
+
+def _by_position(logits: Tensor) -> Any:
+    """What `Categorical(logits)` makes of logits that happen to have one sign."""
+    policy = Categorical(probs=logits.abs())
+    actions = policy.sample()
+    return actions, policy.log_prob(actions)
+
+
+def _twice(logits: Tensor) -> Any:
+    actions, others = _drawn(logits), _drawn(logits)
+    return actions, _taken(_log_softmax(logits), others)
+
+
+def _over_rows(logits: Tensor) -> Any:
+    actions = torch.multinomial(logits.detach().softmax(0), 1).squeeze(-1)
+    return actions, _taken(logits.log_softmax(0), actions)
 
 
 @exercise(
@@ -145,8 +183,23 @@ def _log_softmax(logits: Tensor) -> Tensor:
         "One action was drawn for all rows: draw one for each.": (
             partial(_sampled, _log_softmax, lambda z: _drawn(z[:1]).expand(len(z)))
         ),
-        "The sign of the log-probs is turned: they are never above 0.": (
+        "The sign of the log-probs is wrong: they are never above 0.": (
             partial(_sampled, lambda z: -z.log_softmax(-1), _drawn)
+        ),
+        "The logits were taken for probabilities: the first argument of Categorical is `probs`. "
+        "Write Categorical(logits=logits).": _by_position,
+        "It draws twice: the log-probs belong to other actions than those it returns. Draw once.": (_twice),
+        "The softmax runs over the rows, the states: each row is a distribution of its own, use softmax(-1).": (
+            _over_rows
+        ),
+        "The log-probs are normalised over the rows: each row is a distribution of its own, use log_softmax(-1).": (
+            partial(_sampled, lambda z: z.log_softmax(0), _drawn)
+        ),
+        "The log-prob is that of the likeliest action, whichever was drawn: take the drawn action's.": (
+            lambda z: (_drawn(z), z.log_softmax(-1).amax(-1))
+        ),
+        "The log-prob is that of the first action, whichever was drawn: take the drawn action's.": (
+            lambda z: (_drawn(z), z.log_softmax(-1)[:, 0])
         ),
     },
     hints=(
@@ -190,10 +243,13 @@ def _returns_with(bug: str, rewards: Tensor, ends: Tensor, gamma: float) -> Tens
     if bug == "no gamma":
         gamma = 1.0
     result, carry = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        following = torch.where(ends[:, t], 0, carry)
-        carry = rewards[:, t] + gamma * following
-        result[:, t] = {"next reward": following, "gamma again": gamma * carry}.get(bug, carry)
+    columns = range(rewards.shape[1])
+    for t in columns if bug == "forwards" else reversed(columns):
+        cut = ends[:, t] if bug != "forwards" else ends[:, t - 1] if t > 0 else never[:, 0]
+        following = torch.where(cut, 0, carry)
+        carry = rewards[:, t] + (1.0 if bug == "gamma once" else gamma) * following
+        once = rewards[:, t] + gamma * following
+        result[:, t] = {"next reward": following, "gamma again": gamma * carry, "gamma once": once}.get(bug, carry)
     return result.flip(1) if bug == "flipped" else result
 
 
@@ -220,6 +276,11 @@ def _from_the_start(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     """Every reward discounted from the start of the row, then summed from t on."""
     powers = gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype)
     return _returns_with("no gamma", rewards * powers, ends, 1.0)
+
+
+def _centred(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    result = returns.discounted_returns(rewards, ends, gamma)
+    return result - result.mean()
 
 
 @exercise(
@@ -258,10 +319,17 @@ def _from_the_start(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
             partial(_returns_with, "flipped")
         ),
         "It sums what came before: the return looks forward, at the rewards still to come.": _so_far,
+        "It goes through time forwards: G_t needs what is still to come, so start from the last column.": (
+            partial(_returns_with, "forwards")
+        ),
         "Every step gets the return of its whole episode: an action can't change rewards from before it.": (
             partial(_so_far, total=True)
         ),
         "The discount counts from the start of the row: in G_t it counts from t.": _from_the_start,
+        "The discount is applied once, not once per step: it is r_t + gamma * (r_{t+1} + gamma * (r_{t+2} + ...)).": (
+            partial(_returns_with, "gamma once")
+        ),
+        "The mean of the returns is subtracted: return G itself, baselines come in lesson 02.": _centred,
     },
     hints=(
         "Go backwards: the last return is the last reward, and each one before needs only the one after it.",
@@ -325,6 +393,21 @@ def _loss_cases() -> list[Case]:
         ),
         "It multiplies two means: multiply step by step first, then take the mean.": (
             lambda lp, g, gamma: -(_powers(lp, gamma) * g.detach()).mean() * lp.mean()
+        ),
+        "gamma^t runs backwards: the first step has weight 1, the last one the smallest.": (
+            lambda lp, g, gamma: -(_powers(lp, gamma).flip(0) * g.detach() * lp).mean()
+        ),
+        "The power counts rows: t is the column.": (
+            lambda lp, g, gamma: -(_powers(lp.T, gamma)[:, None] * g.detach() * lp).mean()
+        ),
+        "The weight is gamma * t: it is the power gamma ** t.": (
+            lambda lp, g, gamma: -(gamma * torch.arange(lp.shape[1], dtype=lp.dtype) * g.detach() * lp).mean()
+        ),
+        "The weight is gamma at every step: it is the power gamma ** t.": (
+            lambda lp, g, gamma: -(gamma * g.detach() * lp).mean()
+        ),
+        "No gradient flows into logprobs: the policy can't learn.": (
+            lambda lp, g, gamma: -(_powers(lp, gamma) * g * lp).mean().detach()
         ),
     },
     hints=(

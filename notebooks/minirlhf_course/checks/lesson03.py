@@ -36,6 +36,11 @@ def _td_cases() -> list[Case]:
     return cases
 
 
+def _next_of(values: Tensor, last: Tensor) -> Tensor:
+    """The values of the next column, and `last` [N, 1] after the last one."""
+    return torch.cat((values[:, 1:], last), 1)
+
+
 def _shifted(flag: Tensor, steps: int) -> Tensor:
     """The flags of the step before (1) or after (-1); False where there is none."""
     blank = torch.zeros_like(flag[:, :1])
@@ -69,7 +74,7 @@ def _shifted(flag: Tensor, steps: int) -> Tensor:
         "done and next_done are swapped: it uses the next step's flag; next_values[:, t] goes with terminated[:, t].": (
             lambda r, v, n, te, tr, gamma: r + gamma * n * ~_shifted(te, -1) - v
         ),
-        "The mask is turned round: it bootstraps only where the episode terminated.": (
+        "The mask is the wrong way round: it bootstraps only where the episode terminated.": (
             lambda r, v, n, te, tr, gamma: r + gamma * n * te - v
         ),
         "The reward of the last step is lost: (1 - terminated) belongs to next_values alone.": (
@@ -78,12 +83,33 @@ def _shifted(flag: Tensor, steps: int) -> Tensor:
         "V(S) is missing: this is the target, the error is the target minus V(S).": (
             lambda r, v, n, te, tr, gamma: r + gamma * n * ~te
         ),
-        "The sign is turned: the error is the target minus V(S).": lambda r, v, n, te, tr, gamma: (
+        "The sign is wrong: the error is the target minus V(S).": lambda r, v, n, te, tr, gamma: (
             v - r - gamma * n * ~te
         ),
         "The discount is missing: gamma * V(S').": lambda r, v, n, te, tr, gamma: r + n * ~te - v,
         "gamma stands at the wrong value: it discounts V(S'), which is one step away.": (
             lambda r, v, n, te, tr, gamma: r + n * ~te - gamma * v
+        ),
+        "It takes values[:, t + 1] for V(S'): after an end that is the next episode's first state. Use next_values.": (
+            lambda r, v, n, te, tr, gamma: r + gamma * _next_of(v, n[:, -1:]) * ~te - v
+        ),
+        "It takes values[:, t + 1] for V(S'), and 0 in the last column: use next_values.": (
+            lambda r, v, n, te, tr, gamma: r + gamma * _next_of(v, torch.zeros_like(n[:, -1:])) * ~te - v
+        ),
+        "It takes values[:, t + 1] for V(S'), and the row's first value in the last column: use next_values.": (
+            lambda r, v, n, te, tr, gamma: r + gamma * v.roll(-1, 1) * ~te - v
+        ),
+        "next_values are shifted once more: next_values[:, t] already is the value of the state that step t led to.": (
+            lambda r, v, n, te, tr, gamma: r + gamma * n.roll(-1, 1) * ~te - v
+        ),
+        "V(S) is cut as well: the state in which the last step was taken is not terminal, only the next one is.": (
+            lambda r, v, n, te, tr, gamma: r + (gamma * n - v) * ~te
+        ),
+        "The whole error is cut where the episode ends: only V(S') is 0 there.": (
+            lambda r, v, n, te, tr, gamma: (r + gamma * n - v) * ~te
+        ),
+        "The reward is discounted too: gamma belongs to V(S') alone.": (
+            lambda r, v, n, te, tr, gamma: gamma * (r + n * ~te) - v
         ),
     },
     hints=(
@@ -123,7 +149,13 @@ def _losses_with(
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """Exercise 3.2 with one mistake planted."""
+    if bug == "shifted":
+        next_values = _next_of(values, next_values[:, -1:])
+    if bug == "no gamma":
+        gamma = 1.0
     targets = rewards + gamma * (next_values if bug == "terminal" else next_values * ~terminated)
+    if bug == "reward":
+        targets = rewards
     if bug != "residual":
         targets = targets.detach()
     advantages = targets.detach() - values
@@ -133,7 +165,10 @@ def _losses_with(
         advantages = advantages.detach()
     errors = (values.detach() if bug == "deaf" else values) - targets
     sign, half = (1.0 if bug == "sign" else -1.0), (1.0 if bug == "half" else 0.5)
-    return sign * (logprobs * advantages).mean(), half * errors.square().mean()
+    actor = (logprobs.mean() * advantages.mean()) if bug == "two means" else (logprobs * advantages).mean()
+    critic = (errors.abs() if bug == "absolute" else errors.square()).mean()
+    size = {"sums": rewards.numel(), "row sums": rewards.shape[1]}.get(bug, 1)
+    return size * sign * actor, size * half * critic
 
 
 @exercise(
@@ -156,9 +191,27 @@ def _losses_with(
         "The actor's weight is the whole target: subtract V(S), the weight is the TD error.": (
             partial(_losses_with, "return")
         ),
-        "The minus sign of the actor's loss is missing: the optimizer minimises.": partial(_losses_with, "sign"),
+        "The minus sign of the actor's loss is missing, or the TD error is V(S) - target: the optimizer minimises.": (
+            partial(_losses_with, "sign")
+        ),
         "The half is missing: the critic's loss is 1/2 (V - target)^2.": partial(_losses_with, "half"),
         "The critic can't learn: no gradient flows from its loss into `values`.": partial(_losses_with, "deaf"),
+        "It takes values[:, t + 1] for V(S'): after an end that is the next episode's first state. Use next_values.": (
+            partial(_losses_with, "shifted")
+        ),
+        "The discount is missing: the target is R + gamma V(S').": partial(_losses_with, "no gamma"),
+        "The critic's target is the reward alone: it is R + gamma V(S').": partial(_losses_with, "reward"),
+        "These are sums: take means over all steps.": partial(_losses_with, "sums"),
+        "These are means over rows of sums over steps: take one mean over all steps.": partial(
+            _losses_with, "row sums"
+        ),
+        "The actor's loss multiplies two means: multiply step by step first, then take the mean.": (
+            partial(_losses_with, "two means")
+        ),
+        "The mask is the wrong way round: it bootstraps only where the episode terminated.": (
+            lambda lp, v, n, r, te, gamma: _losses_with("", lp, v, n, r, ~te, gamma)
+        ),
+        "The critic's error is not squared: its loss is 1/2 (V - target)^2.": partial(_losses_with, "absolute"),
     },
     hints=(
         "Write the target once, detached; both losses use it.",
@@ -218,8 +271,8 @@ def _step_with(
     gamma: float,
 ) -> tuple[Tensor, Tensor, float]:
     """Exercise 3.3 with one mistake planted."""
-    following = 0.0 if terminated and bug != "terminal" else gamma * w[next_state]
-    delta = reward + following - w[state]
+    following = 0.0 if terminated and bug != "terminal" else (1.0 if bug == "no gamma" else gamma) * w[next_state]
+    delta = reward + following - (0.0 if bug == "no V" else w[state])
     new_w, new_theta = w.clone(), theta.clone()
     if bug == "I first":
         discount = gamma * discount
@@ -228,9 +281,13 @@ def _step_with(
         following = 0.0 if terminated else gamma * new_w[next_state]
         delta = reward + following - new_w[state]
     hot = one_hot(torch.tensor(action), theta.shape[1]).to(theta.dtype)
-    score = hot if bug == "hot" else hot - theta[state].softmax(-1)
+    probabilities = theta.softmax(0)[state] if bug == "over states" else theta[state].softmax(-1)
+    score = hot if bug == "hot" else hot * (1 - probabilities) if bug == "taken" else hot - probabilities
+    if bug in ("no delta", "reward"):
+        delta = torch.ones_like(w[state]) if bug == "no delta" else torch.ones_like(w[state]) * reward
     weight = 1.0 if bug == "no I" else -discount if bug == "actor's sign" else discount
-    new_theta[state] += (alpha_w if bug == "alphas" else alpha_theta) * weight * delta * score
+    moved = slice(None) if bug == "all states" else state
+    new_theta[moved] += (alpha_w if bug == "alphas" else alpha_theta) * weight * delta * score
     if bug in ("I first", "I kept"):
         return new_theta, new_w, discount
     return new_theta, new_w, 1.0 if bug == "reset" and terminated else gamma * discount
@@ -267,6 +324,19 @@ def _step_with(
             _step_with, "hot"
         ),
         "The actor's step has the critic's learning rate: it is alpha_theta.": partial(_step_with, "alphas"),
+        "Only the action taken moves: subtract the probabilities of the other actions too, one_hot - softmax.": (
+            partial(_step_with, "taken")
+        ),
+        "The softmax runs over the states: the policy in a state is softmax(theta[state]).": partial(
+            _step_with, "over states"
+        ),
+        "Every state moves: the policy of a state depends on its own row alone, theta[state].": partial(
+            _step_with, "all states"
+        ),
+        "delta has no discount: reward + gamma * w[next_state] - w[state].": partial(_step_with, "no gamma"),
+        "delta is taken at the new state only: reward + gamma * w[next_state] - w[state].": partial(_step_with, "no V"),
+        "The actor's step ignores delta: alpha_theta * I * delta * score.": partial(_step_with, "no delta"),
+        "The actor's step is weighed with the reward: alpha_theta * I * delta * score.": partial(_step_with, "reward"),
     },
     hints=(
         "In the book's order: delta, w, theta, I. Work on copies (`theta.clone()`).",
@@ -340,6 +410,21 @@ def _terms(logits: Tensor) -> Tensor:
         ),
         "The softmax runs over the wrong dimension: the actions are the last one.": (
             lambda z: -(z.softmax(0) * z.log_softmax(0).masked_fill(z == -torch.inf, 0.0)).sum(-1)
+        ),
+        "The numbers are right, but the gradient is NaN where a probability is 0: the derivative of p log p there is "
+        "infinite. Start from log_softmax, and fill what is -inf with 0 (masked_fill).": (
+            lambda z: torch.special.entr(z.softmax(-1)).sum(-1)
+        ),
+        "The numbers are right, but the gradient is NaN where a probability is 0: torch.where takes the -inf out of "
+        "the result, not out of the derivative. Fill the log-probability with 0 before the product.": (
+            lambda z: -torch.where(z == -torch.inf, 0.0, z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+        ),
+        "This is the perplexity, exp of the entropy: leave exp out.": lambda z: _terms(z).sum(-1).exp(),
+        "The probability is missing: it is the mean of -log p under the policy, so weigh by p.": (
+            lambda z: -z.log_softmax(-1).masked_fill(z == -torch.inf, 0.0).sum(-1)
+        ),
+        "The entropy is detached from the graph: as a bonus it would have no gradient.": (
+            lambda z: _terms(z.detach()).sum(-1)
         ),
     },
     hints=(

@@ -42,12 +42,20 @@ def _q_cases() -> list[Case]:
         "V is not the best Q (that would be the optimal policy's): weigh each action by its probability.": (
             lambda q, p: q - q.amax(-1, keepdim=True)
         ),
-        "V is one number a state: sum p * Q over the actions before subtracting.": lambda q, p: q - p * q,
-        "The sign is turned: A = Q - V, positive for a better action.": lambda q, p: (p * q).sum(-1, keepdim=True) - q,
+        "V is one number per state: sum p * Q over the actions before subtracting.": lambda q, p: q - p * q,
+        "The sign is wrong: A = Q - V, positive for a better action.": lambda q, p: (p * q).sum(-1, keepdim=True) - q,
         "This weighs the advantages by the probabilities: A = Q - V, without another p.": (
             lambda q, p: p * (q - (p * q).sum(-1, keepdim=True))
         ),
         "It averages over the states too: V(s) is one number for each state.": lambda q, p: q - (p * q).sum(-1).mean(),
+        "The sum runs over the states: V(s) sums over the actions, the last dimension.": (
+            lambda q, p: q - (p * q).sum(0, keepdim=True)
+        ),
+        "V is one sum over everything: V(s) is one number for each state.": lambda q, p: q - (p * q).sum(),
+        "The products are averaged: the probabilities are the weights already, so sum over the actions.": (
+            lambda q, p: q - (p * q).mean(-1, keepdim=True)
+        ),
+        "This is Q / V: the advantage is a difference.": lambda q, p: q / (p * q).sum(-1, keepdim=True),
     },
     hints=(
         "$V(s) = \\sum_a \\pi(a|s) Q(s, a)$.",
@@ -93,23 +101,44 @@ def _n_step_with(
     bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
 ) -> Tensor:
     """Exercise 4.2 with one mistake planted."""
-    n = {"too few": max(n - 1, 1), "too many": n + 1}.get(bug, n)
+    n = {"too few": max(n - 1, 1), "too many": n + 1, "all": rewards.shape[1]}.get(bug, n)
     columns = rewards.shape[1]
     result = torch.zeros_like(rewards)
     extended = torch.cat((values, last_values[:, None]), 1)
     for row in range(len(rewards)):
         for t in range(columns):
             total, k = torch.zeros_like(rewards[0, 0]), t
+            if bug == "whole windows" and t + n > columns:
+                continue
+            ended = False
             while k < min(t + n, columns):
+                if bug == "reward lost" and ends[row, k]:
+                    ended = True
+                    break
                 total = total + (1.0 if bug == "rewards" else gamma ** (k - t)) * rewards[row, k]
                 k += 1
-                if ends[row, k - 1] and bug != "crosses":
+                seen = k - 2 if bug == "late" else k - 1
+                ended = seen >= t and bool(ends[row, seen])
+                if ended and bug != "crosses":
                     break
-            ended = bool(ends[row, k - 1])
             if (not ended or bug in ("crosses", "end")) and not (bug == "no value" or (bug == "last" and k == columns)):
-                power = 1.0 if bug == "no discount" else gamma if bug == "one gamma" else gamma ** (k - t)
-                total = total + power * extended[row, k]
+                steps = n if bug == "gamma n" else k - t
+                power = 1.0 if bug == "no discount" else gamma if bug == "one gamma" else gamma**steps
+                total = total + power * extended[row, k - 1 if bug == "early value" else k]
             result[row, t] = total if bug == "target" else total - values[row, t]
+    return result
+
+
+def _n_step_cut_late(
+    rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
+) -> Tensor:
+    """The n-step advantage from TD errors, each multiplied by the flag of the step after it."""
+    deltas = rewards + gamma * _next_values(values, last_values) * ~ends - values
+    nothing = torch.zeros_like(deltas[:, :1])
+    late = torch.cat((ends[:, 1:], torch.zeros_like(ends[:, :1])), 1)
+    result = deltas
+    for _ in range(n - 1):
+        result = deltas + gamma * torch.cat((result[:, 1:], nothing), 1) * ~late
     return result
 
 
@@ -140,6 +169,23 @@ def _n_step_with(
         "V(S_t) is missing: this is the target, the advantage is the target minus V(S_t).": (
             partial(_n_step_with, "target")
         ),
+        "The value beyond the row's end is discounted with gamma^n, though fewer than n steps lead there: "
+        "gamma^k for k steps.": partial(_n_step_with, "gamma n"),
+        "The reward of an episode's last step is lost: the end cuts off what follows, not the step itself.": (
+            partial(_n_step_with, "reward lost")
+        ),
+        "The end is noticed a step late: ends[:, t] says that nothing after step t belongs to its episode.": (
+            partial(_n_step_with, "late")
+        ),
+        "The sum is cut a step late: delta is right, but ends[:, t] must cut what comes after step t too, not "
+        "ends[:, t + 1].": _n_step_cut_late,
+        "Where fewer than n steps are left in the row it gives 0: add those that there are, then last_values.": (
+            partial(_n_step_with, "whole windows")
+        ),
+        "The value is a step early: after k rewards comes V(S_{t+k}), values[:, t + k].": (
+            partial(_n_step_with, "early value")
+        ),
+        "It adds up to the end, and never stops after n rewards.": partial(_n_step_with, "all"),
     },
     hints=(
         "For one t, count k from 0: add $\\gamma^k R$, stop after n of them, at an end, or at the last column. "
@@ -178,7 +224,10 @@ def _gae_with(
     bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """Exercise 4.3 with one mistake planted."""
-    next_values = _next_values(values, torch.zeros_like(last_values) if bug == "last" else last_values)
+    beyond = {"last": torch.zeros_like(last_values), "rolled": values[:, 0], "own last": values[:, -1]}
+    next_values = _next_values(values, beyond.get(bug, last_values))
+    if bug == "unshifted":
+        next_values = values
     blank = torch.zeros_like(ends[:, :1])
     if bug == "flags early":
         ends = torch.cat((blank, ends[:, :-1]), 1)
@@ -194,13 +243,22 @@ def _gae_with(
         deltas = deltas + values
     if bug == "reward lost":
         deltas = (rewards + gamma * next_values) * ~ends - values
+    if bug == "lam in delta":
+        deltas = rewards + gamma * lam * next_values * ~ends - values
+    if bug == "sign":
+        deltas = -deltas
+    shifted = {"carry late": torch.cat((ends[:, 1:], blank), 1), "carry early": torch.cat((blank, ends[:, :-1]), 1)}
+    cuts = shifted.get(bug, ends)
     decay = {"lam alone": lam, "gamma alone": gamma, "swapped": gamma * lam}.get(bug, gamma * lam)
     carry = torch.zeros_like(rewards[:, 0])
     result = torch.zeros_like(rewards)
-    for t in reversed(range(rewards.shape[1])):
-        kept = carry if bug == "carry" else torch.where(ends[:, t], 0, carry)
-        carry = deltas[:, t] + decay * kept
+    columns = range(rewards.shape[1])
+    for t in columns if bug == "forwards" else reversed(columns):
+        kept = carry if bug == "carry" else torch.where(cuts[:, t], 0, carry)
+        carry = deltas[:, t] + (0.0 if bug == "deltas" else decay) * kept
         result[:, t] = carry
+    if bug == "white":
+        return _whiten(result) if result.numel() > 1 else torch.zeros_like(result)
     return result + values if bug == "targets" else result.flip(1) if bug == "flipped" else result
 
 
@@ -238,7 +296,25 @@ def _gae_with(
             partial(_gae_with, "reward lost")
         ),
         "These are the value targets, A + V: return A.": partial(_gae_with, "targets"),
-        "The result runs backwards in time: turn it round.": partial(_gae_with, "flipped"),
+        "The result runs backwards in time: reverse it.": partial(_gae_with, "flipped"),
+        "The sum is cut a step late: delta is right, but ends[:, t] must cut A_{t+1} off from step t too, not "
+        "ends[:, t + 1].": partial(_gae_with, "carry late"),
+        "The sum is cut a step early: delta is right, but ends[:, t] must cut A_{t+1} off from step t too, not "
+        "ends[:, t - 1].": partial(_gae_with, "carry early"),
+        "In the last column V(S_{t+1}) is the row's first value (torch.roll goes round): use last_values.": (
+            partial(_gae_with, "rolled")
+        ),
+        "In the last column V(S_{t+1}) is the row's own last value: use last_values.": partial(_gae_with, "own last"),
+        "The values are not shifted: delta needs V(S_{t+1}), which is values[:, t + 1].": partial(
+            _gae_with, "unshifted"
+        ),
+        "It sums forwards in time: A_t needs what comes after t, so go from the last column back.": (
+            partial(_gae_with, "forwards")
+        ),
+        "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(_gae_with, "deltas"),
+        "The sign of delta is wrong: R + gamma V(S') - V(S).": partial(_gae_with, "sign"),
+        "lam is in delta too: it appears only in gamma * lam * A_{t+1}.": partial(_gae_with, "lam in delta"),
+        "The advantages are whitened: that comes in 4.4, return A as it is.": partial(_gae_with, "white"),
     },
     hints=(
         "All deltas first, with the values shifted by one column (`last_values` at the end). Then from the last "
@@ -267,9 +343,13 @@ def _target_cases() -> list[Case]:
              (tensor([-(2**0.5), 2**0.5], [0.0, 0.0]), tensor([1.0, 5.0], [3.0, 3.0]))),
     ]  # fmt: skip
     for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
-        x = 1 + 4 * normal(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (x, normal(generator, *size)), rtol=1e-6))
+        x = 1 + 20 * normal(generator, *size)
+        cases.append(Case(f"random, of shape {size}", (x, normal(generator, *size))))
     return cases
+
+
+def _row_whitened(x: Tensor) -> Tensor:
+    return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-8).sqrt()
 
 
 @exercise(
@@ -298,6 +378,19 @@ def _target_cases() -> list[Case]:
             lambda a, v: ((a - a.mean()) / (a.std() + 1e-8), a + v)
         ),
         "The two results are in the wrong order: advantages first.": lambda a, v: (a + v, _whiten(a)),
+        "Every row is whitened by itself: take one mean and one variance over the whole batch.": (
+            lambda a, v: (_row_whitened(a), a + v)
+        ),
+        "It divides by the variance: divide by its square root.": (
+            lambda a, v: ((a - a.mean()) / (a.var(correction=0) + 1e-8), a + v)
+        ),
+        "The mean is subtracted, and nothing divided: divide by the standard deviation as well.": (
+            lambda a, v: (a - a.mean(), a + v)
+        ),
+        "The targets are the values alone: it is A + V.": lambda a, v: (_whiten(a), v),
+        "The targets have lost their mean: add the values to the raw advantages.": (
+            lambda a, v: (_whiten(a), a - a.mean() + v)
+        ),
     },
     hints=(
         "Which of the two needs the advantages in their own units?",
@@ -331,11 +424,13 @@ def _scan_with(bug: str, x: Tensor, decays: Tensor) -> Tensor:
     x, decays = x.clone(), decays.clone()
     reach = 1
     while reach < x.shape[1]:
+        if "cut" in bug:
+            decays[:, -reach:] = 0.0
         x = torch.cat((x[:, :-reach] + decays[:, :-reach] * x[:, reach:], x[:, -reach:]), 1)
         if bug != "decays":
             following = decays[:, :-reach] * decays[:, reach:]
             decays = torch.cat((following, decays[:, -reach:]), 1)
-        reach = reach + 1 if bug == "linear" else 2 * reach
+        reach = reach + 1 if "linear" in bug else 2 * reach
         if bug == "one round":
             break
     return x
@@ -363,8 +458,20 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
             partial(_scan_with, "decays")
         ),
         "The reach grows by one, and so counts steps twice: double it.": partial(_scan_with, "linear"),
+        "The reach grows by one, so that steps are counted twice: double it each round.": (
+            partial(_scan_with, "linear, cut")
+        ),
         "It stops after one round: double the reach until it is at least T.": partial(_scan_with, "one round"),
         "It runs forwards in time: y_t needs what comes after t.": partial(_scan_with, "forwards"),
+        "The decays are not used: y_t = x_t + d_t * y_{t+1}, and this is the sum of all that follows.": (
+            lambda x, decays: x.flip(1).cumsum(1).flip(1)
+        ),
+        "The decay is the next column's: it is decays[:, t] that weighs y_{t+1}.": (
+            lambda x, decays: _scan_with("", x, torch.cat((decays[:, 1:], decays[:, -1:]), 1))
+        ),
+        "x_t is weighed by d_t too: y_t = x_t + d_t * y_{t+1}.": (
+            lambda x, decays: _scan_with("", torch.cat(((decays * x)[:, :-1], x[:, -1:]), 1), decays)
+        ),
     },
     hints=(
         "Keep two tensors, `x` (what the next `reach` steps bring) and `d` (what is left of all that follows). At "

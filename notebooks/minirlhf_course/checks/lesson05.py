@@ -47,6 +47,18 @@ def _ratio_cases() -> list[Case]:
         "It divides log-probabilities: the ratio of probabilities is exp of their difference.": (
             lambda new, old: new / old.detach()
         ),
+        "It sums over the row: that is the ratio of whole trajectories. Here every action has a ratio of its own.": (
+            lambda new, old: (new - old.detach()).sum(-1).exp()
+        ),
+        "It sums over the row, and so every action gets the ratio of the whole trajectory: one of its own each.": (
+            lambda new, old: (new - old.detach()).sum(-1, keepdim=True).exp().expand_as(new)
+        ),
+        "It subtracts probabilities: divide them, or take exp of the difference of their logs.": (
+            lambda new, old: new.exp() - old.detach().exp()
+        ),
+        "It detaches the wrong one: old_logprobs is the constant, and the new policy must be able to learn.": (
+            lambda new, old: (new.detach() - old).exp()
+        ),
     },
     hints=("$a / b = e^{\\log a - \\log b}$.", "`(logprobs - old_logprobs.detach()).exp()`"),
     leaves=("logprobs", "old_logprobs"),
@@ -61,7 +73,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 def _product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     def matvec(vector: Tensor) -> Tensor:
-        return matrix @ vector
+        return matrix.to(vector.dtype) @ vector
 
     return matvec
 
@@ -71,14 +83,14 @@ def _solver_cases() -> list[Case]:
     cases = [
         Case("matvec(v) = 2 v", (_product(2 * torch.eye(1)), tensor(6), 1), tensor(3.0)),
         Case("matvec(v) = (2 v_1, v_2), one iteration", (bent, tensor(1, 1), 1), tensor(2 / 3, 2 / 3)),
-        Case("matvec(v) = (2 v_1, v_2), two iterations", (bent, tensor(1, 1), 2), tensor(0.5, 1.0), rtol=1e-3),
+        Case("matvec(v) = (2 v_1, v_2), two iterations", (bent, tensor(1, 1), 2), tensor(0.5, 1.0)),
         Case("matvec(v) = v, solved after one of three iterations", (eye, tensor(1, 2), 3), tensor(1.0, 2.0)),
     ]
     for (size, iterations), generator in zip(((3, 2), (5, 3), (8, 5), (8, 8)), generators(4), strict=True):
         root = normal(generator, size, size)
         matrix = root @ root.T / size + torch.eye(size, dtype=F64)
-        b = normal(generator, size)
-        cases.append(Case(f"random, {size} unknowns", (_product(matrix), b, iterations), rtol=1e-6))
+        b = 30 * normal(generator, size)  # beside it an epsilon in a denominator is small to the last iteration
+        cases.append(Case(f"random, {size} unknowns", (_product(matrix), b, iterations)))
     return cases
 
 
@@ -94,15 +106,20 @@ def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterati
             break
         product = matvec(direction)
         alpha = squared / (direction @ (direction if bug == "no curvature" else product))
+        if bug == "norm":
+            alpha = squared.sqrt() / (direction @ product)
         x = x + (alpha if bug != "no step" else 1.0) * direction
-        residual = residual + (alpha if bug == "residual grows" else -alpha) * product
+        residual = residual + {"residual grows": alpha, "stale residual": 0.0 * alpha}.get(bug, -alpha) * product
         new_squared = residual @ residual
         beta = {"steepest": 0.0 * squared, "beta": squared / new_squared, "beta 1": squared / squared}.get(
             bug, new_squared / squared
         )
-        direction = (direction if bug == "old residual" else residual) + beta * direction
+        if bug == "root":
+            beta = beta.sqrt()
+        if bug != "one direction":
+            direction = (direction if bug == "old residual" else residual) + beta * direction
         squared = new_squared
-    return x
+    return residual if bug == "residual" else x
 
 
 @exercise(
@@ -131,10 +148,24 @@ def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterati
             _solve_with, "no curvature"
         ),
         "x moves by the whole direction: x + alpha * p.": partial(_solve_with, "no step"),
-        "The residual has its sign turned: r - alpha * matvec(p).": partial(_solve_with, "residual grows"),
+        "The residual has the wrong sign: r - alpha * matvec(p).": partial(_solve_with, "residual grows"),
         "It starts at x = b: start at 0, where the residual is b.": partial(_solve_with, "starts at b"),
         "The new direction is built on the old one alone: it is the new residual plus beta times the old direction.": (
             partial(_solve_with, "old residual")
+        ),
+        "It runs one iteration too many.": lambda matvec, b, n: _solve_with("", matvec, b, n + 1),
+        "It runs one iteration too few.": lambda matvec, b, n: _solve_with("", matvec, b, n - 1),
+        "It goes on to the solution: stop after `iterations`.": lambda matvec, b, n: _solve_with(
+            "", matvec, b, 2 * len(b)
+        ),
+        "The direction never changes: after each step, p = r + beta * p.": partial(_solve_with, "one direction"),
+        "The residual is not updated: r - alpha * matvec(p).": partial(_solve_with, "stale residual"),
+        "This is the residual: return x.": partial(_solve_with, "residual"),
+        "beta is the square root of what it should be: (new r . r) / (old r . r), without norms.": partial(
+            _solve_with, "root"
+        ),
+        "The step length has a norm where the square belongs: alpha = (r . r) / (p . matvec(p)).": partial(
+            _solve_with, "norm"
         ),
     },
     hints=(
@@ -153,7 +184,7 @@ def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations
 
 def _linear(features: Tensor, actions: int) -> Callable[[Tensor], Tensor]:
     def policy(theta: Tensor) -> Tensor:
-        return (features @ theta.reshape(features.shape[1], actions)).tanh() * 2
+        return (features.to(theta.dtype) @ theta.reshape(features.shape[1], actions)).tanh() * 2
 
     return policy
 
@@ -221,6 +252,13 @@ def _outer(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) ->
             partial(_fisher_with, "entropy")
         ),
         "The softmax's own curvature is diag(p) - p p^T: the second part is missing.": _outer,
+        "The sign is wrong: F is positive, the Hessian of the KL and not of minus the KL.": (
+            lambda *args: -_fisher_with("", *args)
+        ),
+        "It is twice F v: F is the Hessian of one KL, not of the KL both ways.": (
+            lambda *args: 2 * _fisher_with("", *args)
+        ),
+        "The Fisher matrix is missing: this is v itself.": lambda policy, theta, vector: vector.clone(),
     },
     hints=(
         "`logits = policy(theta)`, and the policy that stays is `logits.detach()`. "
@@ -265,11 +303,18 @@ def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_r
     old = new.detach() if bug == "ratio 1" else old.detach()
     advantages = advantages if bug == "leak" else advantages.detach()
     ratio = (old - new).exp() if bug == "inverse" else (new - old).exp()
+    if bug == "row":
+        ratio = (new - old).sum(-1, keepdim=True).exp()
+    if bug == "white":
+        spread = advantages.std(correction=0) if advantages.numel() > 1 else torch.zeros(())
+        advantages = (advantages - advantages.mean()) / (spread + 1e-8)
     near = ratio.clamp(1 - clip_range, 1 + clip_range)
     if bug == "log":
         near = (new - old).clamp(-clip_range, clip_range).exp()
     if bug == "above":
         near = ratio.clamp(max=1 + clip_range)
+    if bug == "around 0":
+        near = ratio.clamp(-clip_range, clip_range)
     gain = torch.minimum(ratio * advantages, near * advantages)
     if bug == "max":
         gain = torch.maximum(ratio * advantages, near * advantages)
@@ -279,6 +324,12 @@ def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_r
         gain = near * advantages
     if bug == "no clip":
         gain = ratio * advantages
+    if bug == "product":
+        gain = torch.minimum(ratio * advantages, (ratio * advantages).clamp(1 - clip_range, 1 + clip_range))
+    if bug == "two means":
+        gain = torch.minimum((ratio * advantages).mean(), (near * advantages).mean())
+    if bug == "both sides":
+        gain = torch.where(near == ratio, gain, gain.detach())
     if bug == "detached":
         gain = gain.detach()
     total = gain.sum() if bug == "sum" else gain.mean()
@@ -314,6 +365,25 @@ def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_r
         ),
         "No gradient flows into logprobs: the policy can't learn.": partial(_clipped_with, "detached"),
         "This is the sum: take the mean.": partial(_clipped_with, "sum"),
+        "This is the mean over rows of sums over steps: take one mean over all steps.": (
+            lambda new, *rest: new.shape[-1] * _clipped_with("", new, *rest)
+        ),
+        "The log-ratios are summed over the row, which gives one ratio per trajectory: every action has its own.": (
+            partial(_clipped_with, "row")
+        ),
+        "The product r * A is clipped: clip the ratio to [1 - eps, 1 + eps], and multiply by A afterwards.": (
+            partial(_clipped_with, "product")
+        ),
+        "The min is taken of two means: take it step by step, then the mean.": partial(_clipped_with, "two means"),
+        "The advantages are whitened: a good trick, but the caller does that. Here they are used as they are.": (
+            partial(_clipped_with, "white")
+        ),
+        "The clip's bounds are -eps and +eps: the ratio is kept within [1 - eps, 1 + eps].": (
+            partial(_clipped_with, "around 0")
+        ),
+        "The clip stops the gradient wherever the ratio is outside: where min takes r * A, it must flow.": (
+            partial(_clipped_with, "both sides")
+        ),
     },
     hints=(
         "Two candidates, `ratio * A` and `ratio.clamp(1 - clip_range, 1 + clip_range) * A`.",
@@ -368,6 +438,23 @@ def _kl_cases() -> list[Case]:
         "This is the mean: one estimate a step, the caller averages (and may have a mask).": (
             lambda new, old: (torch.expm1(new - old.detach()) - (new - old.detach())).mean()
         ),
+        "This is the sum over the row: one estimate per step, the caller adds or averages.": (
+            lambda new, old: (torch.expm1(new - old.detach()) - (new - old.detach())).sum(-1)
+        ),
+        "This is rho squared, twice k2: never negative, but biased.": lambda new, old: (new - old.detach()).square(),
+        "This is |rho|: never negative, but biased.": lambda new, old: (new - old.detach()).abs(),
+        "rho has the wrong sign in one place: exp(rho) - 1 - rho.": (
+            lambda new, old: torch.expm1(new - old.detach()) + (new - old.detach())
+        ),
+        "Only exp(rho) - 1 is there: subtract rho, or its mean is 0 whatever the policies are.": (
+            lambda new, old: torch.expm1(new - old.detach())
+        ),
+        "The 1 is missing: exp(rho) - 1 - rho is 0 where the policies agree.": (
+            lambda new, old: (new - old.detach()).exp() - (new - old.detach())
+        ),
+        "This is p log(p / q), a term of the exact KL: the actions were drawn from p already, so leave it out.": (
+            lambda new, old: old.detach().exp() * (old.detach() - new)
+        ),
     },
     hints=(
         "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
@@ -400,14 +487,28 @@ def _value_cases() -> list[Case]:
 
 def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
     """Exercise 5.6 with one mistake planted."""
-    old, target = old_values.detach(), returns.detach()
+    old, target = old_values if bug == "leak" else old_values.detach(), returns.detach()
     if bug == "around 0":
         near = values.clamp(-clip_range, clip_range)
     elif bug == "factor":
         near = old * (values / old).clamp(1 - clip_range, 1 + clip_range)
     else:
         near = old + (values - old).clamp(-clip_range, clip_range)
+    if bug == "return":
+        near = old + (target - old).clamp(-clip_range, clip_range)
+    if bug == "no centre":
+        near = (values - old).clamp(-clip_range, clip_range)
+    if bug == "swapped":
+        near = values + (old - values).clamp(-clip_range, clip_range)
     plain, clipped = (values - target).square(), (near - target).square()
+    if bug == "return":
+        clipped = (values - near).square()
+    if bug == "absolute":
+        plain, clipped = plain.sqrt(), clipped.sqrt()
+    if bug == "two means":
+        plain, clipped = plain.mean(), clipped.mean()
+    if bug == "before squaring":
+        plain = clipped = (torch.maximum(values, near) - target).square()
     error = torch.minimum(plain, clipped) if bug == "min" else torch.maximum(plain, clipped)
     error = {"clip alone": clipped, "no clip": plain}.get(bug, error)
     return (1.0 if bug == "half" else 0.5) * error.mean()
@@ -426,7 +527,7 @@ def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, c
     suspects={
         "It takes the min: take the larger of the two errors, as the pessimist would.": partial(_value_with, "min"),
         "Only the clipped error is there: take the larger of it and the plain one.": partial(_value_with, "clip alone"),
-        "Nothing is clipped, or around the return, where it never acts: its centre is the old value.": partial(
+        "Nothing is clipped, or around the return, where it never acts: the clip is around the old value.": partial(
             _value_with, "no clip"
         ),
         "The half is missing: 1/2 of the larger error.": partial(_value_with, "half"),
@@ -436,6 +537,23 @@ def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, c
         "It clips the quotient V / V_old: the value clip is a distance, V_old + clip(V - V_old).": (
             partial(_value_with, "factor")
         ),
+        "This is the sum: take the mean.": lambda v, *rest: v.numel() * _value_with("", v, *rest),
+        "This is the mean over rows of sums over steps: take one mean over all steps.": (
+            lambda v, *rest: v.shape[-1] * _value_with("", v, *rest)
+        ),
+        "The max is taken of two means: take it step by step, then the mean.": partial(_value_with, "two means"),
+        "The max is taken of the values, before squaring: take the larger of the two squared errors.": (
+            partial(_value_with, "before squaring")
+        ),
+        "The errors are not squared: 1/2 of the larger squared error.": partial(_value_with, "absolute"),
+        "The return is clipped: the value is what must stay near the old one, V_old + clip(V - V_old).": (
+            partial(_value_with, "return")
+        ),
+        "How far it moved is clipped, and the old value not added: V_old + clip(V - V_old).": (
+            partial(_value_with, "no centre")
+        ),
+        "A gradient flows into old_values: they are a constant, use old_values.detach().": partial(_value_with, "leak"),
+        "The clip is around V, and moves V_old: keep V within clip_range of V_old.": partial(_value_with, "swapped"),
     },
     hints=(
         "First `near`, the value kept close to the old one. Then two squared errors, and the larger of them.",

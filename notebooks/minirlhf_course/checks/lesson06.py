@@ -50,6 +50,12 @@ def _fold_cases() -> list[Case]:
     return cases
 
 
+def _fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.maximum(peak, block.amax(-1))
+    shift = _safe(top)
+    return top, total * (peak - shift).exp() + (block - shift[:, None]).exp().sum(-1)
+
+
 def _plain_fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.maximum(peak, block.amax(-1))
     return top, total * (peak - top).exp() + (block - top[:, None]).exp().sum(-1)
@@ -74,6 +80,16 @@ def _newest_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Te
     top = block.amax(-1)
     fade = torch.where(total == 0, 0.0, total * (peak - _safe(top)).exp())
     return top, fade + (block - _safe(top)[:, None]).exp().sum(-1)
+
+
+def _own_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top, own = torch.maximum(peak, block.amax(-1)), _safe(block.amax(-1))
+    return top, total * (peak - _safe(top)).exp() + (block - own[:, None]).exp().sum(-1)
+
+
+def _twice_scaled(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.maximum(peak, block.amax(-1))
+    return top, (total + (block - _safe(top)[:, None]).exp().sum(-1)) * (peak - _safe(top)).exp()
 
 
 def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +123,19 @@ def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tenso
                 total * (peak - _safe(torch.maximum(peak, block.amax(-1)))).exp(),
             )
         ),
+        "The block is measured from its own peak: old sum and block must be measured from the same, the new peak.": (
+            _own_peak
+        ),
+        "The new sum is rescaled twice: only the old sum was measured from the old peak.": _twice_scaled,
+        "The second result is the log of the sum: return the sum, the log is taken once, at the end.": (
+            lambda peak, total, block: (
+                _fold(peak, total, block)[0],
+                _fold(peak, total, block)[1].log(),
+            )
+        ),
+        "This is the sum over one block: fold it into what was there before.": (
+            lambda peak, total, block: _fold(torch.full_like(peak, -INF), torch.zeros_like(total), block)
+        ),
     },
     hints=(
         "First the new peak, `torch.maximum(peak, block.amax(-1))`. Then both sums, old and new, measured from it. "
@@ -121,9 +150,7 @@ def fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     peak [N] is the highest logit so far, total [N] the sum of exp(z - peak) over all so far.
     Before anything was seen they are -inf and 0.
     """
-    top = torch.maximum(peak, block.amax(-1))
-    shift = torch.where(top == -INF, 0.0, top)
-    return top, total * (peak - shift).exp() + (block - shift[:, None]).exp().sum(-1)
+    return _fold(peak, total, block)
 
 
 # 6.2 -----------------------------------------------------------------------------------------------------------------
@@ -229,8 +256,17 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
             "The peak is not in the result: log sum exp(z) = peak + log(total).": [
                 ("z_token - peak - tl.log(total)", "z_token - tl.log(total)")
             ],
-            "This is the probability's log of the sum alone: take it from the token's own logit.": [
+            "This is minus the log of the sum alone: the token's own logit is missing.": [
                 ("z_token - peak - tl.log(total)", "-peak - tl.log(total)")
+            ],
+            "This is the probability: store its log.": [
+                ("z_token - peak - tl.log(total)", "tl.exp(z_token - peak - tl.log(total))")
+            ],
+            "The sign is wrong: it is the token's logit minus the log of the sum, never above 0.": [
+                ("z_token - peak - tl.log(total)", "peak + tl.log(total) - z_token")
+            ],
+            "The log is missing: log sum exp(z) = peak + log(total).": [
+                ("z_token - peak - tl.log(total)", "z_token - peak - total")
             ],
             "The token is looked up in the first row: its logit stands at row * row_stride + token.": [
                 ("tl.load(logits + start_of_row + token)", "tl.load(logits + token)")
@@ -280,6 +316,13 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).exp()
 
 
+def _gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    ratio = (logprobs - old_logprobs).exp()
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return torch.where(clipped < surrogate, 0.0, -surrogate)
+
+
 def _outside(ratio: Tensor, clip_range: float) -> Tensor:
     return (ratio < 1 - clip_range) | (ratio > 1 + clip_range)
 
@@ -309,7 +352,7 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
         "This is the derivative with respect to r: one with respect to its log has another factor r.": (
             lambda n, o, a, c: torch.where(_ratio(n, o).clamp(1 - c, 1 + c) * a < _ratio(n, o) * a, 0.0, -a)
         ),
-        "The sign is turned: the loss is minus the objective.": (
+        "The sign is wrong: the loss is minus the objective.": (
             lambda n, o, a, c: torch.where(
                 _ratio(n, o).clamp(1 - c, 1 + c) * a < _ratio(n, o) * a, 0.0, _ratio(n, o) * a
             )
@@ -322,6 +365,21 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
         ),
         "Beyond the clip stands the gradient at its edge: there the objective is flat, so 0.": (
             lambda n, o, a, c: -_ratio(n, o).clamp(1 - c, 1 + c) * a
+        ),
+        "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": (
+            lambda n, o, a, c: _gradient(n, o, a, c) / len(n)
+        ),
+        "The ratio is upside down: exp(logprobs - old_logprobs).": lambda n, o, a, c: _gradient(o, n, a, c),
+        "This is the loss, not its derivative.": lambda n, o, a, c: (
+            -torch.minimum(_ratio(n, o) * a, _ratio(n, o).clamp(1 - c, 1 + c) * a)
+        ),
+        "The old log-probability is missing: r = exp(logprobs - old_logprobs).": (
+            lambda n, o, a, c: _gradient(n, 0 * o, a, c)
+        ),
+        "The log-ratio is compared with the bounds of the ratio: r = exp(logprobs - old_logprobs) is clipped.": (
+            lambda n, o, a, c: torch.where(
+                ((a > 0) & (n - o > 1 + c)) | ((a < 0) & (n - o < 1 - c)), 0.0, -_ratio(n, o) * a
+            )
         ),
     },
     hints=(
@@ -336,10 +394,7 @@ def clip_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
 
     Three tensors [N] give [N].
     """
-    ratio = (logprobs - old_logprobs).exp()
-    surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    return torch.where(clipped < surrogate, 0.0, -surrogate)
+    return _gradient(logprobs, old_logprobs, advantages, clip_range)
 
 
 # 6.4 -----------------------------------------------------------------------------------------------------------------
@@ -438,7 +493,7 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
                 ("loss = -tl.where(stopped, clipped, surrogate)", "loss = -surrogate")
             ],
             "The clip has no lower bound.": [("tl.where(ratio < low, low, ratio)", "ratio")],
-            "The sign of both is turned: the loss is minus the objective.": [
+            "The sign of both is wrong: the loss is minus the objective.": [
                 ("loss = -tl.where", "loss = tl.where"),
                 (_STOPPED, "gradient = tl.where(stopped, 0.0, surrogate)"),
             ],
@@ -454,6 +509,20 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
                     "loss = -tl.where(stopped, clipped, surrogate) * counts.to(tl.float32)",
                 ),
                 (_STOPPED, "gradient = tl.where(stopped, 0.0, -surrogate) * counts.to(tl.float32)"),
+            ],
+            "The ratio is upside down: exp(logprob - old_logprob).": [
+                ("tl.exp(logprob - old_logprob)", "tl.exp(old_logprob - logprob)")
+            ],
+            "The clip has no upper bound.": [("tl.where(ratio > high, high,", "tl.where(ratio > high, ratio,")],
+            "The sign of the gradient is wrong: it is the derivative of the loss, not of the objective.": [
+                (_STOPPED, "gradient = tl.where(stopped, 0.0, surrogate)")
+            ],
+            "The sign of the loss is wrong: it is minus the objective.": [("loss = -tl.where", "loss = tl.where")],
+            "Every program works on the first BLOCK tokens: its own begin at tl.program_id(0) * BLOCK.": [
+                ("tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)")
+            ],
+            "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": [
+                (_STOPPED, "gradient = tl.where(stopped, 0.0, -surrogate / count)")
             ],
         },
     ),
@@ -472,7 +541,7 @@ def clipped_loss(
     ratio = (torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs, 0.0)).exp()
     advantages = torch.where(mask, advantages, 0.0)
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-    gradient = clip_gradient.reference(ratio.log(), torch.zeros_like(ratio), advantages, clip_range)
+    gradient = _gradient(ratio.log(), torch.zeros_like(ratio), advantages, clip_range)
     return loss, gradient
 
 
@@ -507,6 +576,11 @@ def _line_cases() -> list[Case]:
         "The slope is the later one's alone: they multiply.": lambda a0, b0, a, b: (a, a * b0 + b),
         "The later b is missing: a (a' x + b') + b.": lambda a0, b0, a, b: (a * a0, a * b0),
         "The lines are multiplied: put one into the other.": lambda a0, b0, a, b: (a * a0, b0 * b),
+        "b' is scaled with its own slope: it goes through the later line, a (a' x + b') + b.": (
+            lambda a0, b0, a, b: (a * a0, a0 * b0 + b)
+        ),
+        "The lines are added: put one into the other.": lambda a0, b0, a, b: (a + a0, b0 + b),
+        "The slope is the earlier one's alone: they multiply.": lambda a0, b0, a, b: (a0, a * b0 + b),
     },
     hints=("Write $g(f(x)) = a(a'x + b') + b$ and sort by $x$.", "The slope is $aa'$, and what is left $ab' + b$."),
 )
@@ -634,6 +708,18 @@ def _added(a_before, b_before, a, b):  # type: ignore[no-untyped-def]
             ],
             "There is no scan: these are the TD errors.": [("advantages + at, b,", "advantages + at, delta,")],
             "This is the slope of each line: what is wanted is the other result of the scan.": [("_, b = ", "b, _ = ")],
+            "The decay is lam alone: gamma * lam.": [
+                ("decay = tl.where(end, 0.0, gamma * lam)", "decay = tl.where(end, 0.0, lam)")
+            ],
+            "V(s) is missing in delta: reward + gamma V(s') - V(s).": [
+                ("tl.where(end, 0.0, following) - value", "tl.where(end, 0.0, following)")
+            ],
+            "gamma is missing in delta: reward + gamma V(s') - V(s).": [
+                ("gamma * tl.where(end, 0.0, following)", "tl.where(end, 0.0, following)")
+            ],
+            "The ends are read the wrong way round: 1 says that the episode ends with this step.": [
+                ("mask=there, other=1) != 0", "mask=there, other=1) == 0")
+            ],
         },
     ),
     hints=(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.distributions.utils import probs_to_logits
 
 from minirlhf import losses
 from minirlhf_course.checks.cases import bools, flags, generators, normal, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
 INT = torch.int64
+EPSILONS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
 
 # 7.1 -----------------------------------------------------------------------------------------------------------------
 
@@ -17,9 +22,11 @@ INT = torch.int64
 def _mask_cases() -> list[Case]:
     one = tensor([7, 8, 9, 1], dtype=INT), tensor(2, dtype=INT), 0
     two = tensor([7, 9, 1, 0], [7, 8, 9, 1], dtype=INT), tensor(1, 2, dtype=INT), 0
+    other = tensor([7, 0, 1, 9], dtype=INT), tensor(1, dtype=INT), 9
     cases = [
         Case("one row: 7 8 ask, 9 answers, 1 is EOS, 0 would be padding", one, bools([0, 0, 1, 1])),
         Case("two rows, the first one shorter", two, bools([0, 1, 1, 0], [0, 0, 1, 1])),
+        Case("7 asks, 0 answers, 1 is EOS, 9 is padding", other, bools([0, 1, 1, 0])),
     ]
     for (rows, width), generator in zip(((1, 5), (3, 7), (6, 12)), generators(3), strict=True):
         tokens = torch.randint(2, 20, (rows, width), generator=generator)
@@ -37,9 +44,12 @@ def _columns(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1])
 
 
+def _earlier(mask: Tensor) -> Tensor:
+    return torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), 1)
+
+
 def _without_last(mask: Tensor) -> Tensor:
-    later = torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), 1)
-    return mask & later
+    return mask & _earlier(mask)
 
 
 @exercise(
@@ -68,8 +78,21 @@ def _without_last(mask: Tensor) -> Tensor:
         "between logits and tokens is made elsewhere (7.2).": (
             lambda tokens, starts, pad_id: (tokens != pad_id) & (_columns(tokens) >= starts[:, None] - 1)
         ),
-        "It is turned round: True says what counts.": (
+        "It is the wrong way round: True says what counts.": (
             lambda tokens, starts, pad_id: ~((tokens != pad_id) & (_columns(tokens) >= starts[:, None]))
+        ),
+        "This is the prompt: the completion is what comes after it.": (
+            lambda tokens, starts, pad_id: _columns(tokens) < starts[:, None]
+        ),
+        "The whole mask stands one column too early: it marks the tokens themselves, and the shift between logits and "
+        "tokens is made elsewhere (7.2).": (
+            lambda tokens, starts, pad_id: _earlier((tokens != pad_id) & (_columns(tokens) >= starts[:, None]))
+        ),
+        "`pad_id` is not used: padding need not be 0, and 0 may be a word.": (
+            lambda tokens, starts, pad_id: (tokens != 0) & (_columns(tokens) >= starts[:, None])
+        ),
+        "It uses the longest prompt's length for all rows: compare with prompt_lengths[:, None].": (
+            lambda tokens, starts, pad_id: (tokens != pad_id) & (_columns(tokens) >= starts.max())
         ),
         "It uses the first row's prompt length for all rows: compare with prompt_lengths[:, None].": (
             lambda tokens, starts, pad_id: (tokens != pad_id) & (_columns(tokens) >= starts[0])
@@ -95,8 +118,9 @@ def completion_mask(tokens: Tensor, prompt_lengths: Tensor, pad_id: int) -> Tens
 
 def _shift_cases() -> list[Case]:
     log = torch.log
-    # After token 0 the model says (1/4, 3/4), after token 1 (1/2, 1/2): probabilities, so that the answer can be read.
-    known = log(tensor([0.25, 0.75], [0.5, 0.5])).unsqueeze(0)
+    # After token 0 the model says (1/4, 3/4), after token 1 (1/2, 1/2): their logarithms, and 1/2 added to all of them,
+    # which changes no probability.
+    known = (log(tensor([0.25, 0.75], [0.5, 0.5])) + 0.5).unsqueeze(0)
     steep = tensor([0.0, 200.0, 0.0], [0.0, 0.0, 0.0]).unsqueeze(0)
     cases = [
         Case("two tokens, two words", (known, tensor([0, 1], dtype=INT)), log(tensor([0.75]))),
@@ -114,6 +138,10 @@ def _gathered(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def _capped(epsilon: float, logits: Tensor, tokens: Tensor) -> Tensor:
+    return _gathered((logits[:, :-1].softmax(-1) + epsilon).log(), tokens[:, 1:])
+
+
 @exercise(
     "7.2",
     "the shift by one",
@@ -129,6 +157,8 @@ def _gathered(log_probs: Tensor, tokens: Tensor) -> Tensor:
         ),
         "Off by one, and by all columns: the last token is in, whose next one nobody knows, and each logit is asked "
         "for the token it has just read.": lambda logits, tokens: _gathered(logits.log_softmax(-1), tokens),
+        "Off by one: each logit is asked for the token that it has just read. Drop the last column of the logits, not "
+        "the first.": lambda logits, tokens: _gathered(logits[:, 1:].log_softmax(-1), tokens[:, 1:]),
         "Shifted the wrong way: it asks logits[:, t + 1] for tokens[:, t], which lie in the past.": (
             lambda logits, tokens: _gathered(logits[:, 1:].log_softmax(-1), tokens[:, :-1])
         ),
@@ -141,12 +171,33 @@ def _gathered(log_probs: Tensor, tokens: Tensor) -> Tensor:
         "log(softmax(x)) is -inf where the probability underflows: log_softmax does both at once.": (
             lambda logits, tokens: _gathered(logits[:, :-1].softmax(-1).log(), tokens[:, 1:])
         ),
-        "The sign is turned: a log-probability is never above 0.": (
+        "The sign is flipped: a log-probability is never above 0.": (
             lambda logits, tokens: -_gathered(logits[:, :-1].log_softmax(-1), tokens[:, 1:])
         ),
         "The softmax runs over the time steps: it belongs over the vocabulary, the last dimension.": (
             lambda logits, tokens: _gathered(logits[:, :-1].log_softmax(1), tokens[:, 1:])
         ),
+        "The softmax runs over the batch: it belongs over the vocabulary, the last dimension.": (
+            lambda logits, tokens: _gathered(logits[:, :-1].log_softmax(0), tokens[:, 1:])
+        ),
+        "The probabilities are kept away from 0, as Categorical(probs=...) does: a token that is all but impossible "
+        "looks likelier than it is, and gets no gradient. Use log_softmax, or Categorical(logits=...).": (
+            lambda logits, tokens: _gathered(probs_to_logits(logits[:, :-1].softmax(-1)), tokens[:, 1:])
+        ),
+        "These are bits: PyTorch's logarithms are natural ones, and stay so.": (
+            lambda logits, tokens: _gathered(logits[:, :-1].log_softmax(-1), tokens[:, 1:]) / math.log(2)
+        ),
+        "This is the log-probability of the likeliest token: that of the token that came is asked for.": (
+            lambda logits, tokens: logits[:, :-1].log_softmax(-1).amax(-1)
+        ),
+        "`squeeze()` without a dimension drops the rows of a batch of one, too: `squeeze(-1)`.": (
+            lambda logits, tokens: logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze()
+        ),
+        **{
+            f"The epsilon of {epsilon:g} caps the log-probability at {math.log(epsilon):.0f} and kills the gradient "
+            "where the model is most wrong: log_softmax needs none.": partial(_capped, epsilon)
+            for epsilon in EPSILONS
+        },
     },
     hints=(
         "Drop the last column of the logits and the first one of the tokens: now they stand side by side.",
@@ -218,6 +269,21 @@ def _loss_cases() -> list[Case]:
         "It counts what the mask leaves out: True says what counts.": (
             lambda logprobs, mask: -torch.where(mask, 0, logprobs).sum() / (~mask).sum().clamp(min=1)
         ),
+        "It divides by the number of columns: divide by the tokens that count.": (
+            lambda logprobs, mask: -torch.where(mask, logprobs, 0).sum() / mask.shape[1]
+        ),
+        "The shift is made twice: 7.2 has made it, and logprobs and mask stand side by side, column by column.": (
+            lambda logprobs, mask: -torch.where(mask[:, 1:], logprobs[:, :-1], 0).sum() / mask[:, 1:].sum()
+        ),
+        "It is the log of the mean probability: take the mean of the logarithms.": (
+            lambda logprobs, mask: -(torch.where(mask, logprobs, 0).exp() * mask).sum().div(mask.sum()).log()
+        ),
+        "These are probabilities: a log-likelihood is a sum of log-probabilities, as they come.": (
+            lambda logprobs, mask: -(torch.where(mask, logprobs, 0).exp() * mask).sum() / mask.sum()
+        ),
+        "This is the perplexity (7.5): the loss is its logarithm.": (
+            lambda logprobs, mask: losses.sft_loss(logprobs, mask).exp()
+        ),
     },
     hints=(
         "A sum over what counts, by how much counts. A product with the mask does not get rid of NaN; a choice does.",
@@ -226,7 +292,7 @@ def _loss_cases() -> list[Case]:
     leaves=("logprobs",),
 )
 def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Nats a token of what counts: logprobs and mask (bool, True = counts) [B, T] give one number."""
+    """Nats per token of what counts: logprobs and mask (bool, True = counts) [B, T] give one number."""
     return losses.sft_loss(logprobs, mask)
 
 
@@ -286,7 +352,7 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
                 [-torch.where(m, x, 0).sum() for x, m in _parts(logprobs, mask, size)]
             )
         ),
-        "The sign is turned: a loss is minus the log-probability.": (
+        "The sign is flipped: a loss is minus the log-probability.": (
             lambda logprobs, mask, size: torch.stack(
                 [torch.where(m, x, 0).sum() / mask.sum() for x, m in _parts(logprobs, mask, size)]
             )
@@ -298,6 +364,40 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
                     for x, m in _parts(logprobs, mask, size)
                     if len(x) == size
                 ]
+            )
+        ),
+        "It divides by the piece's own positions, padding included: by mask.sum() of the whole batch.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-torch.where(m, x, 0).mean() for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "It divides by the number of pieces: divide by the tokens of the whole batch.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-torch.where(m, x, 0).sum() / len(logprobs.split(size)) for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "It divides by the rows of the whole batch: divide by its tokens.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-torch.where(m, x, 0).sum() / len(logprobs) for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "Each row is averaged first: then a token of a short answer weighs more than one of a long answer. Divide by "
+        "the tokens of the whole batch, once.": (
+            lambda logprobs, mask, size: torch.stack(
+                [-(torch.where(m, x, 0).sum(1) / m.sum(1)).mean() for x, m in _parts(logprobs, mask, size)]
+            )
+        ),
+        "`chunk` is told the number of pieces, `split` the rows of each: use `split`.": (
+            lambda logprobs, mask, size: torch.stack(
+                [
+                    losses.sft_loss(x, m, denominator=mask.sum())
+                    for x, m in zip(logprobs.chunk(size), mask.chunk(size), strict=True)
+                ]
+            )
+        ),
+        "It weighs the pieces by their rows, and the last one as if it were full: weigh them by their tokens.": (
+            lambda logprobs, mask, size: torch.stack(
+                [losses.sft_loss(x, m) * size / len(logprobs) for x, m in _parts(logprobs, mask, size)]
             )
         ),
     },
@@ -358,16 +458,25 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
         "These are bits: logprobs are in nats, so the base is e and not 2.": (
             lambda logprobs, mask: 2 ** _nats(logprobs, mask)
         ),
-        "The sign is turned: this is the typical probability of a token, and perplexity is 1 over it.": (
+        "The sign is flipped: this is the typical probability of a token, and perplexity is 1 over it.": (
             lambda logprobs, mask: (-_nats(logprobs, mask)).exp()
         ),
         "The mask is not used: prompt and padding count.": lambda logprobs, mask: (-logprobs.mean()).exp(),
         "It is the exponential of the sum: divide by the tokens first.": (
             lambda logprobs, mask: (-torch.where(mask, logprobs, 0).sum()).exp()
         ),
+        "It divides by all positions: divide by the number that count, mask.sum().": (
+            lambda logprobs, mask: (-torch.where(mask, logprobs, 0).mean()).exp()
+        ),
+        "It is 1 over the mean probability: take the mean of the logarithms, the exponential last.": (
+            lambda logprobs, mask: mask.sum() / torch.where(mask, logprobs.exp(), 0).sum()
+        ),
+        "The base is 10: logprobs are natural logarithms, so it is e.": lambda logprobs, mask: (
+            10 ** _nats(logprobs, mask)
+        ),
     },
     hints=("$\\exp(L)$ with the $L$ of 7.3.", "One count for the whole batch, then `.exp()`, in this order."),
 )
 def perplexity(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """exp of the loss in nats a token: logprobs and mask (bool, True = counts) [B, T] give one number."""
+    """exp of the loss in nats per token: logprobs and mask (bool, True = counts) [B, T] give one number."""
     return losses.sft_loss(logprobs, mask).exp()

@@ -14,6 +14,8 @@ from minirlhf import losses
 from minirlhf_course.checks.cases import F64, bools, flags, generators, ids, normal, tensor
 from minirlhf_course.checks.exercise import Case, exercise
 
+EPSILONS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
+
 # 8.1 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -21,6 +23,7 @@ def _pair_cases() -> list[Case]:
     cases = [
         Case("two answers that score the same", (tensor(1), tensor(1)), tensor(math.log(2))[0]),
         Case("the better one ahead by ln 3: sigmoid is 3/4", (tensor(3).log(), tensor(0)), tensor(4 / 3).log()[0]),
+        Case("both score 200", (tensor(200), tensor(200)), tensor(math.log(2))[0]),
         Case("the better one behind by 200", (tensor(0), tensor(200)), tensor(200.0)[0]),
         Case("the better one ahead by 20", (tensor(20), tensor(0)), tensor(20).neg().exp()[0]),
         Case("two pairs", (tensor(0, 3).exp().log(), tensor(0, 3)), tensor(math.log(2))[0]),
@@ -35,8 +38,22 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     difference = rejected - chosen if bug == "swapped" else chosen - rejected
     if bug == "unstable":
         return -difference.sigmoid().log().mean()
-    if bug == "epsilon":
-        return -(difference.sigmoid() + 1e-8).log().mean()
+    if bug == "ratio":
+        return -(chosen.exp() / (chosen.exp() + rejected.exp())).log().mean()
+    if bug == "cut":
+        return F.binary_cross_entropy(difference.sigmoid(), torch.ones_like(difference))
+    if bug == "squares":
+        return (1 - difference.sigmoid()).square().mean()
+    if bug == "relu":
+        return F.relu(-difference).mean()
+    if bug == "crossed":
+        return -F.logsigmoid(chosen[:, None] - rejected).mean()
+    if bug == "to one":
+        return (1 - difference).square().mean()
+    if bug == "alone":
+        return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean()
+    if bug == "mean first":
+        return -F.logsigmoid(difference.mean())
     if bug == "no log":
         return -difference.sigmoid().mean()
     if bug == "one minus":
@@ -54,6 +71,10 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     return total if bug == "sign" else -total
 
 
+def _capped(epsilon: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -((chosen - rejected).sigmoid() + epsilon).log().mean()
+
+
 @exercise(
     "8.1",
     "one comparison",
@@ -64,11 +85,18 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     "`torch.sigmoid` give there, and what is the log of that?",
     cases=_pair_cases,
     suspects={
-        "log(sigmoid(x)) is unstable: sigmoid(-200) is 0 in float32 and its log is -inf. Use "
-        "torch.nn.functional.logsigmoid, which never leaves the logarithm.": partial(_pair_with, "unstable"),
-        "The epsilon caps the loss at 18 and kills the gradient where the model is most wrong: logsigmoid.": (
-            partial(_pair_with, "epsilon")
+        "log(sigmoid(x)) is unstable, and so is log(1 + exp(-x)): at x = -200 float32 has 0 for the sigmoid and inf "
+        "for the exp. Use torch.nn.functional.logsigmoid, which never leaves the logarithm.": (
+            partial(_pair_with, "unstable")
         ),
+        **{
+            f"The epsilon caps the loss at {-math.log(epsilon):.0f} and kills the gradient where the model is most "
+            "wrong (a clamp does the same): logsigmoid.": partial(_capped, epsilon)
+            for epsilon in EPSILONS
+        },
+        "`binary_cross_entropy` cuts the loss at 100: binary_cross_entropy_with_logits, of the difference itself, does "
+        "not.": partial(_pair_with, "cut"),
+        "exp of a large reward overflows: logsigmoid of the difference never forms it.": partial(_pair_with, "ratio"),
         "The log is missing: this is the mean probability of being wrong. Its gradient vanishes just where the "
         "model is most wrong.": partial(_pair_with, "no log"),
         "This is 1 - sigmoid, without the log: its gradient vanishes just where the model is most wrong.": (
@@ -82,11 +110,27 @@ def _pair_with(bug: str, chosen: Tensor, rejected: Tensor) -> Tensor:
             partial(_pair_with, "linear")
         ),
         "This is a hinge: a fine loss, but sigmoid(r_w - r_l) is then no probability.": partial(_pair_with, "hinge"),
+        "This is a hinge at 0: it asks for no lead at all, so scores that are all equal are already perfect.": (
+            partial(_pair_with, "relu")
+        ),
+        "Every chosen answer is compared with every rejected one: only with its own, chosen[i] - rejected[i].": (
+            partial(_pair_with, "crossed")
+        ),
         "No gradient flows into the rejected answers: the model must learn to score them lower, too.": (
             partial(_pair_with, "constant")
         ),
-        "One loss a pair comes back: take the mean.": partial(_pair_with, "each"),
+        "One loss per pair comes back: take the mean.": partial(_pair_with, "each"),
         "This is the sum: take the mean over pairs.": partial(_pair_with, "sum"),
+        "This is a regression of the probability to 1: its gradient vanishes just where the model is most wrong. Take "
+        "minus the log.": partial(_pair_with, "squares"),
+        "This is a regression of the difference to 1: it pulls back a model that is surer than that. Take minus the "
+        "log of the sigmoid.": partial(_pair_with, "to one"),
+        "Each answer is judged alone: the labeler has compared them, so only the difference counts.": (
+            partial(_pair_with, "alone")
+        ),
+        "The mean is taken before the log: one loss per pair first, then their mean.": (
+            partial(_pair_with, "mean first")
+        ),
     },
     hints=(
         "$\\log \\sigma(x) = -\\log(1 + e^{-x})$, and PyTorch has it as one function that never forms $\\sigma$.",
@@ -157,13 +201,36 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         better = better & near
     if bug == "swapped":
         better = better.transpose(1, 2)
+    if bug == "regression":
+        return F.mse_loss(rewards, scores)
+    if bug == "classes":
+        return F.cross_entropy(rewards, scores.argmax(1))
+    if bug == "ListNet":
+        return -(scores.softmax(1) * rewards.log_softmax(1)).sum(1).mean()
+    if bug == "half":
+        halves = ((scores[:, :, None] - scores[:, None, :]).sign() + 1) / 2
+        return F.binary_cross_entropy_with_logits(differences, halves)
+    if bug.startswith("places"):
+        ordered = rewards.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+        nll = (ordered.flip(1).logcumsumexp(1).flip(1) - ordered)[:, :-1]
+        return nll.sum(1).mean() if bug == "places" else nll.mean()
+    gap = torch.where(better, scores[:, :, None] - scores[:, None, :], 0)
+    if bug == "margin":
+        differences = differences - gap
+    if bug == "best":
+        best = scores == scores.amax(1, keepdim=True)
+        better = better & best[:, :, None] & (best.cumsum(1) == 1)[:, :, None]
     if bug == "no log":
         logs = differences.sigmoid()
+    elif bug == "hinge":
+        logs = (differences - 1).clamp(max=0)
     elif bug == "unstable":
         logs = torch.where(better, differences, 0).sigmoid().log()
     else:
         logs = F.logsigmoid(differences)
     kept = torch.where(better, logs, 0)
+    if bug.startswith("gaps"):
+        kept = kept * gap
     counts = better.sum((1, 2))
     per_prompt = kept.sum((1, 2))
     choose = k * (k - 1) / 2
@@ -182,9 +249,22 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         loss = (per_prompt / counts.clamp(min=1)).mean()
     elif bug == "sum":
         loss = (per_prompt / counts.clamp(min=1)).sum()
+    elif bug == "by K":
+        loss = per_prompt.sum() / k / prompts
+    elif bug == "gaps by gaps":
+        loss = (per_prompt / gap.sum((1, 2)).clamp(min=1e-9)).sum() / prompts
+    elif bug == "unguarded":
+        loss = (per_prompt / counts).mean()
     else:
         loss = (per_prompt / counts.clamp(min=1)).sum() / prompts
     return loss if bug == "sign" else -loss
+
+
+def _ranking_capped(epsilon: float, rewards: Tensor, scores: Tensor) -> Tensor:
+    better = scores[:, :, None] > scores[:, None, :]
+    logs = ((rewards[:, :, None] - rewards[:, None, :]).sigmoid() + epsilon).log()
+    counts = better.sum((1, 2))
+    return -(torch.where(better, logs, 0).sum((1, 2)) / counts.clamp(min=1)).sum() / (counts > 0).sum()
 
 
 @exercise(
@@ -202,7 +282,9 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         "1/C(K, 2) is missing: a prompt with 9 answers would weigh 36 times as much as one with 2.": (
             partial(_ranking_with, "unweighted")
         ),
-        "log(sigmoid(x)) is unstable: use torch.nn.functional.logsigmoid.": partial(_ranking_with, "unstable"),
+        "log(sigmoid(x)) is unstable, and so is log(1 + exp(-x)): use torch.nn.functional.logsigmoid.": (
+            partial(_ranking_with, "unstable")
+        ),
         "The log is missing: -sigmoid has no gradient where the model is most wrong.": (
             partial(_ranking_with, "no log")
         ),
@@ -231,6 +313,40 @@ def _ranking_with(bug: str, rewards: Tensor, scores: Tensor) -> Tensor:
         "Only neighbours in the ranking are compared: all pairs count.": partial(_ranking_with, "neighbours"),
         "Only the best and the worst are compared: all pairs count.": partial(_ranking_with, "ends"),
         "This is the sum over prompts: take the mean.": partial(_ranking_with, "sum"),
+        "A prompt whose answers are all tied divides 0 by 0: clamp the number of its pairs at 1, and leave the prompt "
+        "out of the mean.": partial(_ranking_with, "unguarded"),
+        "This is Plackett-Luce, a softmax over what is left at each place, summed over places: equation 1 compares "
+        "pairs, and takes their mean.": partial(_ranking_with, "places"),
+        "This is Plackett-Luce, a softmax over what is left at each place: equation 1 compares pairs.": (
+            partial(_ranking_with, "places, mean")
+        ),
+        "The pairs are weighed by how far apart the labeler's scores are: only their order counts, and every pair "
+        "weighs the same.": partial(_ranking_with, "gaps"),
+        "The pairs are weighed by how far apart the labeler's scores are, and divided by the sum of these weights: "
+        "only their order counts, and every pair weighs the same.": partial(_ranking_with, "gaps by gaps"),
+        "The difference of the labeler's scores stands inside the sigmoid, as a margin: only their order counts.": (
+            partial(_ranking_with, "margin")
+        ),
+        "This is a regression on the labeler's scores: only their order counts, compare pairs.": (
+            partial(_ranking_with, "regression")
+        ),
+        "This is a softmax over all answers, with the best one as the right class: compare all pairs.": (
+            partial(_ranking_with, "classes")
+        ),
+        "This is ListNet, a softmax of the rewards against one of the scores: equation 1 compares pairs.": (
+            partial(_ranking_with, "ListNet")
+        ),
+        "Ties, and each answer against itself, count as half a win: they make no pair, leave them out.": (
+            partial(_ranking_with, "half")
+        ),
+        "This is a hinge: a fine loss, but sigmoid(r_w - r_l) is then no probability.": partial(_ranking_with, "hinge"),
+        "It divides by K, the number of answers: divide by the number of pairs.": partial(_ranking_with, "by K"),
+        "Only the best answer is compared with the others: all pairs count.": partial(_ranking_with, "best"),
+        **{
+            f"The epsilon caps the loss of a pair at {-math.log(epsilon):.0f} and kills the gradient where the model "
+            "is most wrong: logsigmoid.": partial(_ranking_capped, epsilon)
+            for epsilon in EPSILONS
+        },
     },
     hints=(
         "`rewards[:, :, None] - rewards[:, None, :]` is [B, K, K], all differences at once; the same with `scores` "
@@ -261,6 +377,11 @@ def _usable_cases() -> list[Case]:
             (ids([[5, 6], [5, 6]]), tensor([1, 2])),
             bools([[0, 0], [0, 0]]),
         ),
+        Case(
+            "three texts with the same sum, two of which have the same tokens",
+            (ids([[4, 7], [7, 4], [5, 6]]), tensor([3, 2, 1])),
+            bools([[0, 1, 1], [0, 0, 1], [0, 0, 0]]),
+        ),
         Case("different in the first token alone", (ids([[4, 6], [5, 6]]), tensor([2, 1])), bools([[0, 1], [0, 0]])),
         Case(
             "one is the beginning of the other (0 is padding)",
@@ -285,6 +406,22 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
     if bug == "either":
         better = scores[:, :, None] != scores[:, None, :]
     unequal = tokens[:, :, None] != tokens[:, None, :]
+    if bug == "no scores":
+        return unequal.any(-1)
+    if bug == "upper":
+        return (better & unequal.any(-1)).triu(1)
+    if bug == "twins":
+        alone = (~unequal.any(-1)).sum(2) == 1
+        return better & alone[:, :, None] & alone[:, None, :]
+    if bug == "sorted":
+        ordered = tokens.sort(-1).values
+        return better & (ordered[:, :, None] != ordered[:, None, :]).any(-1)
+    if bug == "or":
+        return better | unequal.any(-1)
+    if bug == "same":
+        return better & ~unequal.any(-1)
+    if bug == "sums":
+        return better & (tokens.sum(-1)[:, :, None] != tokens.sum(-1)[:, None, :])
     differ = {"all": unequal.all(-1), "first": unequal[..., 0], "last": unequal[..., -1]}.get(bug, unequal.any(-1))
     return better if bug == "truncated" else better & differ
 
@@ -310,6 +447,21 @@ def _usable_with(bug: str, tokens: Tensor, scores: Tensor) -> Tensor:
         "All tokens must differ here: one different token is enough (any and not all).": partial(_usable_with, "all"),
         "Only the first tokens are compared.": partial(_usable_with, "first"),
         "Only the last tokens are compared.": partial(_usable_with, "last"),
+        "Only the sums of the tokens are compared: two texts may have the same sum. Compare token by token.": (
+            partial(_usable_with, "sums")
+        ),
+        "The order of the tokens is not looked at: two texts may have the same tokens in another order.": (
+            partial(_usable_with, "sorted")
+        ),
+        "One of the two conditions is enough here: both must hold, & and not |.": partial(_usable_with, "or"),
+        "These are the pairs that teach nothing: the texts must differ.": partial(_usable_with, "same"),
+        "The scores are not looked at: only where i is better than j.": partial(_usable_with, "no scores"),
+        "Only i < j is looked at: where the later answer is the better one, the pair stands at [b, i, j] with i > j.": (
+            partial(_usable_with, "upper")
+        ),
+        "An answer that has a twin is dropped altogether: it still makes pairs with all other texts.": (
+            partial(_usable_with, "twins")
+        ),
     },
     hints=(
         "Two conditions, each [B, K, K], joined by `&`. The first is in exercise 8.2 already.",
@@ -359,6 +511,10 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, token_values, 0).sum(1) / counts
     if bug == "sum":
         return torch.where(mask, token_values, 0).sum(1)
+    if bug == "lowest":
+        return torch.where(mask, token_values, torch.inf).amin(1)
+    if bug == "highest":
+        return torch.where(mask, token_values, -torch.inf).amax(1)
     if bug == "multiplied":
         last = torch.where(mask, torch.arange(columns), -1).amax(1)
         return (token_values * F.one_hot(last, columns)).sum(1)
@@ -377,7 +533,7 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
 
 @exercise(
     "8.4",
-    "one score an answer",
+    "one score per answer",
     difficulty=2,
     minutes=10,
     task="The head gives a number at every token; the score is the one at the **last real token**, the only one "
@@ -404,6 +560,8 @@ def _last_with(bug: str, token_values: Tensor, mask: Tensor) -> Tensor:
         ),
         "This is the first real token: it has read nothing yet.": partial(_last_with, "first"),
         "All rows use the first row's index: each answer ends where it ends.": partial(_last_with, "row's first"),
+        "This is the lowest value of the answer: take the one at its last token.": partial(_last_with, "lowest"),
+        "This is the highest value of the answer: take the one at its last token.": partial(_last_with, "highest"),
     },
     hints=(
         "The index of the last True in each row: give every column its number, and take the largest that counts.",
@@ -459,16 +617,26 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
     )
     if bug == "one tie":
         counted = (first != 0) & upper
+    if bug == "across":
+        return _ceiling_with("", scores.reshape(1, -1), others.reshape(1, -1))
     same = (first == second) & counted
     agreement = same.sum().double() / counted.sum()
     if bug == "of prompts":
         shares = same.sum((1, 2)).double() / counted.sum((1, 2)).clamp(min=1)
         agreement = shares[counted.any(2).any(1)].mean()
+    if bug == "half ties":
+        agreement = torch.where((first != 0) & (second != 0), same.double(), 0.5)[upper.expand_as(first)].mean()
     excess = (2 * agreement - 1).clamp(min=0)
+    if bug == "chance":
+        return agreement, 2 * agreement - 1
+    if bug == "no half":
+        return agreement, 1 + excess.sqrt()
     if bug == "abs":
         excess = (2 * agreement - 1).abs()
     if bug == "agreement":
         return agreement, agreement.clamp(min=0.5)
+    if bug == "both":
+        return agreement, agreement
     if bug == "root":
         return agreement, agreement.sqrt()
     if bug == "half way":
@@ -495,6 +663,8 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
     suspects={
         "The ceiling is not the agreement: where two labelers disagree, one of them is wrong, and a model may be "
         "right.": (partial(_ceiling_with, "agreement")),
+        "The second number is the agreement again: where two labelers disagree, one of them is wrong, and a model may "
+        "be right.": partial(_ceiling_with, "both"),
         "The root of the agreement forgets that they also agree when both are wrong: a = p^2 + (1 - p)^2.": (
             partial(_ceiling_with, "root")
         ),
@@ -517,6 +687,14 @@ def _ceiling_with(bug: str, scores: Tensor, others: Tensor) -> tuple[Tensor, Ten
         "It is the mean of the prompts' agreements: add up pairs over all prompts, then divide once.": (
             partial(_ceiling_with, "of prompts")
         ),
+        "Answers to different prompts are compared: pairs are made within a row.": partial(_ceiling_with, "across"),
+        "A tie counts as half an agreement: a pair that either of them tied is left out.": (
+            partial(_ceiling_with, "half ties")
+        ),
+        "This is the agreement beyond chance, 2a - 1, which is (2p - 1)^2: take its root, and solve for p.": (
+            partial(_ceiling_with, "chance")
+        ),
+        "The half is missing: p = (1 + sqrt(2a - 1)) / 2.": partial(_ceiling_with, "no half"),
     },
     hints=(
         "`(scores[:, :, None] - scores[:, None, :]).sign()` is 1, 0 or -1 for each pair; so for the other labeler. "
@@ -552,6 +730,7 @@ def _offset_cases() -> list[Case]:
     cases = [
         Case("one row", (model, tensor([3]), 4), tensor(3.0)[0]),
         Case("two batches of one row", (model, tensor([1], [3]), 1), tensor(2.0)[0]),
+        Case("two rows, of which the model reads the first number", (model, tensor([1, 9], [3, 5]), 2), tensor(2.0)[0]),
         Case("a batch of two, a batch of one", (model, tensor([1], [2], [6]), 2), tensor(3.0)[0]),
         Case("two batches of two", (model, tensor([1], [2], [6], [7]), 2), tensor(4.0)[0]),
     ]
@@ -569,6 +748,10 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         return parts[-1].mean()
     if bug == "first":
         return parts[0].mean()
+    if bug == "all but first":
+        return torch.cat(parts[1:] or parts).mean()
+    if bug == "rows":
+        return rows.mean()
     if bug == "mean of means":
         return torch.stack([part.mean() for part in parts]).mean()
     if bug == "dropped":
@@ -580,6 +763,8 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "minus": -scores.mean(),
         "median": scores.median(),
         "batches": scores.sum() / len(parts),
+        "as if full": scores.sum() / (len(parts) * batch_size),
+        "highest": scores.max(),
     }[bug]
 
 
@@ -596,13 +781,19 @@ def _offset_with(bug: str, model: Callable[[Tensor], Tensor], rows: Tensor, batc
         "The list is reset every batch: only the last batch's scores are in the mean. Make the list once, before "
         "the loop.": partial(_offset_with, "reset"),
         "Only the first batch is scored.": partial(_offset_with, "first"),
+        "The first batch is left out.": partial(_offset_with, "all but first"),
+        "The model is not asked: this is the mean of the rows themselves.": partial(_offset_with, "rows"),
         "It is the mean of the batches' means: the last, smaller batch weighs too much. Collect all scores, then "
         "take one mean.": partial(_offset_with, "mean of means"),
         "The last batch is dropped because it is smaller: its rows count as well.": partial(_offset_with, "dropped"),
         "This is the sum: take the mean.": partial(_offset_with, "sum"),
         "It divides by the number of batches: divide by the number of rows.": partial(_offset_with, "batches"),
-        "The sign is turned: give the number that is taken off, the mean itself.": partial(_offset_with, "minus"),
+        "The sign is flipped: give the number that is taken off, the mean itself.": partial(_offset_with, "minus"),
         "This is the median: the average of the demonstrations is to be 0.": partial(_offset_with, "median"),
+        "The last batch is counted as if it were full: divide by the number of rows.": (
+            partial(_offset_with, "as if full")
+        ),
+        "This is the highest score: the average of the demonstrations is to be 0.": partial(_offset_with, "highest"),
     },
     hints=(
         "`rows.split(batch_size)` gives the batches, the smaller last one too.",

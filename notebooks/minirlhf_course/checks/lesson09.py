@@ -26,6 +26,14 @@ def _lengths(generator: torch.Generator, rows: int, width: int) -> Tensor:
     return torch.arange(width) < lengths
 
 
+def _scaled(x: Tensor, mask: Tensor, correction: int = 0, keep: bool = False) -> Tensor:
+    """x scaled over what counts, its mean removed or kept; the variance divides by n - correction."""
+    mean = x[mask].mean()
+    variance = (x[mask] - mean).square().sum() / (mask.sum() - correction)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white + mean if keep else white, 0.0)
+
+
 # 9.1 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -46,6 +54,18 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
         return torch.ones_like(is_eos)
     if bug == "not eos":
         return ~is_eos
+    if bug == "eos alone":
+        return is_eos
+    ended = is_eos.long().cumsum(1) > 0
+    before = is_eos.long().cumsum(1) - is_eos.long() > 0
+    if bug == "turned":
+        return before
+    if bug == "after":
+        return ended
+    if bug == "one more":
+        return torch.cat((torch.zeros_like(before[:, :1]), before[:, :-1]), 1).logical_not()
+    if bug == "first row":
+        return ~before[:1].expand_as(before)
     if bug == "no eos":
         return is_eos.long().cumsum(1) == 0
     if bug == "padding":
@@ -82,6 +102,15 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
         ),
         "It goes up to the last EOS: the answer is over with the first.": partial(_mask_with, "last"),
         "It goes on after EOS, until the second: count the EOS *before* each token.": partial(_mask_with, "late"),
+        "It is the wrong way round: True says what belongs to the answer.": partial(_mask_with, "turned"),
+        "It is the wrong way round: True from EOS on, where the answer and its EOS are asked for.": (
+            partial(_mask_with, "after")
+        ),
+        "This is EOS alone: everything up to it counts as well.": partial(_mask_with, "eos alone"),
+        "One token too many: what stands right behind EOS is out.": partial(_mask_with, "one more"),
+        "All rows are cut where the first one ends: each answer ends at its own EOS.": (
+            partial(_mask_with, "first row")
+        ),
     },
     hints=(
         "A token counts if no EOS stands *before* it.",
@@ -129,15 +158,43 @@ def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask:
         d = logprobs - ref
     if bug == "product":
         d = (logprobs - ref) * mask
-    if bug == "k3":
-        d = torch.where(mask, kl.kl_k3(logprobs, ref), 0.0)
+    count = mask.sum(1)
     if bug == "mean":
-        d = d / mask.sum(1, keepdim=True)
+        d = d / count[:, None]
+    if bug == "last kl":
+        d = torch.where(torch.arange(mask.shape[1]) == last, d, 0.0)
+    if bug == "sum at last":
+        d = torch.zeros_like(d).scatter(1, last, d.sum(1, keepdim=True))
+    change = {
+        "free": lambda: 0 * d,
+        "k2": lambda: d.square() / 2,
+        "k3": lambda: torch.expm1(-d) + d,
+        "clamp": lambda: d.clamp(min=0),
+        "absolute": lambda: d.abs(),
+        "ratio": lambda: d.expm1(),
+        "probabilities": lambda: torch.where(mask, logprobs.exp() - ref.exp(), 0.0),
+    }.get(bug)
+    if change is not None:
+        d = change()
     sign = 1.0 if bug == "sign" else -1.0
     rewards = sign * (1.0 if bug == "beta" else beta) * d
     paid = scores.detach().unsqueeze(1)
     if bug == "twice":
         paid = paid - beta * d.sum(1, keepdim=True)
+    if bug == "score":
+        paid = torch.zeros_like(paid)
+    if bug == "minus score":
+        paid = -paid
+    if bug == "to go":
+        return torch.where(mask, rewards.scatter_add(1, last, paid).flip(1).cumsum(1).flip(1), 0.0)
+    if bug == "score by length":
+        paid = paid / count[:, None]
+    if bug == "beta score":
+        paid = beta * paid
+    if bug == "spread":
+        return rewards + torch.where(mask, paid / count[:, None], 0.0)
+    if bug.startswith("white"):
+        return _scaled(rewards.scatter_add(1, last, paid), mask, 1 if "n - 1" in bug else 0, keep="kept" in bug)
     if bug == "every":
         return rewards + torch.where(mask, paid, 0.0)
     if bug == "assign":
@@ -183,6 +240,41 @@ def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask:
         "0 * NaN is NaN: choose with torch.where(response_mask, ..., 0.0), do not multiply.": (
             partial(_rewards_with, "product")
         ),
+        "Only the last token's KL is charged: -beta * (logprobs - ref_logprobs) at each token that counts.": (
+            partial(_rewards_with, "last kl")
+        ),
+        "The whole answer's KL is charged at the last token: the sum is right, but no token is told what it cost. "
+        "Charge each where it falls.": partial(_rewards_with, "sum at last"),
+        "This charges k2 = d^2 / 2: never negative, but the reward of equation 2 is -beta * d, whose sum is the "
+        "log-ratio of the whole answer.": partial(_rewards_with, "k2"),
+        "The log-ratio is clamped at 0: a token that the reference likes better must earn what it saves, or the sum is "
+        "not the log-ratio of the whole answer.": partial(_rewards_with, "clamp"),
+        "This charges |d|: a token that the reference likes better must earn what it saves, or the sum is not the "
+        "log-ratio of the whole answer.": partial(_rewards_with, "absolute"),
+        "This charges the ratio minus 1: charge its logarithm, logprobs - ref_logprobs.": (
+            partial(_rewards_with, "ratio")
+        ),
+        "This charges a difference of probabilities: log-probabilities are charged as they come.": (
+            partial(_rewards_with, "probabilities")
+        ),
+        "The score is spread over the answer: pay it whole, at the last token that counts.": (
+            partial(_rewards_with, "spread")
+        ),
+        "The score is divided by the answer's length: pay it as it comes.": partial(_rewards_with, "score by length"),
+        "beta stands before the score, too: it belongs to the KL alone.": partial(_rewards_with, "beta score"),
+        "The KL is never charged: -beta * (logprobs - ref_logprobs) at each token that counts.": (
+            partial(_rewards_with, "free")
+        ),
+        "These are rewards to go, added up to the end: give each token its own reward.": (
+            partial(_rewards_with, "to go")
+        ),
+        "The score has the wrong sign: it is paid, add it.": partial(_rewards_with, "minus score"),
+        "The score is missing: add it at the last token that counts.": partial(_rewards_with, "score"),
+        **{
+            f"The rewards are whitened ({how}): leave them as they are, or beta and the score lose the units they were "
+            "given in.": partial(_rewards_with, f"white, {how}")
+            for how in ("their mean kept", "their mean kept, n - 1", "their mean removed", "their mean removed, n - 1")
+        },
         "A gradient flows through the rewards: they are numbers to be earned, detach them. (PPO's gradient comes "
         "through the ratio, times an advantage made of these.)": partial(_rewards_with, "graph"),
     },
@@ -253,25 +345,47 @@ def _experience_with(
         scores = scores - beta * torch.where(mask, logprobs - ref, 0.0).sum(1)
     if bug == "free":
         ref = logprobs
+    if bug == "kl sign":
+        logprobs, ref = ref, logprobs
     if bug == "early":
         rewards = kl_rewards(torch.zeros_like(scores), logprobs, ref, mask, beta)
         rewards = rewards.scatter_add(1, (_last(mask) - 1).clamp(min=0), scores.unsqueeze(1))
     else:
         rewards = kl_rewards(scores, logprobs, ref, mask, beta)
     ends = torch.zeros_like(mask).scatter(1, _last(mask), True)
+    if bug.startswith("white rewards"):
+        rewards = _scaled(rewards, mask, 1 if "trl" in bug else 0, keep="kept" in bug)
     if bug == "padding":
         raw, _ = gae(rewards, values, torch.zeros_like(mask), gamma=1.0, lam=lam)
         raw = torch.where(mask, raw, 0.0)
     elif bug == "reward minus value":
         raw = torch.where(mask, rewards - values, 0.0)
     else:
-        gamma, lam = 0.99 if bug == "gamma" else 1.0, 1.0 if bug == "lam" else lam
+        gamma, lam = 0.99 if bug == "gamma" else 1.0, {"lam": 1.0, "one step": 0.0}.get(bug, lam)
         raw, _ = gae(rewards, values, ends, gamma=gamma, lam=lam, mask=mask)
     white = raw if bug == "raw" else whiten(raw) if bug == "over padding" else whiten(raw, mask)
+    if bug in ("n - 1", "white rewards, trl, kept"):
+        white = _scaled(raw, mask, 1)
+    if bug == "mean kept":
+        white = _scaled(raw, mask, keep=True)
+    if bug == "centred":
+        white = torch.where(mask, raw - raw[mask].mean(), 0.0)
+    if bug == "each row":
+        white = torch.cat([_scaled(x[None], m[None]) for x, m in zip(raw, mask, strict=True)])
     if bug == "over padding":
         white = torch.where(mask, white, 0.0)
+    if bug == "into padding":
+        white = whiten(raw)
     targets = white if bug == "whitened targets" else raw
     returns = targets + values if bug == "values of padding" else torch.where(mask, targets + values, 0.0)
+    if bug == "white returns":
+        returns = whiten(returns, mask)
+    if bug == "sums":
+        returns = torch.where(mask, rewards.flip(1).cumsum(1).flip(1), 0.0)
+    if bug == "raw twice":
+        returns = raw
+    if bug == "minus":
+        returns = torch.where(mask, raw - values, 0.0)
     return white, rewards if bug == "rewards" else returns
 
 
@@ -293,10 +407,44 @@ def _experience_with(
         ),
         "The KL is never charged.": partial(_experience_with, "free"),
         "The advantages are not whitened.": partial(_experience_with, "raw"),
+        "Whitening divides by n - 1 here, as trl's does: `minirlhf.returns.whiten` divides by n.": (
+            partial(_experience_with, "n - 1")
+        ),
+        "Each answer is whitened by itself: then a bad answer looks as good as a good one. One mean and one deviation "
+        "for the batch.": partial(_experience_with, "each row"),
+        "The mean is put back: whitened advantages have mean 0 (shift_mean=True).": (
+            partial(_experience_with, "mean kept")
+        ),
+        "The mean is taken off, and the scale is left: divide by the standard deviation, too.": (
+            partial(_experience_with, "centred")
+        ),
+        "The rewards are whitened, their mean kept: whiten the advantages alone, or beta and the score lose the units "
+        "they were given in.": partial(_experience_with, "white rewards, kept"),
+        "The rewards are whitened, too, all as trl does it (dividing by n - 1): whiten the advantages alone, or beta "
+        "and the score lose the units they were given in.": partial(_experience_with, "white rewards, trl, kept"),
+        "The rewards are whitened, their mean removed: whiten the advantages alone, or each token more changes what an "
+        "answer is worth.": partial(_experience_with, "white rewards"),
+        "The returns are whitened, too: values are trained on them in the units of the score.": (
+            partial(_experience_with, "white returns")
+        ),
+        "The returns are sums of rewards, as with lam = 1: returns = raw advantages + values.": (
+            partial(_experience_with, "sums")
+        ),
+        "The second result is the raw advantages: returns = raw advantages + values.": (
+            partial(_experience_with, "raw twice")
+        ),
+        "The values are taken off twice: returns = raw advantages + values.": partial(_experience_with, "minus"),
         "The returns are the rewards: returns = raw advantages + values.": partial(_experience_with, "rewards"),
         "The reward is stored a step early.": partial(_experience_with, "early"),
         "Whitening averages over padding: give it the mask.": partial(_experience_with, "over padding"),
         "This is r - V: an advantage looks ahead, use gae.": partial(_experience_with, "reward minus value"),
+        "The sign of the KL is wrong: a token likelier than under the reference costs.": (
+            partial(_experience_with, "kl sign")
+        ),
+        "Whitening averages over padding, and leaves numbers there: give it the mask.": (
+            partial(_experience_with, "into padding")
+        ),
+        "These are one-step errors, as with lam = 0: lam is not used.": partial(_experience_with, "one step"),
         "lam is not used.": partial(_experience_with, "lam"),
         "gamma is 1 here: an answer is short, and its end is all that is paid for.": partial(_experience_with, "gamma"),
         "Values of padding are in the returns: 0 there.": partial(_experience_with, "values of padding"),
@@ -337,6 +485,11 @@ def _kl_cases() -> list[Case]:
             (tensor([0.5]).log(), tensor([0.25]).log()),
             (tensor([0.6931472]), tensor([0.2402265]), tensor([0.1931472])),
         ),
+        Case(
+            "far apart: d = -12 and 12, where e^12 = 162754.79",
+            (tensor([-13, -1]), tensor([-1, -13])),
+            (tensor([-12.0, 12.0]), tensor([72.0, 72.0]), tensor([162741.79, 11.0000061])),
+        ),
         Case("nearly the same policy, in float32", (near, torch.full_like(near, -1.0)), rtol=1e-3),
     ]
     return cases + two_logprobs()
@@ -353,6 +506,23 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
         k3 = ((-d).exp() - 1) + d
     if bug == "k3 reversed":
         k3 = torch.expm1(d) - d
+    if bug == "limited":
+        d = d.clamp(-10, 10)
+        k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
+    if bug == "k1 at 0":
+        k1 = d.clamp(min=0)
+    if bug == "k1 turned":
+        k1 = -d
+    if bug == "not squared":
+        k2 = d / 2
+    if bug == "k3 without d":
+        k3 = torch.expm1(-d)
+    if bug == "k3 minus d":
+        k3 = torch.expm1(-d) - d
+    if bug == "weighed":
+        k1 = d.exp() * d
+    if bug == "expected":
+        k1 = logprobs.exp() * d
     if bug == "half":
         k2 = d.square()
     if bug == "falls through":
@@ -370,12 +540,12 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
     difficulty=2,
     minutes=10,
     task="Tokens drawn from $\\pi$, $d = \\log\\pi - \\log\\pi_\\text{ref}$. Schulman's three estimates of "
-    "$\\mathrm{KL}(\\pi \\| \\pi_\\text{ref})$ a token: $k_1 = d$, $k_2 = d^2/2$, $k_3 = e^{-d} - 1 + d$. Mind the "
+    "$\\mathrm{KL}(\\pi \\| \\pi_\\text{ref})$ per token: $k_1 = d$, $k_2 = d^2/2$, $k_3 = e^{-d} - 1 + d$. Mind the "
     "digits: near $d = 0$ the large terms of $k_3$ cancel.",
     cases=_kl_cases,
     suspects={
         "The half of k2 is missing.": partial(_estimates_with, "half"),
-        "k1 has lost its sign: single estimates may be negative, only so is the mean right.": (
+        "k1 has lost its sign: single estimates may be negative, and the mean is right only with them.": (
             partial(_estimates_with, "absolute")
         ),
         "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
@@ -390,6 +560,20 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
         "The digits cancel: exp(-d) - 1 loses in float32 what is left after adding d. Use torch.expm1(-d) + d.": (
             partial(_estimates_with, "digits")
         ),
+        "The log-ratio is clamped to [-10, 10], as some libraries do: the estimates are then wrong, and have no "
+        "gradient, just where the policies are furthest apart.": partial(_estimates_with, "limited"),
+        "k1 is clamped at 0: single estimates may be negative, and the mean is right only with them.": (
+            partial(_estimates_with, "k1 at 0")
+        ),
+        "k1 has the wrong sign: logprobs - ref_logprobs.": partial(_estimates_with, "k1 turned"),
+        "k2 is not squared: d^2 / 2.": partial(_estimates_with, "not squared"),
+        "k3 lacks the + d: expm1(-d) + d.": partial(_estimates_with, "k3 without d"),
+        "k3 has the wrong sign before d: expm1(-d) + d.": partial(_estimates_with, "k3 minus d"),
+        "k1 is multiplied by the ratio: the tokens are drawn from the policy already, so d is averaged as it is.": (
+            partial(_estimates_with, "weighed")
+        ),
+        "k1 is multiplied by the probability: the tokens are drawn from the policy already, so d is averaged as it "
+        "is.": partial(_estimates_with, "expected"),
         "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
             partial(_estimates_with, "no graph")
         ),
@@ -432,7 +616,16 @@ def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) 
         return loss - ptx_coef * corpus_logprobs.exp().mean()
     if bug == "detached":
         return loss - ptx_coef * corpus_logprobs.detach().mean()
-    return -ptx_coef * corpus_logprobs.mean()  # "alone"
+    nll = -corpus_logprobs.mean()
+    return {
+        "rows": loss - ptx_coef * corpus_logprobs.sum(1).mean(),
+        "perplexity": loss + ptx_coef * nll.exp(),
+        "share": (loss + ptx_coef * nll) / (1 + ptx_coef),
+        "turned": -(loss + ptx_coef * nll),
+        "ppo turned": ptx_coef * nll - loss,
+        "product": loss * ptx_coef * nll,
+        "alone": ptx_coef * nll,
+    }[bug]
 
 
 @exercise(
@@ -459,6 +652,18 @@ def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) 
             partial(_ptx_with, "detached")
         ),
         "PPO's loss is missing: add the two.": partial(_ptx_with, "alone"),
+        "It divides by the rows only: take the mean over all tokens, or ptx_coef changes its meaning with the length "
+        "of the rows.": partial(_ptx_with, "rows"),
+        "This adds the perplexity: add the negative mean log-probability, without the exponential.": (
+            partial(_ptx_with, "perplexity")
+        ),
+        "The sum is divided by 1 + ptx_coef: equation 2 adds, PPO's gradient stays as it is.": (
+            partial(_ptx_with, "share")
+        ),
+        "The sign of the whole is wrong: PPO's loss is a loss already, and the corpus' is minus its mean "
+        "log-probability.": partial(_ptx_with, "turned"),
+        "The sign of PPO's loss is wrong: it is a loss already, add it as it is.": partial(_ptx_with, "ppo turned"),
+        "The two are multiplied: equation 2 adds them.": partial(_ptx_with, "product"),
         "This is the sum over tokens: take the mean, or ptx_coef changes its meaning with the batch.": (
             partial(_ptx_with, "sum")
         ),

@@ -21,14 +21,15 @@ INT = torch.int64
 
 def _kl_cases() -> list[Case]:
     ln2 = math.log(2)
+    rtol = 1e-4  # the integral may have been done by adding up
     cases = [
-        Case("one answer: no choice", (row(1),), row(0)),
-        Case("the better of two", (row(2),), row(ln2 - 0.5)),
-        Case("the best of 1, 4 and 128", (row(1, 4, 128),), row(0, 2 * ln2 - 0.75, 7 * ln2 - 127 / 128)),
+        Case("one answer: no choice", (row(1),), row(0), rtol),
+        Case("the better of two", (row(2),), row(ln2 - 0.5), rtol),
+        Case("the best of 1, 4 and 128", (row(1, 4, 128),), row(0, 2 * ln2 - 0.75, 7 * ln2 - 127 / 128), rtol),
     ]
     for size, generator in zip((2, 5, 12), generators(3), strict=True):
-        counts = torch.randint(1, 1000, (size,), generator=generator).double()
-        cases.append(Case(f"random, {size} counts", (counts,)))
+        counts = torch.randint(1, 200, (size,), generator=generator).double()
+        cases.append(Case(f"random, {size} counts", (counts,), rtol=rtol))
     return cases
 
 
@@ -43,6 +44,10 @@ def _kl_with(bug: str, counts: Tensor) -> Tensor:
         "one over n": log - 1 / counts,
         "brackets": log - counts - 1 / counts,
         "bits": (log - share) / math.log(2),
+        "one": log - 1,
+        "ten": counts.log10() - share,
+        "turned": share - log,
+        "times": log * share,
     }[bug]
 
 
@@ -70,6 +75,12 @@ def _kl_with(bug: str, counts: Tensor) -> Tensor:
         "It takes off 1 / n: (n - 1) / n.": partial(_kl_with, "one over n"),
         "It takes off n - 1 / n, where (n - 1) / n is meant: brackets.": partial(_kl_with, "brackets"),
         "These are bits: nats, with the natural logarithm.": partial(_kl_with, "bits"),
+        "The logarithm has base 10: nats, with the natural logarithm.": partial(_kl_with, "ten"),
+        "It takes off 1: (n - 1) / n, which comes near to 1 only for large n, and is 0 for n = 1.": (
+            partial(_kl_with, "one")
+        ),
+        "The sign is flipped: a KL is never below 0.": partial(_kl_with, "turned"),
+        "log n is multiplied by (n - 1) / n: (n - 1) / n is taken off.": partial(_kl_with, "times"),
     },
     hints=(
         "$\\log f = \\log n + (n-1) \\log u$. The first part averages to itself. For the second: $\\int_0^1 n\\,u^{n-1}"
@@ -122,8 +133,16 @@ def _best_with(bug: str, proxy: Tensor, values: Tensor, n: int) -> Tensor:
         return overoptimisation.best_of_n(proxy, proxy, n)
     if bug == "worst":
         return overoptimisation.best_of_n(-proxy, values, n)
+    if bug == "mean":
+        return values.mean(1)
+    if bug == "first tie":
+        return _best_with("ties", proxy.flip(1), values.flip(1), n)
     place = torch.arange(1, pool + 1, dtype=values.dtype)
-    if bug == "put back":
+    if bug == "shifted":
+        wins = values.new_tensor([0, *(math.comb(i, n - 1) for i in range(pool - 1))]) / math.comb(pool, n)
+    elif bug == "counts":
+        wins = values.new_tensor([math.comb(i, n - 1) for i in range(pool)])
+    elif bug == "put back":
         wins = (place / pool) ** n - ((place - 1) / pool) ** n
     elif bug == "ranks":
         wins = values.new_tensor([math.comb(i, n) for i in range(1, pool + 1)]) / math.comb(pool, n)
@@ -157,7 +176,13 @@ def _best_with(bug: str, proxy: Tensor, values: Tensor, n: int) -> Tensor:
         "n answers are n different ones.": partial(_best_with, "put back"),
         "Ties: here the last of those with the same proxy takes all. They must share, or the order in the pool "
         "decides.": partial(_best_with, "ties"),
+        "Ties: here the first of those with the same proxy takes all. They must share, or the order in the pool "
+        "decides.": partial(_best_with, "first tie"),
         "It is the best of the whole pool, whatever n is.": partial(_best_with, "whole pool"),
+        "It is not divided by C(N, n), the number of choices: the shares must sum to 1.": partial(_best_with, "counts"),
+        "Places are off by one: i - 1 answers lie below place i, so the worst one has none below it, and the best one "
+        "N - 1.": partial(_best_with, "shifted"),
+        "This is the mean of all answers: the proxy is not looked at, nor is n.": partial(_best_with, "mean"),
         "It is the mean of the n best: the best of n is one answer, the best of n drawn at random.": (
             partial(_best_with, "top n")
         ),
@@ -180,7 +205,7 @@ def _best_with(bug: str, proxy: Tensor, values: Tensor, n: int) -> Tensor:
 def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
     """What the best of n by proxy is worth on average, for each prompt: [B].
 
-    proxy and values [B, N] float64, a row a prompt; 1 <= n <= N, drawn without putting back.
+    proxy and values [B, N] float64, one row per prompt; 1 <= n <= N, drawn without putting back.
     """
     return overoptimisation.best_of_n(proxy, values, n)
 
@@ -189,16 +214,15 @@ def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
 
 
 def _curve_cases() -> list[Case]:
-    rtol = 1e-6  # however the equations are solved
     cases = [
-        Case("two points: d = 1 and 2, alpha = 2, beta = 1/2", (row(1, 4), row(1.5, 2)), row(2, 0.5, 4), rtol),
-        Case("the start is a point as well", (row(0, 1, 9), row(0, 2, 0)), row(3, 1, 2.25), rtol),
-        Case("four points, alpha = 1, beta = 1/4", (row(0, 1, 4, 9), row(0, 0.75, 1, 0.75)), row(1, 0.25, 4), rtol),
+        Case("two points: d = 1 and 2, alpha = 2, beta = 1/2", (row(1, 4), row(1.5, 2)), row(2, 0.5, 4)),
+        Case("the start is a point as well", (row(0, 1, 9), row(0, 2, 0)), row(3, 1, 2.25)),
+        Case("four points, alpha = 1, beta = 1/4", (row(0, 1, 4, 9), row(0, 0.75, 1, 0.75)), row(1, 0.25, 4)),
     ]
     for size, generator in zip((5, 9, 20), generators(3), strict=True):
         d = torch.linspace(0, 3, size, dtype=F64)
         gain = d * (1.2 - 0.3 * d) + 0.05 * normal(generator, size)
-        cases.append(Case(f"random, {size} points", (d.square(), gain), rtol=rtol))
+        cases.append(Case(f"random, {size} points", (d.square(), gain)))
     return cases
 
 
@@ -206,6 +230,8 @@ def _curve_with(bug: str, kl: Tensor, gain: Tensor) -> Tensor:
     """Exercise 10.3 with one mistake planted."""
     d = kl if bug == "no root" else kl.sqrt()
     columns, target = [d, -d.square()], gain
+    if bug == "logarithm":
+        columns = [d, -torch.xlogy(d, d)]
     if bug == "constant":
         columns.append(torch.ones_like(d))
     if bug == "ratio":
@@ -221,9 +247,16 @@ def _curve_with(bug: str, kl: Tensor, gain: Tensor) -> Tensor:
         "back to zero": (alpha / beta).square(),
         "half": (alpha / beta).square() / 2,
         "height": alpha.square() / (4 * beta),
+        "no 2": alpha / beta,
+        "upside down": (2 * beta / alpha).square(),
+        "logarithm": (2 * (alpha / beta - 1)).exp(),
+        "measured": kl[gain.argmax()],
+        "grid": kl[(alpha * d - beta * d.square()).argmax()],
     }.get(bug, (alpha / (2 * beta)).square())
     if bug == "sign":
         beta = -beta
+    if bug == "peak first":
+        return torch.stack((peak, alpha, beta))
     return torch.stack((beta, alpha, peak) if bug == "swapped" else (alpha, beta, peak))
 
 
@@ -245,10 +278,22 @@ def _curve_with(bug: str, kl: Tensor, gain: Tensor) -> Tensor:
         ),
         "Half of the distance is a quarter of the KL, not half of it.": partial(_curve_with, "half"),
         "The third number is the gain at the peak: the KL there is asked for.": partial(_curve_with, "height"),
+        "The square and the 2 are missing: the curve is highest at d = alpha / (2 beta), and the KL is the square of "
+        "that.": partial(_curve_with, "no 2"),
+        "The peak is upside down: at d = alpha / (2 beta), and squared.": partial(_curve_with, "upside down"),
+        "The peak is the highest of the measured points: one point's noise decides. Take the fitted curve's.": (
+            partial(_curve_with, "measured")
+        ),
+        "This is Gao et al.'s form for reinforcement learning, d (alpha - beta log d): for best of n it is d (alpha - "
+        "beta d).": partial(_curve_with, "logarithm"),
         "beta has the wrong sign: in gain = d (alpha - beta d) a curve that bends down has beta > 0.": (
             partial(_curve_with, "sign")
         ),
         "The order is alpha, beta, peak.": partial(_curve_with, "swapped"),
+        "The order is alpha, beta, peak: here the peak comes first.": partial(_curve_with, "peak first"),
+        "The peak is looked for among the measured KLs: it lies between them, where the derivative is 0.": (
+            partial(_curve_with, "grid")
+        ),
         "There is a constant in the fit: no distance, no gain.": partial(_curve_with, "constant"),
         "This fits gain / d: least squares of the gain itself, or the points nearest to 0, where noise is divided by "
         "almost nothing, weigh most.": partial(_curve_with, "ratio"),
@@ -298,9 +343,12 @@ def _stop_cases() -> list[Case]:
 def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Tensor, budget: float) -> Tensor:
     """Exercise 10.4 with one mistake planted."""
     within = kl < budget if bug == "strict" else kl <= budget
+    before = (~within).long().cumsum(1) == 0  # no measurement so far has left the budget
+    if bug == "stays":
+        within = before
     if bug == "no budget":
         within = torch.ones_like(within)
-    judge = {"proxy": proxy, "oracle": gold}.get(bug, validation)
+    judge = {"proxy": proxy, "oracle": gold, "both": proxy + validation}.get(bug, validation)
     held = judge.masked_fill(~within, -math.inf)
     if bug == "together":
         held = held.mean(0).expand_as(held)
@@ -320,7 +368,19 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         at = torch.where(never, kl.shape[1] - 1, falls.argmax(1))
     if bug == "end":
         at = torch.full_like(at, kl.shape[1] - 1)
-    told = validation if bug == "told" else gold
+    if bug == "last before":
+        at = before.sum(1) - 1
+    if bug == "first exceed":
+        at = before.sum(1).clamp(max=kl.shape[1] - 1)
+    if bug == "nearest":
+        at = (kl - budget).abs().argmin(1)
+    if bug == "start":
+        at = torch.zeros_like(at)
+    if bug == "index":
+        return at.to(gold.dtype)
+    if bug == "lowest":
+        at = validation.masked_fill(~within, math.inf).argmin(1)
+    told = {"told": validation, "proxy told": proxy}.get(bug, gold)
     return told.gather(1, at[:, None])[:, 0]
 
 
@@ -344,12 +404,27 @@ def _stop_with(bug: str, proxy: Tensor, validation: Tensor, gold: Tensor, kl: Te
         ),
         "It reports the validation score it has chosen by: the highest of many noisy numbers is too high. Report gold "
         "there.": partial(_stop_with, "told"),
+        "It reports the proxy: that is what the run has climbed. Report gold there.": partial(_stop_with, "proxy told"),
+        "It takes the lowest validation score: the highest is the best.": partial(_stop_with, "lowest"),
         "The budget is not looked at: measurements with a KL above it are out.": partial(_stop_with, "no budget"),
         "KL at the budget is within it: <=.": partial(_stop_with, "strict"),
         "It takes the last measurement within the budget: of those, the one with the highest validation score.": (
             partial(_stop_with, "edge")
         ),
         "It takes the last measurement, whatever it is.": partial(_stop_with, "end"),
+        "It stops where the KL first leaves the budget: a later measurement within it counts as well, if the KL comes "
+        "back.": partial(_stop_with, "stays"),
+        "It takes the last measurement before the KL first leaves the budget: of all those within it, the one with the "
+        "highest validation score.": partial(_stop_with, "last before"),
+        "It takes the first measurement beyond the budget: that is out already. Of all those within it, the one with "
+        "the highest validation score.": partial(_stop_with, "first exceed"),
+        "It takes the measurement whose KL is nearest to the budget: of those within it, the one with the highest "
+        "validation score.": partial(_stop_with, "nearest"),
+        "The proxy has a say here, beside the validation score: it is what the run climbs. Validation chooses alone.": (
+            partial(_stop_with, "both")
+        ),
+        "This is gold at the start: report it where the validation score is highest.": partial(_stop_with, "start"),
+        "These are the indices of the measurements: report gold there.": partial(_stop_with, "index"),
         "It stops at the first fall of the validation score: measurements are noisy, look at all of them.": (
             partial(_stop_with, "first fall")
         ),
@@ -415,7 +490,19 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         deviation = deviation.square()
     if bug == "population":
         deviation = reference.std(1, keepdim=True, correction=0)
+    if bug == "range":
+        mean, deviation = reference.amin(1, keepdim=True), reference.amax(1, keepdim=True)
+        deviation = deviation - mean
+    if bug == "across":
+        mean, deviation = scores.mean(0), scores.std(0, correction=0) + 1e-8
+    if bug == "afterwards":
+        combined, known = ((x.mean(0) if how == "mean" else x.amin(0)) for x in (scores, reference))
+        return (combined - known.mean()) / known.std()
     standard = (scores - mean) / deviation
+    if bug.startswith("doubt") and how == "min":
+        centre = standard.mean(0)
+        squares = (standard - centre).square().sum(0) / (len(standard) - (bug == "doubt, M - 1"))
+        return centre - squares.sqrt()
     if bug == "raw":
         standard = scores
     if bug == "not centred":
@@ -431,6 +518,8 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         lowest = False
     if bug == "pessimist":
         lowest = True
+    if bug == "one for all":
+        return standard.amin().expand(standard.shape[1]) if lowest else standard.mean(0)
     if bug == "max":
         return standard.amax(0) if lowest else standard.mean(0)
     if bug == "median":
@@ -466,14 +555,28 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
         ),
         "Only the mean is divided: brackets.": partial(_ensemble_with, "brackets"),
         "It divides by the variance: by the standard deviation.": partial(_ensemble_with, "variance"),
-        "The deviation divides by R: `.std()` has R - 1 below.": partial(_ensemble_with, "population"),
+        "The deviation divides by R: `.std()` divides by R - 1.": partial(_ensemble_with, "population"),
         "Mean and min are interchanged.": partial(_ensemble_with, "swapped"),
         "`how` is not looked at: min asks for the lowest.": partial(_ensemble_with, "always mean"),
         "`how` is not looked at: mean asks for the mean.": partial(_ensemble_with, "pessimist"),
         "It takes the highest: an optimist is fooled whenever one of them is.": partial(_ensemble_with, "max"),
         "It takes one model for all answers: the lowest of each answer.": partial(_ensemble_with, "one model"),
+        "This is the lowest score of the whole batch: the lowest of each answer.": (
+            partial(_ensemble_with, "one for all")
+        ),
         "This is the median: the mean is asked for.": partial(_ensemble_with, "median"),
         "This is the sum: the mean, or beta's unit changes with the number of models.": partial(_ensemble_with, "sum"),
+        "They are brought between the lowest and the highest of `reference`: mean 0 and standard deviation 1 are asked "
+        "for.": partial(_ensemble_with, "range"),
+        "They are combined first and standardised afterwards: bring each model to one scale before.": (
+            partial(_ensemble_with, "afterwards")
+        ),
+        "They are standardised across the models, answer by answer: then their mean is 0 for every answer. Use each "
+        "model's own mean and deviation over `reference`.": partial(_ensemble_with, "across"),
+        "This is the mean minus the models' deviation (dividing by M), another cautious reward: the lowest is asked "
+        "for.": partial(_ensemble_with, "doubt, M"),
+        "This is the mean minus the models' deviation (dividing by M - 1), another cautious reward: the lowest is "
+        "asked for.": partial(_ensemble_with, "doubt, M - 1"),
     },
     hints=(
         "`reference.mean(1, keepdim=True)` and `reference.std(1, keepdim=True)` are [M, 1], and fit `scores` [M, B].",
@@ -481,7 +584,7 @@ def _ensemble_with(bug: str, scores: Tensor, reference: Tensor, how: str) -> Ten
     ),
 )
 def ensemble_reward(scores: Tensor, reference: Tensor, how: str) -> Tensor:
-    """One reward an answer from M models: [B].
+    """One reward per answer from M models: [B].
 
     scores [M, B] float64: of the answers; reference [M, R]: of the SFT model's answers;
     how is "mean" or "min".
@@ -530,10 +633,20 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         new = torch.ones_like(new)
     if bug == "one policy":
         new = policies[:, None] == policies
+    if bug == "each prompt":
+        latest = policies == torch.where(together, policies, -1).amax(1)
+        new = latest[:, None] & latest
+    if bug == "last answer":
+        last = policies == policies[-1]
+        new = last[:, None] & last
     if bug == "one of them":
         new = newest[:, None] | newest
     if bug == "winner":
         new = newest[:, None].expand_as(new)
+    if bug == "loser":
+        new = newest.expand_as(new)
+    if bug == "newer wins":
+        new = policies[:, None] > policies
     if bug == "oldest":
         oldest = policies == policies.min()
         new = oldest[:, None] & oldest
@@ -545,7 +658,13 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         better = scores[:, None] != scores
     if bug == "worse":
         better = scores[:, None] < scores
+    if bug == "no scores":
+        better = ~torch.eye(len(scores), dtype=torch.bool)
     pairs = together & new & better
+    if bug == "upper":
+        pairs = pairs.triu(1)
+    if bug == "neighbours":
+        pairs = pairs & ((pairs.long() @ pairs.long()) == 0)
     if bug == "best and worst":
         all_pairs = pairs
         # The best beats somebody and nobody beats it; the worst the other way round.
@@ -577,13 +696,28 @@ def _fresh_with(bug: str, prompts: Tensor, policies: Tensor, scores: Tensor) -> 
         "One answer of the newest policy is enough here: both must be. New against old mostly teaches what a hack "
         "looks like against an answer, which is easier.": partial(_fresh_with, "one of them"),
         "Only the better one must be new here: both must be.": partial(_fresh_with, "winner"),
+        "Only the worse one must be new here: both must be.": partial(_fresh_with, "loser"),
+        "A newer policy's answer is compared with an older one's: both must be the newest policy's.": (
+            partial(_fresh_with, "newer wins")
+        ),
         "These are the oldest policy's answers: the newest has the highest number.": partial(_fresh_with, "oldest"),
         "Ties make a pair here: the labeler preferred neither.": partial(_fresh_with, "ties"),
         "An answer is better than itself here: > and not >=.": partial(_fresh_with, "with itself"),
         "Each pair is there in both directions: [i, j] means that i is the better one.": (
             partial(_fresh_with, "both ways")
         ),
-        "It is turned round: [i, j] means that i, the row, is the better one.": partial(_fresh_with, "worse"),
+        "It is the wrong way round: [i, j] means that i, the row, is the better one.": partial(_fresh_with, "worse"),
+        "The newest policy of each prompt is taken: a prompt that the newest policy has not answered makes no pair.": (
+            partial(_fresh_with, "each prompt")
+        ),
+        "The last answer's policy is taken for the newest: the newest has the highest number.": (
+            partial(_fresh_with, "last answer")
+        ),
+        "The scores are not looked at: only where i is the better one.": partial(_fresh_with, "no scores"),
+        "Only i < j is looked at: where the later answer is the better one, the pair stands at [i, j] with i > j.": (
+            partial(_fresh_with, "upper")
+        ),
+        "Only neighbours in the ranking are compared: use all pairs.": partial(_fresh_with, "neighbours"),
         "Only the best against the worst: a ranking of K answers has up to K (K - 1) / 2 pairs, use them all.": (
             partial(_fresh_with, "best and worst")
         ),

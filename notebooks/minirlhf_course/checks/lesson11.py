@@ -23,17 +23,18 @@ def _wilson(rate: Tensor, count: int) -> Tensor:
 
 def _win_cases() -> list[Case]:
     square = CONFIDENCE**2
+    rtol = 3e-4  # z may be 1.96 or 1.959964
     cases = [
-        Case("one prompt, won", (row(2), row(1)), row(1, 1 / (1 + square), 1)),
-        Case("one prompt, lost", (row(1), row(2)), row(0, 0, square / (1 + square))),
-        Case("two prompts: one won, one tied", (row(3, 1), row(2, 1)), _wilson(row(0.75)[0], 2)),
+        Case("one prompt, won", (row(2), row(1)), row(1, 1 / (1 + square), 1), rtol),
+        Case("one prompt, lost", (row(1), row(2)), row(0, 0, square / (1 + square)), rtol),
+        Case("two prompts: one won, one tied", (row(3, 1), row(2, 1)), _wilson(row(0.75)[0], 2), rtol),
         Case("three prompts: won by far, lost twice by little", (row(9, 0, 0), row(0, 1, 1)),
-             _wilson(row(1)[0] / 3, 3)),
-        Case("four prompts, all tied", (row(1, 1, 1, 1), row(1, 1, 1, 1)), _wilson(row(0.5)[0], 4)),
+             _wilson(row(1)[0] / 3, 3), rtol),
+        Case("four prompts, all tied", (row(1, 1, 1, 1), row(1, 1, 1, 1)), _wilson(row(0.5)[0], 4), rtol),
     ]  # fmt: skip
     for size, generator in zip((5, 12, 40), generators(3), strict=True):
         scores, others = (2 * normal(generator, 2, size)).round()
-        cases.append(Case(f"random, {size} prompts", (scores, others)))
+        cases.append(Case(f"random, {size} prompts", (scores, others), rtol=rtol))
     return cases
 
 
@@ -58,7 +59,45 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         return torch.stack((rate, low.clamp(min=0), high.clamp(max=1)))
     if bug == "one prompt":
         return _wilson(rate, 1)
+    if bug == "outcomes":
+        error = outcomes.std(correction=0) / count**0.5
+        return torch.stack((rate, rate - CONFIDENCE * error, rate + CONFIDENCE * error))
+    square = CONFIDENCE**2
+    if bug in ("Agresti-Coull", "plus four"):
+        more = square if bug == "Agresti-Coull" else 4
+        middle = (rate * count + more / 2) / (count + more)
+        half = CONFIDENCE * (middle * (1 - middle) / (count + more)).sqrt()
+        return torch.stack((rate, middle - half, middle + half))
+    if bug == "not shrunk":
+        middle, half = rate + square / (2 * count), CONFIDENCE * (error**2 + square / (4 * count**2)).sqrt()
+        return torch.stack((rate, middle - half, middle + half))
+    if bug in ("4n", "z"):
+        square = CONFIDENCE if bug == "z" else square
+        below = 4 * count if bug == "4n" else 4 * count**2
+        middle = rate + square / (2 * count)
+        half = CONFIDENCE * (error**2 + square / below).sqrt()
+        return torch.stack((rate, (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)))
+    if bug == "one term":
+        middle, half = rate + square / (2 * count), CONFIDENCE * error
+        return torch.stack((rate, (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)))
+    if bug in ("90", "2"):
+        z = {"90": 1.645, "2": 2.0}[bug]
+        # Wilson's interval depends on z^2 / n alone.
+        return torch.stack((rate, *wilson(rate, count * square / z**2)))
     rows = _wilson(rate, count)
+    if bug == "middle":
+        return torch.stack(((rows[1] + rows[2]) / 2, rows[1], rows[2]))
+    if bug == "order":
+        return rows[[1, 0, 2]]
+    if bug == "ends":
+        return rows[[0, 2, 1]]
+    if bug == "per cent":
+        return 100 * rows
+    if bug == "widths":
+        return torch.stack((rate, rate - rows[1], rows[2] - rate))
+    if bug == "continuity":
+        step = 1 / (2 * count)
+        return torch.stack((rate, (rows[1] - step).clamp(min=0), (rows[2] + step).clamp(max=1)))
     if bug == "centred":
         half = (rows[2] - rows[1]) / 2
         return torch.stack((rate, rate - half, rate + half))
@@ -81,7 +120,7 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "Ties count as lost: they count half, or a model loses against itself.": partial(_win_with, "ties lost"),
         "Ties are dropped: they count half. Two models that nearly always tie are close to 50 %, however the few "
         "others fall.": partial(_win_with, "ties dropped"),
-        "It is turned round: the first argument's wins.": partial(_win_with, "swapped"),
+        "It is the wrong way round: the first argument's wins.": partial(_win_with, "swapped"),
         "It counts by how much, not how often: one large win must weigh as much as one small one.": (
             partial(_win_with, "by how much")
         ),
@@ -91,7 +130,31 @@ def _win_with(bug: str, scores: Tensor, others: Tensor) -> Tensor:
         "This is the textbook interval, cut to [0, 1]: after one win out of one it still says 100 % for sure.": (
             partial(_win_with, "clipped")
         ),
-        "The width is right, the centre is not: Wilson's lies nearer to 1/2 than the rate does.": (
+        "This is Agresti and Coull's interval: Wilson's centre, with the textbook's width around it. It may leave "
+        "[0, 1]; use Wilson's width, too.": partial(_win_with, "Agresti-Coull"),
+        "This is Agresti and Coull's interval in round numbers (two wins and two losses added): use Wilson's.": (
+            partial(_win_with, "plus four")
+        ),
+        "The division by 1 + z^2 / n is missing: the centre and the half-width are both divided by it.": (
+            partial(_win_with, "not shrunk")
+        ),
+        "z^2 / (4 n^2) is missing under the root: after a clean sweep there is no width left.": (
+            partial(_win_with, "one term")
+        ),
+        "Under the root it has z^2 / (4 n), where z^2 / (4 n^2) belongs.": partial(_win_with, "4n"),
+        "It has z where z^2 is meant.": partial(_win_with, "z"),
+        "Each end is moved outwards by 1 / (2n), a correction for continuity: Wilson's interval as it stands is asked "
+        "for.": partial(_win_with, "continuity"),
+        "These are the distances from the rate: give the ends of the interval.": partial(_win_with, "widths"),
+        "z is 1.645: that is the 90 % interval, and 95 % has 1.96.": partial(_win_with, "90"),
+        "z is 2: 95 % has 1.96.": partial(_win_with, "2"),
+        "The first number is the interval's centre: the win rate itself is asked for.": partial(_win_with, "middle"),
+        "The order is rate, low, high: here the low end comes first.": partial(_win_with, "order"),
+        "The order is rate, low, high: here the high end comes before the low one.": partial(_win_with, "ends"),
+        "These are per cent: give shares, from 0 to 1.": partial(_win_with, "per cent"),
+        "This is mean ± 1.96 standard errors of the outcomes: after one win out of one it says 100 % for sure. Use "
+        "Wilson's.": partial(_win_with, "outcomes"),
+        "The width is right, the centre is not: Wilson's is nearer to 1/2 than the rate.": (
             partial(_win_with, "centred")
         ),
         "n leaves the ties out: a tie is an outcome, too, n is len(scores).": partial(_win_with, "decided"),
@@ -150,9 +213,19 @@ def _examples_with(
     """Exercise 11.2 with one mistake planted."""
     line, end = prompt.new_tensor([newline]), prompt.new_tensor([eos])
     end = prompt.new_tensor([]) if bug == "no eos" else line if bug == "newline for eos" else end
+    if bug == "newline, too":
+        end = torch.cat((line, end))
     between = prompt.new_tensor([]) if bug == "run together" else line
     ask = prompt if bug == "no newline" else torch.cat((prompt, line))
+    if bug == "prompt ends":
+        ask = torch.cat((ask, end))
     blocks = [torch.cat((question, between, text, end)) for question, text in examples]
+    if bug == "no examples":
+        blocks = []
+    if bug == "last ones":
+        blocks.reverse()
+    if bug == "a piece":
+        return torch.cat((torch.cat((*blocks, prompt[:0]))[: max(limit - len(ask), 0)], ask))
     if bug in ("cut on the left", "cut on the right", "no limit"):
         whole = torch.cat((*blocks, ask))
         return {"cut on the left": whole[-limit:], "cut on the right": whole[:limit]}.get(bug, whole)
@@ -167,6 +240,8 @@ def _examples_with(
         room -= len(block)
     if bug == "all or none" and len(kept) < len(blocks):
         kept = []
+    if bug in ("last ones", "backwards"):
+        kept.reverse()
     return torch.cat((ask, *kept)) if bug == "prompt first" else torch.cat((*kept, ask))
 
 
@@ -205,6 +280,18 @@ def _examples_with(
             partial(_examples_with, "skips")
         ),
         "It takes all examples or none: keep those that fit.": partial(_examples_with, "all or none"),
+        "It keeps the last examples that fit: take them in their order, from the first.": (
+            partial(_examples_with, "last ones")
+        ),
+        "The examples stand in reverse order: the first one comes first.": partial(_examples_with, "backwards"),
+        "The last example is cut to the room that is left: an example that does not fit whole is left out.": (
+            partial(_examples_with, "a piece")
+        ),
+        "A newline stands before EOS: an answer is followed by EOS alone.": partial(_examples_with, "newline, too"),
+        "EOS stands behind the prompt: the answer is to begin there, after the newline.": (
+            partial(_examples_with, "prompt ends")
+        ),
+        "There are no examples in it: those that fit come before the prompt.": partial(_examples_with, "no examples"),
         "The prompt stands first: it belongs at the end, where the model goes on.": (
             partial(_examples_with, "prompt first")
         ),
@@ -275,10 +362,39 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
         return (two - one).quantile(marks)
     if bug == "ninety":
         return (one - two).quantile(rows.new_tensor([5, 95]).to(first.dtype) / 100)
-    difference = one - two
-    if bug == "error":
-        middle = (first - second).mean()
+    difference, seen = one - two, (first - second).mean()
+    low, high = difference.quantile(marks)
+    if bug == "no resamples":
+        error = (first - second).std(correction=1) / len(first) ** 0.5
+        return seen + torch.stack((-error, error)) * CONFIDENCE
+    if bug == "one deviation":
+        return difference.mean() + torch.stack((-difference.std(), difference.std()))
+    if bug == "down":
+        return (first - second)[rows].mean(0).quantile(marks)
+    if bug == "sums":
+        return torch.stack((low, high)) * len(first)
+    if bug == "first alone":
+        return one.quantile(marks)
+    if bug == "absolute":
+        return (first - second).abs()[rows].mean(1).quantile(marks)
+    if bug.startswith("error"):
+        middle = difference.mean() if "resamples" in bug else seen
         return middle + torch.stack((-difference.std(), difference.std())) * CONFIDENCE
+    if bug == "basic":
+        return torch.stack((2 * seen - high, 2 * seen - low))
+    if bug == "centred":
+        return torch.stack((low, high)) - difference.mean() + seen
+    if bug == "ends":
+        return torch.stack((high, low))
+    if bug == "per cent":
+        return 100 * torch.stack((low, high))
+    if bug == "medians":
+        return (first[rows].median(1).values - second[rows].median(1).values).quantile(marks)
+    if bug == "nearest":
+        at = (marks * (len(difference) - 1)).round().long()
+        return difference.sort().values[at]
+    if bug == "lower":
+        return difference.quantile(marks, interpolation="lower")
     if bug == "min max":
         return torch.stack((difference.min(), difference.max()))
     return difference.quantile(marks)
@@ -291,7 +407,7 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
     minutes=15,
     task="Is A better than B, or was it luck with the prompts? Some prompts are easy for both and some hard for both, "
     "so compare them **prompt by prompt**. The bootstrap: draw the prompts anew, with replacement, many times (`rows`: "
-    "one resample a row, made for you), take the mean difference of each resample, and give the 2.5 % and 97.5 % "
+    "one resample per row, made for you), take the mean difference of each resample, and give the 2.5 % and 97.5 % "
     "quantiles of those.",
     cases=_paired_cases,
     suspects={
@@ -305,11 +421,40 @@ def _paired_with(bug: str, first: Tensor, second: Tensor, rows: Tensor) -> Tenso
         "These are quantiles of single differences: take the mean of each resample first.": (
             partial(_paired_with, "single")
         ),
-        "It is turned round: the first minus the second.": partial(_paired_with, "swapped"),
+        "It is the wrong way round: the first minus the second.": partial(_paired_with, "swapped"),
         "These are the 5 % and 95 % quantiles: that leaves 10 % outside, not 5.": partial(_paired_with, "ninety"),
         "This is mean ± 1.96 standard deviations: a fine approximation, but the task asks for quantiles.": (
             partial(_paired_with, "error")
         ),
+        "This is mean ± 1.96 standard deviations, around the resamples' mean: a fine approximation, but the task asks "
+        "for quantiles.": partial(_paired_with, "error of resamples"),
+        "This is the textbook interval of the mean difference, without any resample: take quantiles of the resamples' "
+        "means.": partial(_paired_with, "no resamples"),
+        "This is mean ± one standard deviation: that holds the truth two times out of three. Take quantiles.": (
+            partial(_paired_with, "one deviation")
+        ),
+        "The mean runs over the resamples: take the mean of each resample, along dimension 1.": (
+            partial(_paired_with, "down")
+        ),
+        "These are sums: take the mean difference of each resample.": partial(_paired_with, "sums"),
+        "This is the first model alone: take differences to the second.": partial(_paired_with, "first alone"),
+        "These are absolute differences: a prompt that the second one wins counts against the first.": (
+            partial(_paired_with, "absolute")
+        ),
+        "This is the basic bootstrap, twice the difference minus the quantiles: the quantiles themselves are asked "
+        "for.": partial(_paired_with, "basic"),
+        "It is moved so that its middle is the measured difference: give the quantiles as they are.": (
+            partial(_paired_with, "centred")
+        ),
+        "The high end comes first: low, then high.": partial(_paired_with, "ends"),
+        "These are differences of medians: take the mean difference of each resample.": partial(
+            _paired_with, "medians"
+        ),
+        "These are per cent: give shares.": partial(_paired_with, "per cent"),
+        "It takes the nearest resample, or the one in place int(q * R), for a quantile: fine for thousands of them, "
+        "but where few were drawn a quantile lies between two. Use `torch.quantile`.": partial(_paired_with, "nearest"),
+        "It takes the next lower resample for a quantile: fine for thousands of them, but where few were drawn a "
+        "quantile lies between two. Use `torch.quantile`.": partial(_paired_with, "lower"),
         "These are the smallest and the largest resample: take quantiles.": partial(_paired_with, "min max"),
     },
     hints=(
@@ -360,8 +505,24 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         half = t * spread / count
     if bug == "no t":
         half = spread / count**0.5
+    if bug == "twice":
+        half = 2 * half
+    if bug == "absolute":
+        half = t * (rates - mean).abs().mean(0) / count**0.5
+    if bug == "variance by S":
+        half = t * spread.square() / count
+    if bug == "widths":
+        return torch.stack((mean, half, half))
+    if bug == "cut":
+        return torch.stack((mean, (mean - half).clamp(0, 1), (mean + half).clamp(0, 1)))
     if bug == "range":
         return torch.stack((mean, rates.amin(0), rates.amax(0)))
+    if bug == "median":
+        mean = rates.median(0).values
+    if bug == "ends":
+        return torch.stack((mean, mean + half, mean - half))
+    if bug == "order":
+        return torch.stack((mean - half, mean, mean + half))
     return torch.stack((mean, mean - half, mean + half))
 
 
@@ -379,17 +540,22 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
         "1.96 is for many seeds: with few, the spread itself is uncertain, and Student's t says how much. Use `t`.": (
             partial(_seed_with, "normal")
         ),
-        "The standard deviation divides by S: with S - 1 below it is not too small on average.": (
+        "The standard deviation divides by S, and is too small on average: divide by S - 1.": (
             partial(_seed_with, "biased")
         ),
         "This is the spread of single runs: the mean of S runs is surer by the root of S.": (
             partial(_seed_with, "deviation")
         ),
-        "It divides by the root of S - 1: that belongs into the standard deviation; under this root stands S.": (
+        "It divides by the root of S - 1: that belongs in the standard deviation. Here it is the root of S.": (
             partial(_seed_with, "degrees")
         ),
         "It divides by S: by the root of S.": partial(_seed_with, "count"),
         "This is the variance: take its root.": partial(_seed_with, "variance"),
+        "This is the variance by S: take the root of both.": partial(_seed_with, "variance by S"),
+        "These are half-widths: give the ends, mean - half and mean + half.": partial(_seed_with, "widths"),
+        "The ends are cut to [0, 1]: leave them as they are, a wide interval should be seen.": (
+            partial(_seed_with, "cut")
+        ),
         "`t` is not used: one standard error holds the truth in far fewer than 95 % of cases.": (
             partial(_seed_with, "no t")
         ),
@@ -397,6 +563,13 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
             partial(_seed_with, "range")
         ),
         "It mixes the models: each column is a model of its own.": partial(_seed_with, "all models"),
+        "The order is mean, low, high: here the high end comes before the low one.": partial(_seed_with, "ends"),
+        "The order is mean, low, high: here the low end comes first.": partial(_seed_with, "order"),
+        "This is the median: the mean is asked for.": partial(_seed_with, "median"),
+        "It is twice too wide: the ends are one t s / sqrt(S) from the mean on each side.": partial(
+            _seed_with, "twice"
+        ),
+        "This is the mean absolute deviation: s is the standard deviation.": partial(_seed_with, "absolute"),
     },
     hints=(
         "Everything along dimension 0, the seeds. What is `torch.std`'s default below the sum of squares?",
@@ -406,7 +579,7 @@ def _seed_with(bug: str, rates: Tensor, t: float) -> Tensor:
 def seed_interval(rates: Tensor, t: float) -> Tensor:
     """[3, M]: the mean over seeds, and low and high end of its interval, for M models.
 
-    rates [S, M] float64, a row a seed; t is Student's quantile for S seeds.
+    rates [S, M] float64, one row per seed; t is Student's quantile for S seeds.
     """
     mean, half = rates.mean(0), t * rates.std(0) / len(rates) ** 0.5
     return torch.stack((mean, mean - half, mean + half))
@@ -435,6 +608,11 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
     """Exercise 11.5 with one mistake planted."""
     tax, left = (ppo - base).mean(0), (ppo_ptx - base).mean(0)
     return {
+        "median": lambda: ((ppo - ppo_ptx) / (ppo - base)).median(0).values,
+        "per cent": lambda: 100 * (1 - left / tax),
+        "turned": lambda: left / tax - 1,
+        "absolute": lambda: (1 - left / tax).abs(),
+        "left": lambda: left,
         "mean of ratios": lambda: (1 - (ppo_ptx - base) / (ppo - base)).mean(0),
         "what is left": lambda: left / tax,
         "of the loss": lambda: 1 - (ppo_ptx / ppo).mean(0),
@@ -442,7 +620,7 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
         "nats": lambda: tax - left,
         "other way": lambda: 1 - tax / left,
         "of the base": lambda: (tax - left) / base.mean(0),
-        "clamped": lambda: (1 - left / tax).clamp(0, 1),
+        "clamped": lambda: (1 - left / tax).clamp(min=0),
     }[bug]()
 
 
@@ -466,9 +644,16 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
             partial(_tax_with, "of the loss")
         ),
         "These are nats: divide by PPO's tax.": partial(_tax_with, "nats"),
-        "It is upside down: PPO's tax stands below.": partial(_tax_with, "other way"),
+        "This is PPO-ptx's tax alone: which share of PPO's tax is gone?": partial(_tax_with, "left"),
+        "It is a median of the seeds' ratios: average the taxes over seeds, then divide once.": (
+            partial(_tax_with, "median")
+        ),
+        "The sign is flipped: what is taken away counts above 0.": partial(_tax_with, "turned"),
+        "This is the absolute value: a repair that makes things worse should be seen.": partial(_tax_with, "absolute"),
+        "These are per cent: give shares, 1 for all of it.": partial(_tax_with, "per cent"),
+        "It is upside down: PPO's tax is the denominator.": partial(_tax_with, "other way"),
         "It divides by the base model's loss: by PPO's tax.": partial(_tax_with, "of the base"),
-        "It is cut to [0, 1]: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
+        "It is cut at 0: a repair that makes things worse should be seen.": partial(_tax_with, "clamped"),
     },
     hints=(
         "Two taxes, each averaged over dimension 0.",
@@ -478,6 +663,6 @@ def _tax_with(bug: str, base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
 def tax_repaired(base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
     """The share of PPO's tax that PPO-ptx takes away, for each kind of text: [K].
 
-    base, ppo, ppo_ptx [S, K] float64: their losses, a row a seed.
+    base, ppo, ppo_ptx [S, K] float64: their losses, one row per seed.
     """
     return 1 - (ppo_ptx - base).mean(0) / (ppo - base).mean(0)

@@ -149,16 +149,21 @@ REFUSED = {
     "in place": ("x *= factor\n    return x", "writes into its argument `x`"),
     "in place, result right": ("y = x * factor\n    x += 1\n    return y", "writes into its argument `x`"),
     "no return": ("y = x * factor", "returns None: is there a `return`"),
-    "dtype": ("return (x * factor).float()", "The result is float32, not float64"),
     "shape": ("return (x * factor).sum()", "The result has the shape (), not (1, 2)"),
     "broadcast": ("return x * factor + torch.zeros_like(x).T", "has the shape (2, 2), not (1, 2)"),
-    "number": ("return float(x.detach().sum())", "The result is a float, not a tensor"),
+    "number": ("return float(x.detach().sum())", "The result is a single number, not a tensor of the shape (1, 2)"),
+    "text": ("return 'x'", "The result is a str, not a tensor or a number"),
+    "NaN": ("return (x * factor).sum() / 0 * 0", "The result is NaN where a number is expected: look for 0 / 0"),
+    "infinite": ("return (x * factor) / 0", "The result is infinite where a number is expected: look for a division"),
+    "infinite gradient": ("y = x * factor\n    return y + 0 * (y - y.detach()).sqrt()", "gradient into `x` is NaN"),
     "two results": ("return x * factor, x", "It returns 2 results, not one tensor"),
     "no gradient": ("return (x * factor).detach()", "No gradient flows from the result into `x`"),
     "no_grad": ("with torch.no_grad():\n        return x * factor", "No gradient flows from the result into `x`"),
     "wrong gradient": ("return x * factor - x + x.detach()", "gradient into `x` is not"),
     "right in the sum": ("d = x.flip(-1) - x\n    return x * factor + d - d.detach()", "gradient into `x` is not"),
-    "nearly": ("return x * (factor + 1e-6)", "Smallest failing case: a column"),
+    "nearly": ("return x * (factor + 1e-4)", "The result is not right. It is close: off by up to 0.0002, where"),
+    "printed alike": ("return x * (factor + 1e-4)", "  difference = up to 0.0002"),
+    "a gradient of 0": ("return (x.clamp(max=-9) + 9) * 0 + x.detach() * factor", "its gradient into `x` is not."),
     "one size": ("return x * factor if x.shape == (1, 2) else x", "Smallest failing case: a column"),
     "a constant": ("return torch.tensor([[3.0, 6.0]], requires_grad=True)", "Smallest failing case: a row"),
     "raises": ("y = x * factor\n    return y[5]", "in the line: return y[5]"),
@@ -175,6 +180,109 @@ def test_refuses(wrong):
     assert expected in verdict.message
     assert "Smallest failing case: " in verdict.message
     assert torch.equal(verdict(torch.ones(2), 2.0), torch.full((2,), 2.0)), "the lesson must go on"
+
+
+RIGHT = {
+    "float32": "return (x * factor).float()",
+    "a buffer in float32": "y = torch.zeros(x.shape)\n    y[:] = x * factor\n    return y",
+    "float32 alone": "return x * (torch.eye(len(x)) @ torch.full((len(x), x.shape[1]), factor))",
+    "float32 times float64, which raises": "return (torch.eye(len(x)) @ x) * factor",
+    "an epsilon": "return x * (factor + 1e-6)",
+}
+
+
+@pytest.mark.parametrize("right", RIGHT)
+def test_accepts(right):
+    verdict = scaled.mark(written(f"def my_scaled(x, factor):\n    {RIGHT[right]}\n", "my_scaled"))
+    assert verdict.status == "passed", verdict.message
+
+
+def counted_cases():
+    return [
+        Case("one", (torch.tensor([1.0]),), (torch.tensor(1.0), torch.tensor([True]), 1)),
+        Case("two, float64", (torch.tensor([[2.0, -1.0]]).double(),)),
+        Case("nothing above 0", (torch.tensor([0.0]),)),
+    ]
+
+
+@exercise(
+    "9.8",
+    "sum, signs, count",
+    difficulty=1,
+    minutes=1,
+    task="Count.",
+    cases=counted_cases,
+    suspects={},
+    hints=("", ""),
+    leaves=("x",),
+)
+def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(the sum of what is above 0 (a constant), where that is, how many)."""
+    return x.detach()[x > 0].sum(), x > 0, int((x > 0).sum())
+
+
+OTHER_TYPES = {
+    "integers for a mask": lambda x: (x.detach()[x > 0].sum(), (x > 0).long(), int((x > 0).sum())),
+    "a tensor for a number": lambda x: [x.detach()[x > 0].sum(), x > 0, (x > 0).sum()],
+    "a float for a tensor": lambda x: (x[x > 0].sum().item(), x > 0, float((x > 0).sum())),
+    "numpy": lambda x: (x.detach().numpy()[(x > 0).numpy()].sum(), (x > 0).numpy(), int((x > 0).sum())),
+}
+
+
+@pytest.mark.parametrize("which", OTHER_TYPES)
+def test_right_numbers_of_another_type_pass_and_later_cells_get_the_packages_types(which):
+    verdict = counted.mark(OTHER_TYPES[which])
+    assert verdict.status == "passed", verdict.message
+    total, mask, count = verdict(torch.tensor([1.0, 2.0, -3.0]))
+    assert torch.equal(total, torch.tensor(3.0)) and torch.equal(mask, torch.tensor([True, True, False]))
+    assert type(count) is int and count == 2
+    assert counted.mark(verdict).status == "passed"
+
+
+def test_a_constant_is_named_where_no_case_has_a_gradient():
+    verdict = counted.mark(lambda x: (x[x > 0].sum(), x > 0, int((x > 0).sum())))
+    expected = "A gradient flows from result 1 of 3 into `x`, which is a constant here: use x.detach()."
+    assert verdict.message.startswith(expected), verdict.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda x: (x > 0, x.detach()[x > 0].sum(), (x > 0).sum()), "your result 2 comes first, then result 1, then"),
+        (lambda x: ((x > 0).sum(), x.detach()[x > 0].sum(), x > 0), "your result 2 comes first, then result 3, then"),
+    ],
+)
+def test_results_in_the_wrong_order_are_recognised(answer, said):
+    verdict = counted.mark(answer)
+    assert verdict.status == "failed"
+    assert verdict.message.startswith("All results are right, but in the wrong order: "), verdict.message
+    assert said in verdict.message
+
+
+def test_swapped_results_of_a_random_exercise_are_recognised():
+    check = LESSONS["01"].sample_actions
+    verdict = check.mark(lambda logits: tuple(reversed(solution("01", "sample_actions")(logits))))
+    assert verdict.message.startswith("Both results are right, but swapped: return the second one first."), verdict
+
+
+def test_what_an_exercise_observes_is_said_in_words():
+    check = LESSONS["01"].sample_actions
+
+    def shifted(logits):
+        actions, logprobs = solution("01", "sample_actions")(logits)
+        return (actions + 1) % logits.shape[-1], logprobs
+
+    message = check.mark(shifted).message
+    assert "The share of each action is not right." in message and "result 3" not in message
+    assert "\n  the share of each action: expected [[0.5" in message
+
+
+def test_no_stub_has_a_word_alone_on_a_line_or_a_broken_shape():
+    for item in (item for items in EXERCISES.values() for item in items):
+        lines = item.stub.splitlines()
+        alone = [line for line in lines if re.fullmatch(r"\s+\S+", line) and line.strip() != '"""']
+        assert not alone, item.stub
+        assert not any(line.count("[") != line.count("]") for line in lines), item.stub
 
 
 def test_what_looks_like_a_mistake_on_the_smallest_case_alone_is_a_hint_and_not_the_verdict():

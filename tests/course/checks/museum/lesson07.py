@@ -43,7 +43,7 @@ WRONG = {
         (23, "Shifted the wrong way", lambda logits, tokens: (
             -F.cross_entropy(logits[:, 1:].transpose(1, 2), tokens[:, :-1], reduction="none"))),
         ("-", "log(softmax(x)) is -inf", next_token_logprobs, ("log_softmax(-1)", "softmax(-1).log()")),
-        ("-", "The sign is turned", lambda logits, tokens: (
+        ("-", "The sign is flipped", lambda logits, tokens: (
             F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"))),
     ],
     "sft_loss": [
