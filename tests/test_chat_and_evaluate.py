@@ -105,7 +105,7 @@ def test_chat_answers_with_every_policy_as_long_as_the_run_did(said) -> None:
 def test_evaluate_is_bounded_by_the_context(run: Path, refused, measured) -> None:
     message = refused(["evaluate", "--run", str(run), "--max-response-tokens", str(CONTEXT)])
     assert message.startswith(f"minirlhf: error: --max-response-tokens {CONTEXT}: the models read {CONTEXT}")
-    most = message.split("give ")[1].split(" ")[0]
+    most = message.split("give at most ")[1].split()[0]
     assert measured("--max-response-tokens", most)["mean_length"] > 3
 
 
