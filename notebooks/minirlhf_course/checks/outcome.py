@@ -311,5 +311,5 @@ def _sentence(text: str) -> str:
 
 def _kind(x: Any) -> str:
     if isinstance(x, tuple | list):
-        return f"{len(x)} results"
+        return f"{len(x)} results" if len(x) != 1 else "a tuple of one result"
     return "one tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
