@@ -112,6 +112,7 @@ def empty_gradients(grad_loss: Tensor, metrics: Tensor, mask: Tensor, *others: A
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the metrics have no gradient: zeros for them would be launches
     ctx.save_for_backward(output[1], inputs[3], output[2], output[3])
     ctx.entropy_coef, ctx.sequence_mean = inputs[15], inputs[18]
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in LEARNS]
