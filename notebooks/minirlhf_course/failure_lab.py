@@ -130,14 +130,14 @@ RUNS: dict[str, Planted] = {
     "C": Planted(
         "`torch.maximum` for `torch.minimum` in the clipped loss. The optimist's choice: the slope is full where it "
         "should stop, and zero where it should pull back.",
-        "the first KL is tens of times too large, the clip fraction six times, and they stay so for many updates, for "
-        "nothing ends a step. The entropy falls off a cliff, and once it is 0 nothing new is tried any more: all "
-        "meters come to rest, the return at 9.",
+        "the first KL is tens of times too large, the clip fraction six times, and they stay so for many updates, "
+        "because nothing ends a step. The entropy falls off a cliff, and once it is 0 nothing new is tried any more: "
+        "all meters come to rest, with the return at 9.",
         {"ppo_loss": max_for_min},
     ),
     "D": Planted(
         "None: this run is healthy, under other seeds than the band.",
-        "every curve runs inside of the grey band, or close to it. (Not to mend what works is a part of the job.)",
+        "every curve runs inside the grey band, or close to it. (Leaving alone what works is part of the job.)",
         {},
     ),
     "E": Planted(
@@ -170,8 +170,8 @@ RUNS: dict[str, Planted] = {
         "done and next_done swapped: the flag that belongs to the next observation is used as this step's, so the "
         "first step of each episode counts as its last, and the real last step is credited with the next episode.",
         "the least visible of all: it learns, only later, and then the return is perfect. But the value loss stays at "
-        "20 to 100 where a healthy one falls to nearly 0, for the first step of each episode has the target 1 and all "
-        "others 100. Only a test finds it surely: two episodes in one row, worked by hand.",
+        "20 to 100 where a healthy one falls to nearly 0, because the first step of each episode has the target 1 "
+        "and all others 100. Only a test is sure to find it: two episodes in one row, worked by hand.",
         {"gae": end_kept_with_the_next_observation},
     ),
 }

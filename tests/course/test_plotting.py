@@ -83,3 +83,5 @@ def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
     for _, colour in plotting.LEARNERS.values():
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert np.abs(shown - wanted).max(1).min() <= 8, colour
+    few = plotting.to_png(figure, colours=8)
+    assert len(Image.open(io.BytesIO(few)).convert("RGB").getcolors()) <= 8 and len(few) < len(png)

@@ -118,7 +118,9 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in LEARNS]
 
 
-def gradients(call: Any, ctx: Any, needed: Any, grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+def gradients(call: Any, ctx: Any, needed: Any, grad_loss: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # nothing was made of the loss
+        return (None,) * len(LEARNS)
     dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes, needed, strict=True)]
     grads = call(grad_loss, *ctx.saved_tensors, ctx.entropy_coef, ctx.sequence_mean, *dtypes)
     return tuple(None if dtype is None else grad for dtype, grad in zip(dtypes, grads, strict=True))
