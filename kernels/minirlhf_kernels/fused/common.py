@@ -65,7 +65,9 @@ def register(
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             # Only create_graph=True runs a backward with gradients on; once_differentiable would let some cases pass.
             if torch.is_grad_enabled():
-                raise RuntimeError(f"{name} is differentiable once in Triton: set MINIRLHF_KERNELS=reference for more")
+                raise RuntimeError(
+                    f"{name} is differentiable only once in Triton: set MINIRLHF_KERNELS=reference for more"
+                )
             return (*differentiate(backward, ctx, ctx.needs_input_grad[:-1], *grads), None)
 
     def call(*inputs: Any) -> Any:
