@@ -307,7 +307,7 @@ def wrapped(text: str, width: int) -> list[str]:
     that no word is left alone on a line, and a shape like [N, T] is not broken.
 
     >>> wrapped("The KL of one row [N, T] from another row, in nats.", 30)
-    ['The KL of one row [N, T]', 'from another row, in nats.']
+    ['The KL of one row [N, T] from', 'another row, in nats.']
     """
     lines: list[str] = []
     for paragraph in text.split("\n\n"):

@@ -86,7 +86,7 @@ def _digits(x: float, y: float) -> tuple[str, str]:
     """Both with as many digits as it takes to tell them apart.
 
     >>> _digits(0.123456789, 0.123456123), _digits(1.0, 2.0)
-    (('0.1234568', '0.1234561'), ('1', '2'))
+    (('0.123457', '0.123456'), ('1', '2'))
     """
     for digits in range(4, 17):
         if f"{x:.{digits}g}" != f"{y:.{digits}g}":
