@@ -34,10 +34,13 @@ METADATA = {
 
 
 def clean(notebook: Any) -> None:
-    """Keep sources, tags, outputs and counts; drop timestamps, widget state and progress bars."""
+    """Keep sources, tags, folds, outputs and counts; drop timestamps, widget state and progress bars."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in ("tags",) if key in cell.metadata})
+        kept = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            kept["jupyter"] = {"source_hidden": True}
+        cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_passing(output)]
 

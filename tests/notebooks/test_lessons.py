@@ -19,6 +19,8 @@ NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 LARGEST = 300_000
 WIDEST = 96
+FOLDED = {"source_hidden": True}
+DRAWING = ("draw", "plot", "show", "picture")
 
 
 @pytest.fixture(params=LESSONS, ids=lambda path: path.stem)
@@ -78,12 +80,26 @@ def test_names_neither_a_machine_nor_a_moment(lesson):
     assert set(lesson.metadata) == {"kernelspec", "language_info"}
     assert lesson.metadata.kernelspec.name == "python3"
     assert set(lesson.metadata.language_info) <= {"name", "file_extension", "mimetype", "pygments_lexer"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in lesson.cells)
+    assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in lesson.cells)
+    assert all(cell.metadata.get("jupyter", FOLDED) == FOLDED for cell in lesson.cells)
     text = nbformat.writes(lesson)
     # Written in pieces, as in test_packaging.py, which looks for the same in every file.
     folders = "|".join(("work", "root", "home", "Users", "tmp", "opt", "mnt", "usr"))
     found = re.search(rf"(?<![\w.\]/-])/(?:{folders})/[\w.-]+|site-packages|0x[0-9a-f]{{8,}}|ipykernel_\d+", text)
     assert not found, f"names {found.group()!r}"
+
+
+def test_folds_only_what_draws_or_sets_up(path, lesson):
+    """A reader who never unfolds a cell still reads all code that the lesson is about."""
+    own = {source for item in exercises(path) for source in (item.stub, item.check_line)}
+    for cell in (cell for cell in lesson.cells if "jupyter" in cell.metadata):
+        assert cell.cell_type == "code" and cell.source not in own
+        assert not cell.source.startswith("# NBVAL_CHECK_OUTPUT"), "its output is compared: the reader wants to see why"
+        statements = ast.parse(cell.source).body
+        sets_up = all(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign) for node in statements)
+        helpers = all(isinstance(node, ast.FunctionDef) and node.name.startswith(DRAWING) for node in statements)
+        draws = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        assert sets_up or helpers or draws, f"folded, and neither set-up nor drawing:\n{cell.source}"
 
 
 def test_begins_with_its_title_and_the_question_and_ends_with_what_to_remember(path, lesson):
