@@ -1,6 +1,6 @@
-"""Lesson 06, Triton kernels: online softmax, the log-probability of a token, the clip's gradient, GAE as a scan.
+"""Lesson 06, Triton kernels: tiles and masks, online softmax, a token's log-probability, the clip, GAE as a scan.
 
-Three puzzles ask for a kernel (see `checks/kernels.py`). The wrong kernels are the right one with a line changed.
+Four puzzles ask for a kernel (see `checks/kernels.py`). The wrong kernels are the right one with a line changed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ from torch import Tensor
 from minirlhf import returns
 from minirlhf_course.checks.cases import bools, flags, generators, normal, tensor
 from minirlhf_course.checks.exercise import Case, exercise
-from minirlhf_course.checks.kernels import guarded, jit, loops, puzzle, tl, triton, untouched_beyond, variants, why_not
+from minirlhf_course.checks.kernels import (
+    guarded,
+    jit,
+    loops,
+    own_kernel,
+    puzzle,
+    tl,
+    triton,
+    untouched_beyond,
+    variants,
+    why_not,
+)
 
-__all__ = ["jit", "tl", "triton", "why_not"]  # what the lesson takes from here, beside its exercises
+__all__ = ["jit", "own_kernel", "tl", "triton", "why_not"]  # what the lesson takes from here, beside its exercises
 
 INT = torch.int64
 F32 = torch.float32
@@ -27,6 +38,122 @@ if triton is not None:
     from minirlhf_kernels.fused.gae import after
 
 # 6.1 -----------------------------------------------------------------------------------------------------------------
+
+
+def _margin_cases() -> list[Case]:
+    cases = [
+        Case("one block", (tensor([3, 1, 2, 0]), tensor(1, dtype=INT)), tensor(-2.0)),
+        Case("the token is the highest", (tensor([3, 1, 2, 0]), tensor(0, dtype=INT)), tensor(0.0)),
+        Case("four negative logits", (tensor([-5, -2, -3, -4]), tensor(0, dtype=INT)), tensor(-3.0)),
+        Case("three negative logits: a lane is empty", (tensor([-5, -2, -3]), tensor(0, dtype=INT)), tensor(-3.0)),
+        Case("the highest in the first of two blocks", (tensor([7, 1, 1, 1, 2, 3]), tensor(4, dtype=INT)),
+             tensor(-5.0)),
+        Case("the highest in the second", (tensor([1, 2, 1, 1, 9]), tensor(1, dtype=INT)), tensor(-7.0)),
+        Case("a block of -inf first", (tensor([-INF] * 4 + [0, 2]), tensor(4, dtype=INT)), tensor(-2.0)),
+    ]  # fmt: skip
+    for (rows, words), generator in zip(((2, 3), (3, 8), (2, 11)), generators(3), strict=True):
+        tokens = torch.randint(0, words, (rows,), generator=generator)
+        logits = 3 * normal(generator, rows, words, dtype=F32) - 6
+        cases.append(Case(f"random, {rows} rows of {words}", (logits, tokens)))
+    return cases
+
+
+def launch_on_rows(kernel: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+    """logits [N, V], tokens [N] -> [N]: one program per row, blocks of 4 logits."""
+    rows, columns = logits.shape
+    # The rows of a wider table: behind a row's last logit lies somebody else's number.
+    wide = guarded(torch.nn.functional.pad(logits, (0, 3), value=60.0), beyond=60.0)
+    result = torch.empty(rows, device=wide.device)
+    kernel[(rows,)](wide, tokens.to(wide.device), result, columns, wide.stride(0), BLOCK=4)
+    return result.cpu()
+
+
+def _margin(logits, tokens, margins, columns, row_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How far a token's logit is below its row's highest, by one program per row.
+
+    Pointers: logits, whose row i begins at i * row_stride and holds `columns` numbers in a row;
+    tokens [N], int64; margins [N], to be written: the token's logit minus the highest, so
+    never above 0. BLOCK: how many logits to read at once; a row may be longer.
+    """
+    row = tl.program_id(0)
+    start_of_row = row * row_stride
+    highest = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + start_of_row + at, mask=at < columns, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(z, 0))
+    token = tl.load(tokens + row)
+    z_token = tl.load(logits + start_of_row + token)
+    tl.store(margins + row, z_token - highest)
+
+
+_LOAD = ', mask=at < columns, other=float("-inf"))'
+
+
+@puzzle(
+    "6.1",
+    "how far below the highest",
+    difficulty=2,
+    minutes=20,
+    task="Your first kernel: for each row, the logit of its token minus the highest logit of the row (0 if the model "
+    "would have picked this token itself). A row is longer than BLOCK, so loop: `range(0, columns, BLOCK)`, and keep "
+    "the maximum so far. `tl.max(z, 0)` reduces a block to one number, `tl.maximum(x, y)` takes the larger of two.",
+    kernel=_margin,
+    launch=launch_on_rows,
+    cases=_margin_cases,
+    suspects=variants(
+        _margin,
+        {
+            "The tail has no mask: beyond the last column it reads a number that is not of this row. "
+            'Load with mask=at < columns, other=float("-inf").': [(_LOAD, ")")],
+            "Beyond the last column it reads 0, which is higher than a row of negative logits: the number that never "
+            'wins a maximum is other=float("-inf").': [(_LOAD, ", mask=at < columns, other=0.0)")],
+            "The maximum begins at 0, and a row of negative logits never gets below it: begin at -inf.": [
+                ('tl.full((), float("-inf"), tl.float32)', "tl.full((), 0.0, tl.float32)")
+            ],
+            "This is the maximum of the last block: keep the larger of it and what the blocks before had.": [
+                ("tl.maximum(highest, tl.max(z, 0))", "tl.max(z, 0)")
+            ],
+            "It reads the first block only: loop over the row, range(0, columns, BLOCK).": [
+                ("range(0, columns, BLOCK)", "range(0, BLOCK, BLOCK)")
+            ],
+            "Rows begin row_stride apart, not columns: a row may be a slice of a longer one.": [
+                ("row * row_stride", "row * columns")
+            ],
+            "Every program reads the first row: its own begins at tl.program_id(0) * row_stride.": [
+                ("row * row_stride", "0")
+            ],
+            "The token is looked up in the first row: its logit is at row * row_stride + token.": [
+                ("tl.load(logits + start_of_row + token)", "tl.load(logits + token)")
+            ],
+            "Every row takes the first row's token: load it from tokens + row.": [
+                ("tl.load(tokens + row)", "tl.load(tokens)")
+            ],
+            "The token's number is taken for its logit: load the logit, from logits + row * row_stride + token.": [
+                ("z_token - highest", "token - highest")
+            ],
+            "The sign is wrong: the token's logit minus the highest is never above 0.": [
+                ("z_token - highest", "highest - z_token")
+            ],
+            "This is the token's logit alone: subtract the row's highest.": [("z_token - highest", "z_token")],
+            "This is the row's highest logit alone: subtract it from the token's.": [("z_token - highest", "highest")],
+        },
+    ),
+    hints=(
+        "`row = tl.program_id(0)`; the row's logits begin at `logits + row * row_stride`. Before the loop, "
+        '`highest = tl.full((), float("-inf"), tl.float32)`. After it, two loads: the token, and the logit at the '
+        "place that the token names.",
+        "In the loop: `at = start + tl.arange(0, BLOCK)`, `z = tl.load(logits + row * row_stride + at, "
+        'mask=at < columns, other=float("-inf"))`, `highest = tl.maximum(highest, tl.max(z, 0))`. After it: '
+        "`token = tl.load(tokens + row)`, `z_token = tl.load(logits + row * row_stride + token)`.",
+    ),
+)
+def margin(logits: Tensor, tokens: Tensor) -> Tensor:
+    """logits [N, V], tokens [N] (int) -> how far each token's logit is below its row's highest [N]."""
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.amax(-1)
+
+
+# 6.2 -----------------------------------------------------------------------------------------------------------------
 
 
 def _fold_cases() -> list[Case]:
@@ -98,12 +225,12 @@ def _one_peak(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tenso
 
 
 @exercise(
-    "6.1",
+    "6.2",
     "a fold",
     difficulty=3,
     minutes=20,
-    task="A row of logits comes block by block, and each is seen once. Two numbers a row are kept: the highest logit "
-    "so far, and $\\sum e^{z - \\text{peak}}$ over all that was seen. Fold the next block in. An empty row is "
+    task="A row of logits comes block by block, and each is seen once. Two numbers per row are kept: the highest "
+    "logit so far, and $\\sum e^{z - \\text{peak}}$ over all that was seen. Fold the next block in. An empty row is "
     "$(-\\infty, 0)$, and a masked logit is $-\\infty$: a row may begin with many.",
     cases=_fold_cases,
     suspects={
@@ -153,7 +280,7 @@ def fold(peak: Tensor, total: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     return _fold(peak, total, block)
 
 
-# 6.2 -----------------------------------------------------------------------------------------------------------------
+# 6.3 -----------------------------------------------------------------------------------------------------------------
 
 
 def _logprob_cases() -> list[Case]:
@@ -173,18 +300,8 @@ def _logprob_cases() -> list[Case]:
     return cases
 
 
-def launch_token_logprobs(kernel: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [N, V], tokens [N] -> [N]: one program a row, blocks of 4 logits."""
-    rows, columns = logits.shape
-    # Rows of a wider table, as `logits[:, :-1]` has them: behind a row's last logit lies somebody else's number.
-    wide = guarded(torch.nn.functional.pad(logits, (0, 3), value=60.0), beyond=60.0)
-    result = torch.empty(rows, device=wide.device)
-    kernel[(rows,)](wide, tokens.to(wide.device), result, columns, wide.stride(0), BLOCK=4)
-    return result.cpu()
-
-
 def _token_logprobs(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The log-probability of one token, by one program a row.
+    """The log-probability of one token, by one program per row.
 
     Pointers: logits, whose row i begins at i * row_stride and holds `columns` numbers in a row;
     tokens [N], int64; logprobs [N], to be written. BLOCK: how many logits to read at once.
@@ -207,26 +324,25 @@ def _token_logprobs(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.con
 
 
 def _reads_once(tree: ast.AST) -> str | None:
-    """What is wrong with the form of a kernel for 6.2."""
+    """What is wrong with the form of a kernel for 6.3."""
     if loops(tree) > 1:
         return "It reads the row twice: one loop, and correct the sum when the peak grows."
     return None
 
 
-_LOAD = ', mask=at < columns, other=float("-inf"))'
 _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
 
 
 @puzzle(
-    "6.2",
+    "6.3",
     "the log-probability of a token",
     difficulty=4,
     minutes=40,
-    task="The same fold, now by a GPU's rules: $\\log \\pi(y) = z_y - \\log \\sum_b e^{z_b}$ for one token a row, each "
-    "logit read once, and nothing written but one number a row. `tl.max(z, 0)` and `tl.sum(z, 0)` reduce a block to a "
-    "number; `range(0, columns, BLOCK)` may be looped over.",
+    task="The same fold, now by a GPU's rules: $\\log \\pi(y) = z_y - \\log \\sum_b e^{z_b}$ for one token per row. "
+    "Each logit is read once, and one number per row is written. Begin with your 6.1: where it keeps one number, keep "
+    "two; `tl.sum(z, 0)` reduces a block to its sum.",
     kernel=_token_logprobs,
-    launch=launch_token_logprobs,
+    launch=launch_on_rows,
     form=_reads_once,
     cases=_logprob_cases,
     suspects=variants(
@@ -234,7 +350,7 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
         {
             "The tail has no mask: beyond the last column it reads a number that is not of this row. "
             'Load with mask=at < columns, other=float("-inf").': [(_LOAD, ")")],
-            'Beyond the last column stands 0, and exp(0) counts: the neutral logit is -inf, other=float("-inf").': [
+            'Beyond the last column it reads 0, and exp(0) counts: the neutral logit is -inf, other=float("-inf").': [
                 (_LOAD, ", mask=at < columns, other=0.0)")
             ],
             "The old sum is not rescaled when the peak grows: times exp(old peak - new peak).": [
@@ -250,7 +366,7 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
             "It reads the first block only: loop over the row, range(0, columns, BLOCK).": [
                 ("range(0, columns, BLOCK)", "range(0, BLOCK, BLOCK)")
             ],
-            "The rows lie row_stride apart, not columns: a row may be a slice of a longer one.": [
+            "Rows begin row_stride apart, not columns: a row may be a slice of a longer one.": [
                 ("row * row_stride", "row * columns")
             ],
             "The peak is not in the result: log sum exp(z) = peak + log(total).": [
@@ -268,14 +384,14 @@ _SUM = "total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), 0)"
             "The log is missing: log sum exp(z) = peak + log(total).": [
                 ("z_token - peak - tl.log(total)", "z_token - peak - total")
             ],
-            "The token is looked up in the first row: its logit stands at row * row_stride + token.": [
+            "The token is looked up in the first row: its logit is at row * row_stride + token.": [
                 ("tl.load(logits + start_of_row + token)", "tl.load(logits + token)")
             ],
         },
     ),
     hints=(
         "`row = tl.program_id(0)`; the row's logits begin at `logits + row * row_stride`. Two scalars before the "
-        'loop, `tl.full((), float("-inf"), tl.float32)` and `tl.zeros((), tl.float32)`, and 6.1 inside. Load the '
+        'loop, `tl.full((), float("-inf"), tl.float32)` and `tl.zeros((), tl.float32)`, and 6.2 inside. Load the '
         "token's own logit once more, at the end.",
         "In the loop: `at = start + tl.arange(0, BLOCK)`, `z = tl.load(logits + row * row_stride + at, "
         'mask=at < columns, other=float("-inf"))`, `top = tl.maximum(peak, tl.max(z, 0))`, '
@@ -288,7 +404,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-# 6.3 -----------------------------------------------------------------------------------------------------------------
+# 6.4 -----------------------------------------------------------------------------------------------------------------
 
 
 def _ratios(*ratios: float) -> tuple[Tensor, Tensor]:
@@ -328,13 +444,14 @@ def _outside(ratio: Tensor, clip_range: float) -> Tensor:
 
 
 @exercise(
-    "6.3",
+    "6.4",
     "where the clip stops the gradient",
     difficulty=3,
     minutes=15,
     task="A kernel has no autograd: it writes the gradient itself. The loss of one token is $-\\min\\big(rA,\\; "
     "\\mathrm{clip}(r, 1 - \\varepsilon, 1 + \\varepsilon) A\\big)$ with $r = e^{\\ell - \\ell_{\\text{old}}}$. What "
-    "is its derivative with respect to the log-probability $\\ell$? Four corners in the picture above, two are flat.",
+    "is its derivative with respect to the log-probability $\\ell$? Of the four corners in the picture above, two are "
+    "flat.",
     cases=_clip_cases,
     suspects={
         "It stops wherever the ratio is outside: but where min takes the other side, r A, the gradient flows. A bad "
@@ -397,7 +514,7 @@ def clip_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
     return _gradient(logprobs, old_logprobs, advantages, clip_range)
 
 
-# 6.4 -----------------------------------------------------------------------------------------------------------------
+# 6.5 -----------------------------------------------------------------------------------------------------------------
 
 
 def _loss_cases() -> list[Case]:
@@ -465,7 +582,7 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
 
 
 @puzzle(
-    "6.4",
+    "6.5",
     "the clipped loss",
     difficulty=3,
     minutes=25,
@@ -518,7 +635,7 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
                 (_STOPPED, "gradient = tl.where(stopped, 0.0, surrogate)")
             ],
             "The sign of the loss is wrong: it is minus the objective.": [("loss = -tl.where", "loss = tl.where")],
-            "Every program works on the first BLOCK tokens: its own begin at tl.program_id(0) * BLOCK.": [
+            "Every program works on the first BLOCK tokens: its own tokens begin at tl.program_id(0) * BLOCK.": [
                 ("tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)")
             ],
             "This is the gradient of the mean: each token's derivative is not divided by the number of tokens.": [
@@ -530,7 +647,7 @@ _STOPPED = "gradient = tl.where(stopped, 0.0, -surrogate)"
         "`at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)`, `there = at < count`. A token counts if it is there "
         "and its mask is not 0. Three loads with `mask=counts, other=0.0`: then ratio 1 and advantage 0 give 0 anyway.",
         "`surrogate = ratio * advantage`; `clipped = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio)) * "
-        "advantage`; `stopped = clipped < surrogate` chooses for the loss and for the gradient (6.3). Both stores have "
+        "advantage`; `stopped = clipped < surrogate` chooses for the loss and for the gradient (6.4). Both stores have "
         "`mask=there`.",
     ),
 )
@@ -543,50 +660,6 @@ def clipped_loss(
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
     gradient = _gradient(ratio.log(), torch.zeros_like(ratio), advantages, clip_range)
     return loss, gradient
-
-
-# 6.5 -----------------------------------------------------------------------------------------------------------------
-
-
-def _line_cases() -> list[Case]:
-    one = tuple(tensor(x) for x in (2.0, 3.0, 5.0, 7.0))
-    cases = [
-        Case("5 (2x + 3) + 7", one, (tensor(10.0), tensor(22.0))),
-        Case("a line that forgets: 0 (2x + 3) + 7", (*one[:2], tensor(0.0), tensor(7.0)), (tensor(0.0), tensor(7.0))),
-        Case("after the line that does nothing", (tensor(1.0), tensor(0.0), *one[2:]), (tensor(5.0), tensor(7.0))),
-    ]
-    for count, generator in zip((2, 5), generators(2), strict=True):
-        cases.append(Case(f"random, {count} pairs", tuple(normal(generator, count) for _ in range(4))))
-    return cases
-
-
-@exercise(
-    "6.5",
-    "two lines are one",
-    difficulty=2,
-    minutes=8,
-    task="$f(x) = a'x + b'$, and after it $g(x) = ax + b$. Done in a row they are one line again. Which?",
-    cases=_line_cases,
-    suspects={
-        "The operands are swapped: this is the earlier line after the later one. Put a' x + b' into a x + b.": (
-            lambda a0, b0, a, b: (a * a0, a0 * b + b0)
-        ),
-        "The earlier b' is not scaled: a (a' x + b') + b has a b' in it.": lambda a0, b0, a, b: (a * a0, b0 + b),
-        "The slopes are added: they multiply.": lambda a0, b0, a, b: (a + a0, a * b0 + b),
-        "The slope is the later one's alone: they multiply.": lambda a0, b0, a, b: (a, a * b0 + b),
-        "The later b is missing: a (a' x + b') + b.": lambda a0, b0, a, b: (a * a0, a * b0),
-        "The lines are multiplied: put one into the other.": lambda a0, b0, a, b: (a * a0, b0 * b),
-        "b' is scaled with its own slope: it goes through the later line, a (a' x + b') + b.": (
-            lambda a0, b0, a, b: (a * a0, a0 * b0 + b)
-        ),
-        "The lines are added: put one into the other.": lambda a0, b0, a, b: (a + a0, b0 + b),
-        "The slope is the earlier one's alone: they multiply.": lambda a0, b0, a, b: (a0, a * b0 + b),
-    },
-    hints=("Write $g(f(x)) = a(a'x + b') + b$ and sort by $x$.", "The slope is $aa'$, and what is left $ab' + b$."),
-)
-def compose(a_before: Tensor, b_before: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The line x -> a x + b applied after x -> a_before x + b_before, again as (a, b): all [N]."""
-    return a * a_before, a * b_before + b
 
 
 # 6.6 -----------------------------------------------------------------------------------------------------------------
@@ -614,7 +687,7 @@ def _gae_cases() -> list[Case]:
 def launch_gae(
     kernel: Any, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """Three tensors [N, T], last_values [N] -> advantages [N, T]: one program a row, a tile of 4 or 8 steps."""
+    """Three tensors [N, T], last_values [N] -> advantages [N, T]: one program per row, a tile of 4 or 8 steps."""
     rows, steps = rewards.shape
     inputs = guarded(rewards, beyond=50.0), guarded(values, beyond=50.0), guarded(ends, beyond=False)
     advantages = guarded(torch.zeros(rows, steps), beyond=7.0)
@@ -674,7 +747,7 @@ def _added(a_before, b_before, a, b):  # type: ignore[no-untyped-def]
     difficulty=5,
     minutes=40,
     task="$A_t = \\delta_t + d_t A_{t+1}$, where $d_t = \\gamma\\lambda$, or 0 where an episode ends. "
-    "`tl.associative_scan((a, b), 0, after)` joins lane 0 with 1, with 2, ... by `after`, the line of 6.5 for Triton. "
+    "`tl.associative_scan((a, b), 0, after)` joins lane 0 with 1, with 2, ... by `after`, which makes one line of two. "
     "It runs from the first lane to the last, and time has to run the other way.",
     kernel=_gae,
     launch=launch_gae,
