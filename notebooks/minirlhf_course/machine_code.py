@@ -26,7 +26,10 @@ COLUMNS, ROW_STRIDE = 50_257, 50_257
 
 
 def count(
-    root: Path, helpers: Sequence[Any], kernels: Mapping[str, tuple[Any, Mapping[str, Any]]]
+    root: Path,
+    helpers: Sequence[Any],
+    kernels: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    dtype: str = "bfloat16",
 ) -> dict[str, dict[str, float]]:
     """What the loop of each kernel takes, by its name: instructions_per_element, barriers, shuffles, load_bits and more.
 
@@ -35,13 +38,14 @@ def count(
         helpers: `triton.jit` functions that the kernels call.
         kernels: name to (kernel, its constants and num_warps). Kernels take what lesson 06's take: logits, tokens,
             results, columns, row_stride.
+        dtype: of the logits.
 
     Raises:
         RuntimeError: a kernel does not compile; what the compiler said of it.
     """
     texts = dict.fromkeys(_text(function) for function in (*helpers, *(kernel for kernel, _ in kernels.values())))
     calls = [(name, _name(kernel), dict(options)) for name, (kernel, options) in kernels.items()]
-    task = json.dumps({"text": "\n\n".join((HEAD, *texts)), "calls": calls})
+    task = json.dumps({"text": "\n\n".join((HEAD, *texts)), "calls": calls, "dtype": dtype})
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(root / "tests" / "kernels"), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, __file__], input=task, capture_output=True, text=True, env=env)
@@ -67,7 +71,7 @@ def _count(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     counting, fake = importlib.import_module("compile_ahead"), importlib.import_module("fake_driver")
-    logits = torch.zeros(2, ROW_STRIDE, dtype=torch.bfloat16)
+    logits = torch.zeros(2, ROW_STRIDE, dtype=getattr(torch, task["dtype"]))
     tokens, results = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lesson.py"

@@ -62,8 +62,7 @@ def lanes_and_masks(memory: Any, at: Any, inside: Any, columns: int, row_stride:
             _cell(axes, address, 0, f"{number:g}", fill=fill, ink=INK if own else QUIET, size=8.5)
             axes.text(address + 0.5, 1.45, str(address), ha="center", va="center", fontsize=7.5, color=QUIET)
             if column == 0:
-                name = f"row {row}" + ("" if row else ": its own numbers, then the next row's distance")
-                axes.text(address, 2.1, f"row {row}" if row else name.split(":")[0], fontsize=8.5, color=hues[row % 3])
+                axes.text(address, 2.1, f"row {row}", fontsize=8.5, color=hues[row % 3])
         for program, (places, own) in enumerate(zip(at.tolist(), inside.tolist(), strict=True)):
             y = -1.35 * (program + 1)
             axes.text(-0.3, y + 0.5, f"program {program}", ha="right", va="center", fontsize=9, color=hues[program % 3])
@@ -172,6 +171,7 @@ def scan_of_groups(
     scanned: Sequence[float],
     advantages: Sequence[float],
     carry: float,
+    follows: str,
     group: int = 4,
 ) -> Figure:
     """One tile of GAE's scan, its lanes from left to right, a line of boxes per stage.
@@ -184,12 +184,13 @@ def scan_of_groups(
         scanned: the last advantage of each group, once the groups have been scanned.
         advantages: of each lane.
         carry: the advantage that the tile begins with, the last of the tile before.
+        follows: which tile the next carry goes to.
         group: lanes of a thread.
     """
     lanes = len(times)
     hues = (BLUE, ORANGE, GREEN, PINK)
     with style():
-        figure, axes = _canvas(8.6, 4.1, (-3.9, lanes + 0.2), (-9.6, 2.1))
+        figure, axes = _canvas(8.6, 4.1, (-3.9, lanes + 0.6), (-9.6, 2.1))
         names = ((0, "step t"), (-2.2, "1  in each thread:\nlines composed"), (-4.9, "2  across threads:\nscan of 4 lines"),
                  (-7.5, "3  in each thread:\nadvantages"))  # fmt: skip
         for y, name in names:
@@ -211,7 +212,8 @@ def scan_of_groups(
             x, width = group * i + 0.08 * i, float(group)
             axes.text(x + width / 2, 1.35, f"thread {i}", ha="center", fontsize=8.5, color=hue)
             a, b = line
-            _cell(axes, x, -4.9, f"{a:.2f} x {b:+.2f}   →   {value:+.2f}", fill=TINTS[hue], edge=hue, size=8.5, width=width)
+            text = f"{a:.2f} x {'+' if b >= 0 else '-'} {abs(b):.2f}   →   {value:+.2f}"
+            _cell(axes, x, -4.9, text, fill=TINTS[hue], edge=hue, size=8.2, width=width)
             axes.annotate("", (x + width / 2, -3.85), (x + width - 0.5, -2.25),
                           arrowprops={"arrowstyle": "->", "color": hue, "linewidth": 0.9})  # fmt: skip
             start = x + width + 0.5 if i + 1 < len(groups) else None
@@ -220,7 +222,7 @@ def scan_of_groups(
                               arrowprops={"arrowstyle": "->", "color": hue, "linewidth": 0.9})  # fmt: skip
         axes.annotate("", (0.5, -6.45), (-0.6, -5.75), arrowprops={"arrowstyle": "->", "color": QUIET, "linewidth": 0.9})
         axes.text(-0.7, -5.75, f"carry {carry:+.2f}", ha="right", va="center", fontsize=8, color=QUIET)
-        axes.text(lanes + 0.24, -8.25, f"next carry {advantages[-1]:+.2f}", ha="right", va="center", fontsize=8, color=QUIET)
+        axes.text(lanes + 0.24, -8.25, f"carry {advantages[-1]:+.2f} to {follows}", ha="right", va="center", fontsize=8, color=QUIET)
         axes.text(0, -9.3, "| the episode ends with this step: its slope is 0, and nothing from its left gets past it",
                   fontsize=8, color=QUIET)  # fmt: skip
     return figure
