@@ -1,4 +1,4 @@
-"""How many instructions a kernel takes on a GPU that this machine does not have: compiled for an H100 or H200, and read.
+"""How many instructions a kernel takes on a GPU that this machine does not have: compiled for an H100, and counted.
 
 Triton compiles for any GPU, but not in a process where its interpreter is switched on, as it is in the lesson. So the
 kernels' text goes to a process of its own. That process counts with tests/kernels/compile_ahead.py, which holds the
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def count(
     kernels: Mapping[str, tuple[Any, Mapping[str, Any]]],
     dtype: str = "bfloat16",
 ) -> dict[str, dict[str, float]]:
-    """What the loop of each kernel takes, by its name: instructions_per_element, barriers, shuffles, load_bits and more.
+    """What the loop of each kernel takes, by its name: instructions_per_element, barriers, shuffles, load_bits, ...
 
     Args:
         root: of the repository.
@@ -51,7 +52,8 @@ def count(
     done = subprocess.run([sys.executable, __file__], input=task, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError("it does not compile:\n" + "\n".join(done.stderr.splitlines()[-12:]))
-    return {name: found for name, found in json.loads(done.stdout).items()}
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
 
 
 HEAD = "import triton\nimport triton.language as tl\nfrom triton import jit\n"
@@ -62,7 +64,7 @@ def _name(function: Any) -> str:
 
 
 def _text(function: Any) -> str:
-    text = inspect.getsource(getattr(function, "fn", function))
+    text = textwrap.dedent(inspect.getsource(getattr(function, "fn", function)))
     return text if text.startswith("@") else f"@jit\n{text}"
 
 
