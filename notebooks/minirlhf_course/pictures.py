@@ -135,15 +135,15 @@ def row_of_blocks(
             hue = PINK if at == token_at else BLUE if skew <= at < end else GREY
             _box(axes, (at, 0), (1, 1), TINTS[hue], "white")
         for at in range(0, last + 1, group):
-            low, high, line = (-0.25, 1.25, 1.4) if at % block == 0 else (0.0, 1.0, 0.6)
-            axes.plot([at, at], [low, high], color=INK, linewidth=line)
-        for at, where, text, ink, ha in (
+            low, high, width = (-0.25, 1.25, 1.4) if at % block == 0 else (0.0, 1.0, 0.6)
+            axes.plot([at, at], [low, high], color=INK, linewidth=width)
+        for place, where, text, ink, ha in (
             (skew / 2, 0.0, "the row before", QUIET, "left"),
             (token_at + 0.5, token_at + 0.5, "the token's logit", PINK, "center"),
             ((end + last) / 2, float(last), "the row after", QUIET, "right"),
         ):
             line = {"arrowstyle": "-", "color": ink, "linewidth": 0.6}
-            axes.annotate(text, (at, 1.0), (where, 2.3), fontsize=8.5, color=ink, ha=ha, arrowprops=line)
+            axes.annotate(text, (place, 1.0), (where, 2.3), fontsize=8.5, color=ink, ha=ha, arrowprops=line)
         for order, (start, why) in enumerate(visits):
             hue, text = (BLUE, "whole: no mask") if why == "whole" else (ORANGE, f"masked: {why}")
             _box(axes, (start + 0.15, -2.2), (block - 0.3, 1.3), TINTS[hue], hue)
