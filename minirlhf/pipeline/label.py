@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from minirlhf.data import read_folder
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.labeling import MOST_ANSWERS, Item
-from minirlhf.language.evaluation import answer
+from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, encode_responses, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
 from minirlhf.pipeline.inputs import find_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def items_to_rank(
@@ -35,8 +40,7 @@ def items_to_rank(
         data: folder whose training prompts are answered; None for the run's own.
         policy: one of its policies; None for the newest that is finished.
         prompts: how many.
-        answers: K. Fewer where an answer comes twice, or no longer fits the context once it is text (broken characters
-            take more tokens); a prompt with fewer than two is left out.
+        answers: K, at most (see `sample_items`).
         temperature: of sampling.
         seed: of the choice of prompts and of sampling.
 
@@ -61,16 +65,42 @@ def items_to_rank(
     chosen = [texts[i] for i in order[:prompts]]
     settings = replace(config.evaluation, temperature=temperature)
     model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
-    said = answer(model, tokenizer, [text for text in chosen for _ in range(answers)], settings, seed=seed).responses
+    items = sample_items(model, tokenizer, chosen, answers, settings, seed=seed)
+    if not items:
+        raise UserError(f"{run / name}: gave no prompt two different answers that fit its context; raise --temperature")
+    return items
+
+
+def sample_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: int,
+    settings: EvaluationConfig,
+    *,
+    seed: int = 0,
+) -> list[Item]:
+    """Sample K answers to each prompt, as items to rank.
+
+    An item has fewer than K where an answer comes twice, or no longer fits the context once it is text (broken
+    characters take more tokens). A prompt with fewer than two is left out.
+
+    Args:
+        model: a causal model.
+        tokenizer: its tokenizer.
+        prompts: texts, without template.
+        answers: K.
+        settings: temperature and length limit.
+        seed: of sampling.
+    """
+    said = answer(model, tokenizer, [text for text in prompts for _ in range(answers)], settings, seed=seed).responses
     lengths = [len(ids) for ids in encode_responses(tokenizer, said)]
     context = context_of(model) or math.inf
     items = []
-    for index, (text, ids) in enumerate(zip(chosen, encode_prompts(tokenizer, chosen), strict=True)):
+    for index, (text, ids) in enumerate(zip(prompts, encode_prompts(tokenizer, prompts), strict=True)):
         own = range(index * answers, (index + 1) * answers)
         fitting = (said[i] for i in own if said[i].strip() and len(ids) + lengths[i] <= context)
         different = tuple(dict.fromkeys(fitting))
         if len(different) > 1:
             items.append(Item(text, different))
-    if not items:
-        raise UserError(f"{run / name}: gave no prompt two different answers that fit its context; raise --temperature")
     return items
