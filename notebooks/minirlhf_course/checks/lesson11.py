@@ -261,10 +261,11 @@ def paired_interval(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
     "three seeds",
     difficulty=2,
     minutes=10,
-    task="Prompts are one source of luck, the training run another: its weights at the start, its order, its samples. "
-    "With $S$ runs the mean is known to $\\pm\\, t\\, s / \\sqrt S$, where $s$ is the standard deviation with $S - 1$ "
-    "below, and $t$ is Student's: 4.30 for three seeds and 95 %, where the normal law has 1.96. Three runs say little "
-    "about their own spread; $t$ charges for that.",
+    task="Prompts are one source of luck, the training run another: its initial weights, its data order, its samples. "
+    "Give the mean over $S$ runs, and its interval\n\n"
+    "$$\\bar r \\;\\pm\\; t\\, \\frac{s}{\\sqrt S}, \\qquad s^2 = \\frac{1}{S - 1} \\sum_i (r_i - \\bar r)^2.$$\n\n"
+    "$t$ is Student's: 4.30 for three seeds and 95 %, where a normal distribution with a known spread would have 1.96. "
+    "Three runs say little about their own spread, and $t$ charges for that.",
     cases=seed_cases,
     suspects={
         "1.96 is for many seeds: with few, the spread itself is uncertain, and Student's t says how much. Use `t`.": (
@@ -300,7 +301,7 @@ def paired_interval(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
         "This is the mean absolute deviation: s is the standard deviation.": partial(seed_with, "absolute"),
     },
     hints=(
-        "Everything along dimension 0, the seeds. What is `torch.std`'s default below the sum of squares?",
+        "Everything runs along dimension 0, the seeds. Does `torch.std` divide the sum of squares by S or by S - 1?",
         "`half = t * rates.std(0) / len(rates) ** 0.5`, then stack mean, mean - half, mean + half.",
     ),
 )
