@@ -195,8 +195,8 @@ def curve_and_peak(kl: Tensor, gain: Tensor) -> Tensor:
     task="A run is measured now and then: the proxy it is trained on, the score of a *validation* reward model "
     "(trained on other rankings, never optimised), the KL, and gold. Stop each run where a team without gold would: "
     "of the measurements with KL at most `budget`, the one with the highest validation score, the earlier one where "
-    "two are equal. Then report gold *there*. Who chooses must not be who reports, and neither of the two may be the "
-    "proxy.",
+    "two are equal. Then report gold *there*. The score that chooses must not be the score that is reported, and "
+    "neither may be the proxy.",
     cases=stop_cases,
     suspects={
         "The proxy chooses here: it is what the run climbs, and says the last step nearly always.": (
