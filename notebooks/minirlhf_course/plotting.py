@@ -10,6 +10,8 @@ show(figure, "What to see here.")
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -157,14 +159,22 @@ def to_png(figure: Figure, dpi: int = 110, colours: int = 64) -> bytes:
 
     Lines of few hues look the same in 16, and take less.
     """
+    import numpy as np
     from PIL import Image  # matplotlib's own image library
 
-    stream, small = io.BytesIO(), io.BytesIO()
+    stream = io.BytesIO()
     with style():
         figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    picture = Image.open(stream).convert("RGB")
-    picture.quantize(colours, kmeans=2, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
-    return small.getvalue()
+    picture = Image.open(stream).convert("RGB").quantize(colours, kmeans=2, dither=Image.Dither.NONE)
+    # Pillow filters the rows, which is good for shades: indices into a palette take a tenth more so.
+    rows = np.insert(np.asarray(picture), 0, 0, axis=1).tobytes()  # 0 before each row: no filter
+    palette = bytes(picture.getpalette() or ())
+    header = struct.pack(">IIBBBBB", *picture.size, 8, 3, 0, 0, 0)
+    chunks = {b"IHDR": header, b"PLTE": palette, b"IDAT": zlib.compress(rows, 9), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
 
 
 def show(figure: Figure, caption: str = "", dpi: int = 110, colours: int = 64) -> None:
