@@ -150,9 +150,9 @@ def draw(
             healthy = healthy.clip(low, high)
             for axis, letter in zip(column, letters, strict=True):
                 axis.fill_between(at, healthy.min(0), healthy.max(0), color="#d3d6db", linewidth=0, antialiased=False)
-                axis.plot(at, np.median(healthy, 0), color="#9a9fa8", linewidth=1.4)
+                axis.plot(at, np.median(healthy, 0), color="#9a9fa8", linewidth=1.2, antialiased=False)
                 steps, values = curves(rows, letter, meter.metric, x)
-                axis.plot(steps, values.clip(low, high).T, color=COLOURS["ppo"], linewidth=1.1)
+                axis.plot(steps, values.clip(low, high).T, color=COLOURS["ppo"], linewidth=0.9, antialiased=False)
                 axis.set_yscale("log" if meter.log else "linear")
                 room = 0.04 * (high - low)  # so that a line at the edge is seen whole
                 axis.set_ylim(*(low / 1.6, high * 1.6) if meter.log else (low - room, high + room))
@@ -266,11 +266,10 @@ RUNS: dict[str, Planted] = {
         "`max` for `min` in the clipped loss",
         "`torch.maximum` for `torch.minimum` in the clipped loss. The optimist's choice: the slope is full where it "
         "should stop, and zero where it should pull back.",
-        "the first KL is tens of times too large and stays so for many updates, because nothing ends a step. The "
+        "the first KL is tens of times too large and the next ones are no better, because nothing ends a step. The "
         "entropy falls off a cliff, and once it is 0 nothing new is tried any more: all meters come to rest, with the "
         "return at 9.",
-        "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update, and "
-        "how long its KL stays up.",
+        "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update.",
         {"ppo_loss": max_for_min},
     ),
     "D": Planted(
@@ -300,8 +299,7 @@ RUNS: dict[str, Planted] = {
         "the return falls to 9 at once, the fastest way to drop the pole, and hardly ever leaves it. The clip is gone "
         "with the sign: the first KL is tens of times too large, and that single update takes nearly all the entropy. "
         "The value loss drops with it: falling over at once is easy to predict.",
-        "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update, and "
-        "where the return is from then on.",
+        "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update.",
         {"ppo_loss": minus_missing},
     ),
     "G": Planted(
@@ -311,9 +309,9 @@ RUNS: dict[str, Planted] = {
         "`truncated_values = where(ends, V(s'), 0)`. Falling costs little, since the value network promises a future "
         "after it.",
         "all policy meters look well, but the return stalls or comes and goes. And while the policy is still bad, the "
-        "value loss is already tiny: every state is worth about 1 / (1 - gamma) = 100, whatever the policy does, and a "
-        "constant is easy to learn. (A healthy run ends like that too, once every episode lasts 500 steps: then all "
-        "states really are worth the same, and the explained variance means nothing.)",
+        "value loss falls below the healthy one: every state is worth about 1 / (1 - gamma) = 100, whatever the policy "
+        "does, and a constant is easy to learn. (A healthy run ends like that too, once every episode lasts 500 steps: "
+        "then all states really are worth the same, and the explained variance means nothing.)",
         "Look at the value loss while the return is still bad. Which targets are that easy to learn?",
         {"gae": termination_as_truncation},
     ),

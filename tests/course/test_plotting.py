@@ -85,3 +85,18 @@ def test_a_picture_takes_few_bytes_and_keeps_its_colours() -> None:
         assert np.abs(shown - wanted).max(1).min() <= 8, colour
     few = plotting.to_png(figure, colours=8)
     assert len(Image.open(io.BytesIO(few)).convert("RGB").getcolors()) <= 8 and len(few) < len(png)
+
+
+@pytest.mark.parametrize("colours", [2, 5, 16, 17, 64])
+def test_a_picture_has_the_pixels_of_the_figure_in_its_palette(colours: int) -> None:
+    with plotting.style():
+        # An odd number of pixels: packed in pairs, one is left over.
+        figure, axes = plotting.panels(width=2.01, constrained=False)
+        axes.fill_between([0, 1], [0, 1], [2, 3], color=plotting.INK, alpha=0.3)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=100)
+    whole = Image.open(stream).convert("RGB")
+    assert whole.width % 2 == 1
+    few = whole.quantize(colours, kmeans=2, dither=Image.Dither.NONE).convert("RGB")
+    picture = Image.open(io.BytesIO(plotting.to_png(figure, dpi=100, colours=colours)))
+    assert picture.size == whole.size and picture.convert("RGB").tobytes() == few.tobytes()

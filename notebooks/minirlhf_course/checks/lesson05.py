@@ -11,8 +11,19 @@ from torch import Tensor
 from minirlhf import losses
 from minirlhf.control import trpo
 from minirlhf.kl import exact_kl, kl_k3
-from minirlhf_course.checks.cases import F64, SIZES, generators, normal, tensor, two_logprobs
+from minirlhf_course.checks.cases import tensor, two_logprobs
 from minirlhf_course.checks.exercise import Case, exercise
+from minirlhf_course.checks.mistakes05 import (
+    clip_cases,
+    clipped_with,
+    fisher_cases,
+    fisher_with,
+    fisher_without_product,
+    solve_with,
+    solver_cases,
+    value_cases,
+    value_with,
+)
 
 # 5.1 -----------------------------------------------------------------------------------------------------------------
 
@@ -71,101 +82,46 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 # 5.2 -----------------------------------------------------------------------------------------------------------------
 
 
-def _product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    def matvec(vector: Tensor) -> Tensor:
-        return matrix.to(vector.dtype) @ vector
-
-    return matvec
-
-
-def _solver_cases() -> list[Case]:
-    eye, bent = _product(torch.eye(2)), _product(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
-    cases = [
-        Case("matvec(v) = 2 v", (_product(2 * torch.eye(1)), tensor(6), 1), tensor(3.0)),
-        Case("matvec(v) = (2 v_1, v_2), one iteration", (bent, tensor(1, 1), 1), tensor(2 / 3, 2 / 3)),
-        Case("matvec(v) = (2 v_1, v_2), two iterations", (bent, tensor(1, 1), 2), tensor(0.5, 1.0)),
-        Case("matvec(v) = v, solved after one of three iterations", (eye, tensor(1, 2), 3), tensor(1.0, 2.0)),
-    ]
-    for (size, iterations), generator in zip(((3, 2), (5, 3), (8, 5), (8, 8)), generators(4), strict=True):
-        root = normal(generator, size, size)
-        matrix = root @ root.T / size + torch.eye(size, dtype=F64)
-        b = 30 * normal(generator, size)  # beside it an epsilon in a denominator is small to the last iteration
-        cases.append(Case(f"random, {size} unknowns", (_product(matrix), b, iterations)))
-    return cases
-
-
-def _solve_with(bug: str, matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Exercise 5.2 with one mistake planted."""
-    x, residual = torch.zeros_like(b), b.clone()
-    if bug == "starts at b":
-        x, residual = b.clone(), b - matvec(b)
-    direction = residual.clone()
-    squared = residual @ residual
-    for _ in range(iterations):
-        if bug != "never stops" and squared < 1e-20:
-            break
-        product = matvec(direction)
-        alpha = squared / (direction @ (direction if bug == "no curvature" else product))
-        if bug == "norm":
-            alpha = squared.sqrt() / (direction @ product)
-        x = x + (alpha if bug != "no step" else 1.0) * direction
-        residual = residual + {"residual grows": alpha, "stale residual": 0.0 * alpha}.get(bug, -alpha) * product
-        new_squared = residual @ residual
-        beta = {"steepest": 0.0 * squared, "beta": squared / new_squared, "beta 1": squared / squared}.get(
-            bug, new_squared / squared
-        )
-        if bug == "root":
-            beta = beta.sqrt()
-        if bug != "one direction":
-            direction = (direction if bug == "old residual" else residual) + beta * direction
-        squared = new_squared
-    return residual if bug == "residual" else x
-
-
 @exercise(
     "5.2",
     "conjugate gradient",
     difficulty=4,
     minutes=30,
-    task="TRPO's step is $x = F^{-1} g$ with a matrix $F$ far too large to write down. All there is, is its product "
-    "with a "
-    "vector, `matvec(v)`. Conjugate gradient needs no more: start from $x = 0$, and stop after `iterations` or when "
-    "the "
-    "residual is zero ($r \\cdot r < 10^{-20}$).",
-    cases=_solver_cases,
+    task="TRPO steps along $x = F^{-1} g$, with a matrix $F$ far too large to write down. All you have is its product "
+    "with a vector, `matvec(v)`. Conjugate gradient needs no more: start from $x = 0$, and stop after `iterations` or "
+    "when the residual is zero ($r \\cdot r < 10^{-20}$).",
+    cases=solver_cases,
     suspects={
         "After it has converged, r is 0 and it divides 0 by 0: stop when r . r is tiny.": (
-            partial(_solve_with, "never stops")
+            partial(solve_with, "never stops")
         ),
         "This is steepest descent: the new direction is r + beta * p, with beta = (new r . r) / (old r . r).": (
-            partial(_solve_with, "steepest")
+            partial(solve_with, "steepest")
         ),
-        "beta is upside down: it is (new r . r) / (old r . r).": partial(_solve_with, "beta"),
+        "beta is upside down: it is (new r . r) / (old r . r).": partial(solve_with, "beta"),
         "beta is always 1: it is (new r . r) / (old r . r). Was r . r overwritten too early?": (
-            partial(_solve_with, "beta 1")
+            partial(solve_with, "beta 1")
         ),
-        "The step length misses the curvature: alpha = (r . r) / (p . matvec(p)).": partial(
-            _solve_with, "no curvature"
-        ),
-        "x moves by the whole direction: x + alpha * p.": partial(_solve_with, "no step"),
-        "The residual has the wrong sign: r - alpha * matvec(p).": partial(_solve_with, "residual grows"),
-        "It starts at x = b: start at 0, where the residual is b.": partial(_solve_with, "starts at b"),
+        "The step length misses the curvature: alpha = (r . r) / (p . matvec(p)).": partial(solve_with, "no curvature"),
+        "x moves by the whole direction: x + alpha * p.": partial(solve_with, "no step"),
+        "The residual has the wrong sign: r - alpha * matvec(p).": partial(solve_with, "residual grows"),
+        "It starts at x = b: start at 0, where the residual is b.": partial(solve_with, "starts at b"),
         "The new direction is built on the old one alone: it is the new residual plus beta times the old direction.": (
-            partial(_solve_with, "old residual")
+            partial(solve_with, "old residual")
         ),
-        "It runs one iteration too many.": lambda matvec, b, n: _solve_with("", matvec, b, n + 1),
-        "It runs one iteration too few.": lambda matvec, b, n: _solve_with("", matvec, b, n - 1),
-        "It goes on to the solution: stop after `iterations`.": lambda matvec, b, n: _solve_with(
+        "It runs one iteration too many.": lambda matvec, b, n: solve_with("", matvec, b, n + 1),
+        "It runs one iteration too few.": lambda matvec, b, n: solve_with("", matvec, b, n - 1),
+        "It goes on to the solution: stop after `iterations`.": lambda matvec, b, n: solve_with(
             "", matvec, b, 2 * len(b)
         ),
-        "The direction never changes: after each step, p = r + beta * p.": partial(_solve_with, "one direction"),
-        "The residual is not updated: r - alpha * matvec(p).": partial(_solve_with, "stale residual"),
-        "This is the residual: return x.": partial(_solve_with, "residual"),
+        "The direction never changes: after each step, p = r + beta * p.": partial(solve_with, "one direction"),
+        "The residual is not updated: r - alpha * matvec(p).": partial(solve_with, "stale residual"),
+        "This is the residual: return x.": partial(solve_with, "residual"),
         "beta is the square root of what it should be: (new r . r) / (old r . r), without norms.": partial(
-            _solve_with, "root"
+            solve_with, "root"
         ),
         "The step length has a norm where the square belongs: alpha = (r . r) / (p . matvec(p)).": partial(
-            _solve_with, "norm"
+            solve_with, "norm"
         ),
     },
     hints=(
@@ -182,55 +138,6 @@ def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations
 # 5.3 -----------------------------------------------------------------------------------------------------------------
 
 
-def _linear(features: Tensor, actions: int) -> Callable[[Tensor], Tensor]:
-    def policy(theta: Tensor) -> Tensor:
-        return (features.to(theta.dtype) @ theta.reshape(features.shape[1], actions)).tanh() * 2
-
-    return policy
-
-
-def _table(theta: Tensor) -> Tensor:
-    return theta[None]
-
-
-def _twice(theta: Tensor) -> Tensor:
-    return theta.expand(2, -1)
-
-
-def _fisher_cases() -> list[Case]:
-    cases = [
-        Case("one state, two equal logits theta", (_table, tensor(0, 0), tensor(1, 0)), tensor(0.25, -0.25)),
-        Case("the same in two states alike", (_twice, tensor(0, 0), tensor(1, 0)), tensor(0.25, -0.25)),
-    ]
-    for (states, inputs, actions), generator in zip(((3, 2, 2), (5, 3, 4)), generators(2), strict=True):
-        policy = _linear(normal(generator, states, inputs), actions)
-        theta, vector = normal(generator, inputs * actions), normal(generator, inputs * actions)
-        cases.append(Case(f"random, {states} states and {actions} actions", (policy, theta, vector)))
-    return cases
-
-
-def _fisher_with(bug: str, policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
-    """Exercise 5.3 with one mistake planted."""
-    theta = theta.detach().clone().requires_grad_()
-    logits = policy(theta)
-    kl = exact_kl(logits.detach(), logits)
-    kl = kl.sum() if bug == "sum" else kl.mean()
-    if bug == "entropy":
-        kl = -losses.entropy_from_logits(logits).mean()
-    (gradient,) = torch.autograd.grad(kl, theta, create_graph=True)
-    if bug == "zero":
-        return torch.zeros_like(vector)
-    (product,) = torch.autograd.grad(gradient @ vector, theta)
-    return product + 0.1 * vector if bug == "damped" else product
-
-
-def _outer(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) -> Tensor:
-    """F v without the -p p^T of the softmax: J^T diag(p) J v."""
-    jacobian = torch.autograd.functional.jacobian(policy, theta)
-    probabilities = policy(theta).softmax(-1)
-    return torch.einsum("sap,sa,saq,q->p", jacobian, probabilities, jacobian, vector) / len(probabilities)
-
-
 @exercise(
     "5.3",
     "the Fisher-vector product",
@@ -239,24 +146,24 @@ def _outer(policy: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor) ->
     task="$F$ is the Hessian, at $\\theta$, of the mean KL from the policy as it is now to a policy that may move. "
     "Its product "
     "with $v$ needs no Hessian: differentiate once, multiply the gradient by $v$, differentiate again.",
-    cases=_fisher_cases,
+    cases=fisher_cases,
     suspects={
         "Everything came out 0. Either the policy that stays is not detached (KL(theta || theta) is 0 wherever "
         "theta goes), "
         "or it is differentiated once only: use create_graph=True and differentiate gradient @ vector.": (
-            partial(_fisher_with, "zero")
+            partial(fisher_with, "zero")
         ),
-        "It sums over the states: F is the Hessian of the mean KL.": partial(_fisher_with, "sum"),
-        "Damping is added here: leave it out, the caller adds damping * vector.": partial(_fisher_with, "damped"),
+        "It sums over the states: F is the Hessian of the mean KL.": partial(fisher_with, "sum"),
+        "Damping is added here: leave it out, the caller adds damping * vector.": partial(fisher_with, "damped"),
         "This is the Hessian of the entropy: take the KL from the fixed policy to the moving one.": (
-            partial(_fisher_with, "entropy")
+            partial(fisher_with, "entropy")
         ),
-        "The softmax's own curvature is diag(p) - p p^T: the second part is missing.": _outer,
+        "The softmax's own curvature is diag(p) - p p^T: the second part is missing.": fisher_without_product,
         "The sign is wrong: F is positive, the Hessian of the KL and not of minus the KL.": (
-            lambda *args: -_fisher_with("", *args)
+            lambda *args: -fisher_with("", *args)
         ),
         "It is twice F v: F is the Hessian of one KL, not of the KL both ways.": (
-            lambda *args: 2 * _fisher_with("", *args)
+            lambda *args: 2 * fisher_with("", *args)
         ),
         "The Fisher matrix is missing: this is v itself.": lambda policy, theta, vector: vector.clone(),
     },
@@ -278,64 +185,6 @@ def fisher_vector_product(policy: Callable[[Tensor], Tensor], theta: Tensor, vec
 # 5.4 -----------------------------------------------------------------------------------------------------------------
 
 
-def _clip_cases() -> list[Case]:
-    def corner(ratio: float, advantage: float, loss: float) -> Case:
-        new = tensor([ratio]).log() - 1
-        return Case(f"ratio {ratio}, A = {advantage:g}", (new, tensor([-1]), tensor([advantage]), 0.2), tensor(loss)[0])
-
-    cases = [
-        corner(1.5, 2.0, -2.4),
-        corner(0.5, 2.0, -1.0),
-        corner(1.5, -2.0, 3.0),
-        corner(0.5, -2.0, 1.6),
-        corner(1.1, 2.0, -2.2),
-        corner(0.9, -2.0, 1.8),
-    ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        old = -normal(generator, *size).abs()
-        new, advantages = old + 0.4 * normal(generator, *size), normal(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (new, old, advantages, 0.2)))
-    return cases
-
-
-def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Exercise 5.4 with one mistake planted."""
-    old = new.detach() if bug == "ratio 1" else old.detach()
-    advantages = advantages if bug == "leak" else advantages.detach()
-    ratio = (old - new).exp() if bug == "inverse" else (new - old).exp()
-    if bug == "row":
-        ratio = (new - old).sum(-1, keepdim=True).exp()
-    if bug == "white":
-        spread = advantages.std(correction=0) if advantages.numel() > 1 else torch.zeros(())
-        advantages = (advantages - advantages.mean()) / (spread + 1e-8)
-    near = ratio.clamp(1 - clip_range, 1 + clip_range)
-    if bug == "log":
-        near = (new - old).clamp(-clip_range, clip_range).exp()
-    if bug == "above":
-        near = ratio.clamp(max=1 + clip_range)
-    if bug == "around 0":
-        near = ratio.clamp(-clip_range, clip_range)
-    gain = torch.minimum(ratio * advantages, near * advantages)
-    if bug == "max":
-        gain = torch.maximum(ratio * advantages, near * advantages)
-    if bug == "before A":
-        gain = torch.minimum(ratio, near) * advantages
-    if bug == "clip alone":
-        gain = near * advantages
-    if bug == "no clip":
-        gain = ratio * advantages
-    if bug == "product":
-        gain = torch.minimum(ratio * advantages, (ratio * advantages).clamp(1 - clip_range, 1 + clip_range))
-    if bug == "two means":
-        gain = torch.minimum((ratio * advantages).mean(), (near * advantages).mean())
-    if bug == "both sides":
-        gain = torch.where(near == ratio, gain, gain.detach())
-    if bug == "detached":
-        gain = gain.detach()
-    total = gain.sum() if bug == "sum" else gain.mean()
-    return total if bug == "sign" else -total
-
-
 @exercise(
     "5.4",
     "the clipped loss",
@@ -344,45 +193,45 @@ def _clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_r
     task="PPO's one line: $-\\mathbb{E}\\big[\\min(r A,\\; \\mathrm{clip}(r, 1 - \\varepsilon, 1 + "
     "\\varepsilon)\\,A)\\big]$. Before you "
     "write it, draw it: for $A > 0$ and for $A < 0$, where is the slope in $r$ zero?",
-    cases=_clip_cases,
+    cases=clip_cases,
     suspects={
-        "It takes the max where PPO takes the min: the min is the pessimist's choice.": partial(_clipped_with, "max"),
+        "It takes the max where PPO takes the min: the min is the pessimist's choice.": partial(clipped_with, "max"),
         "The min is taken before multiplying by A: for A < 0 that chooses the wrong one. Multiply both by A first.": (
-            partial(_clipped_with, "before A")
+            partial(clipped_with, "before A")
         ),
-        "The minus sign is missing: the optimizer minimises.": partial(_clipped_with, "sign"),
+        "The minus sign is missing: the optimizer minimises.": partial(clipped_with, "sign"),
         "The ratio is always 1, so the clip never acts: it compares the new policy with itself. Use old_logprobs.": (
-            partial(_clipped_with, "ratio 1")
+            partial(clipped_with, "ratio 1")
         ),
         "Only the clipped term is there: without the min with r * A, a bad step beyond the clip gets no gradient "
-        "back.": (partial(_clipped_with, "clip alone")),
-        "Nothing is clipped: take the min of r * A and clip(r) * A.": partial(_clipped_with, "no clip"),
-        "The log of the ratio is clipped: clip the ratio itself to [1 - eps, 1 + eps].": partial(_clipped_with, "log"),
-        "The clip has no lower bound: [1 - eps, 1 + eps].": partial(_clipped_with, "above"),
-        "The ratio is upside down: exp(logprobs - old_logprobs).": partial(_clipped_with, "inverse"),
+        "back.": (partial(clipped_with, "clip alone")),
+        "Nothing is clipped: take the min of r * A and clip(r) * A.": partial(clipped_with, "no clip"),
+        "The log of the ratio is clipped: clip the ratio itself to [1 - eps, 1 + eps].": partial(clipped_with, "log"),
+        "The clip has no lower bound: [1 - eps, 1 + eps].": partial(clipped_with, "above"),
+        "The ratio is upside down: exp(logprobs - old_logprobs).": partial(clipped_with, "inverse"),
         "A gradient flows into the advantages: they are constants, use advantages.detach().": (
-            partial(_clipped_with, "leak")
+            partial(clipped_with, "leak")
         ),
-        "No gradient flows into logprobs: the policy can't learn.": partial(_clipped_with, "detached"),
-        "This is the sum: take the mean.": partial(_clipped_with, "sum"),
+        "No gradient flows into logprobs: the policy can't learn.": partial(clipped_with, "detached"),
+        "This is the sum: take the mean.": partial(clipped_with, "sum"),
         "This is the mean over rows of sums over steps: take one mean over all steps.": (
-            lambda new, *rest: new.shape[-1] * _clipped_with("", new, *rest)
+            lambda new, *rest: new.shape[-1] * clipped_with("", new, *rest)
         ),
         "The log-ratios are summed over the row, which gives one ratio per trajectory: every action has its own.": (
-            partial(_clipped_with, "row")
+            partial(clipped_with, "row")
         ),
         "The product r * A is clipped: clip the ratio to [1 - eps, 1 + eps], and multiply by A afterwards.": (
-            partial(_clipped_with, "product")
+            partial(clipped_with, "product")
         ),
-        "The min is taken of two means: take it step by step, then the mean.": partial(_clipped_with, "two means"),
+        "The min is taken of two means: take it step by step, then the mean.": partial(clipped_with, "two means"),
         "The advantages are whitened: a good trick, but the caller does that. Here they are used as they are.": (
-            partial(_clipped_with, "white")
+            partial(clipped_with, "white")
         ),
         "The clip's bounds are -eps and +eps: the ratio is kept within [1 - eps, 1 + eps].": (
-            partial(_clipped_with, "around 0")
+            partial(clipped_with, "around 0")
         ),
         "The clip stops the gradient wherever the ratio is outside: where min takes r * A, it must flow.": (
-            partial(_clipped_with, "both sides")
+            partial(clipped_with, "both sides")
         ),
     },
     hints=(
@@ -470,50 +319,6 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 # 5.6 -----------------------------------------------------------------------------------------------------------------
 
 
-def _value_cases() -> list[Case]:
-    def one(name: str, value: float, old: float, target: float, loss: float) -> Case:
-        return Case(name, (tensor([value]), tensor([old]), tensor([target]), 0.2), tensor(loss)[0])
-
-    cases = [
-        one("the value has hardly moved", 1.1, 1.0, 2.0, 0.405),
-        one("the value has moved far, towards the return", 1.5, 1.0, 2.0, 0.32),
-        one("the value has moved far, away from the return", 0.5, 1.0, 2.0, 1.125),
-    ]
-    for size, generator in zip(SIZES, generators(), strict=True):
-        old, target = normal(generator, *size), normal(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (old + 0.5 * normal(generator, *size), old, target, 0.2)))
-    return cases
-
-
-def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Exercise 5.6 with one mistake planted."""
-    old, target = old_values if bug == "leak" else old_values.detach(), returns.detach()
-    if bug == "around 0":
-        near = values.clamp(-clip_range, clip_range)
-    elif bug == "factor":
-        near = old * (values / old).clamp(1 - clip_range, 1 + clip_range)
-    else:
-        near = old + (values - old).clamp(-clip_range, clip_range)
-    if bug == "return":
-        near = old + (target - old).clamp(-clip_range, clip_range)
-    if bug == "no centre":
-        near = (values - old).clamp(-clip_range, clip_range)
-    if bug == "swapped":
-        near = values + (old - values).clamp(-clip_range, clip_range)
-    plain, clipped = (values - target).square(), (near - target).square()
-    if bug == "return":
-        clipped = (values - near).square()
-    if bug == "absolute":
-        plain, clipped = plain.sqrt(), clipped.sqrt()
-    if bug == "two means":
-        plain, clipped = plain.mean(), clipped.mean()
-    if bug == "before squaring":
-        plain = clipped = (torch.maximum(values, near) - target).square()
-    error = torch.minimum(plain, clipped) if bug == "min" else torch.maximum(plain, clipped)
-    error = {"clip alone": clipped, "no clip": plain}.get(bug, error)
-    return (1.0 if bug == "half" else 0.5) * error.mean()
-
-
 @exercise(
     "5.6",
     "the clipped value loss",
@@ -523,37 +328,35 @@ def _value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, c
     "$\\tfrac12 \\max\\big[(V - R)^2, (V_{\\text{clip}} - R)^2\\big]$, where $V_{\\text{clip}}$ is $V$ kept within "
     "`clip_range` of "
     "$V_{\\text{old}}$. (Whether it helps is another question: see the ablation.)",
-    cases=_value_cases,
+    cases=value_cases,
     suspects={
-        "It takes the min: take the larger of the two errors, as the pessimist would.": partial(_value_with, "min"),
-        "Only the clipped error is there: take the larger of it and the plain one.": partial(_value_with, "clip alone"),
+        "It takes the min: take the larger of the two errors, as the pessimist would.": partial(value_with, "min"),
+        "Only the clipped error is there: take the larger of it and the plain one.": partial(value_with, "clip alone"),
         "Nothing is clipped, or around the return, where it never acts: the clip is around the old value.": partial(
-            _value_with, "no clip"
+            value_with, "no clip"
         ),
-        "The half is missing: 1/2 of the larger error.": partial(_value_with, "half"),
-        "The value itself is clipped: clip how far it moved, V_old + clip(V - V_old).": partial(
-            _value_with, "around 0"
-        ),
+        "The half is missing: 1/2 of the larger error.": partial(value_with, "half"),
+        "The value itself is clipped: clip how far it moved, V_old + clip(V - V_old).": partial(value_with, "around 0"),
         "It clips the quotient V / V_old: the value clip is a distance, V_old + clip(V - V_old).": (
-            partial(_value_with, "factor")
+            partial(value_with, "factor")
         ),
-        "This is the sum: take the mean.": lambda v, *rest: v.numel() * _value_with("", v, *rest),
+        "This is the sum: take the mean.": lambda v, *rest: v.numel() * value_with("", v, *rest),
         "This is the mean over rows of sums over steps: take one mean over all steps.": (
-            lambda v, *rest: v.shape[-1] * _value_with("", v, *rest)
+            lambda v, *rest: v.shape[-1] * value_with("", v, *rest)
         ),
-        "The max is taken of two means: take it step by step, then the mean.": partial(_value_with, "two means"),
+        "The max is taken of two means: take it step by step, then the mean.": partial(value_with, "two means"),
         "The max is taken of the values, before squaring: take the larger of the two squared errors.": (
-            partial(_value_with, "before squaring")
+            partial(value_with, "before squaring")
         ),
-        "The errors are not squared: 1/2 of the larger squared error.": partial(_value_with, "absolute"),
+        "The errors are not squared: 1/2 of the larger squared error.": partial(value_with, "absolute"),
         "The return is clipped: the value is what must stay near the old one, V_old + clip(V - V_old).": (
-            partial(_value_with, "return")
+            partial(value_with, "return")
         ),
         "How far it moved is clipped, and the old value not added: V_old + clip(V - V_old).": (
-            partial(_value_with, "no centre")
+            partial(value_with, "no centre")
         ),
-        "A gradient flows into old_values: they are a constant, use old_values.detach().": partial(_value_with, "leak"),
-        "The clip is around V, and moves V_old: keep V within clip_range of V_old.": partial(_value_with, "swapped"),
+        "A gradient flows into old_values: they are a constant, use old_values.detach().": partial(value_with, "leak"),
+        "The clip is around V, and moves V_old: keep V within clip_range of V_old.": partial(value_with, "swapped"),
     },
     hints=(
         "First `near`, the value kept close to the old one. Then two squared errors, and the larger of them.",
