@@ -76,7 +76,7 @@ def sum_row(
     first, last = tl.where(skew > 0, BLOCK, 0), end & -BLOCK  # whole blocks begin at first ... last - BLOCK
     token_block = token_at & -BLOCK  # the one that holds the token; `last` where that block isn't whole
     token_block = tl.where((token_block >= first) & (token_block < last), token_block, last)
-    stop = tl.where(token_block < last, last - BLOCK, last)
+    stop = last - tl.where(token_block < last, BLOCK, 0)
     if PREFETCH:
         ahead = load_whole(logits, first, stop, token_block, BLOCK)
     for i in range(first, stop, BLOCK):
