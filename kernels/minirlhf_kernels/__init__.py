@@ -6,7 +6,7 @@
 - `gae`                    generalised advantage estimation
 
 `minirlhf_kernels.reference` defines each of them in plain PyTorch; `minirlhf_kernels.fused` is the Triton version,
-which runs for tensors on a GPU. `MINIRLHF_KERNELS=reference|triton` forces one (see `dispatch`).
+which runs for tensors on an NVIDIA GPU. `MINIRLHF_KERNELS=reference|triton` forces one (see `dispatch`).
 """
 
 from minirlhf_kernels.dispatch import gae, linear_token_logprobs, ppo_loss, token_logprobs

@@ -5,6 +5,7 @@ These run at every call, before anything is computed: messages are put together 
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -51,6 +52,12 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
     casts = dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else dtype
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    """Products in the types that they are given. torch refuses to switch autocast off on devices that don't have it."""
+    has_it = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_it else contextlib.nullcontext()
 
 
 def check_gae(rewards: Tensor, last_values: Tensor | None, **others: Tensor | None) -> None:

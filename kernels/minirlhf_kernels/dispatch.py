@@ -1,7 +1,8 @@
-"""Choose the implementation: Triton for tensors on a GPU if triton is installed, else, silently, the reference.
+"""Choose the implementation: Triton for tensors on an NVIDIA GPU if triton is installed, else, silently, the reference.
 
-`MINIRLHF_KERNELS=reference|triton` in the environment forces one of them. On the CPU Triton runs in its
-interpreter, slow but exact, for tests: also set TRITON_INTERPRET=1 before triton is first imported.
+`MINIRLHF_KERNELS=reference|triton` in the environment forces one of them, on an AMD GPU too, where nobody has run the
+kernels yet. On the CPU Triton runs in its interpreter, slow but exact, for tests: also set TRITON_INTERPRET=1 before
+triton is first imported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from minirlhf_kernels import reference
@@ -26,7 +28,7 @@ def path_for(x: Tensor) -> str:
     """The implementation, reference or triton, for tensors on x's device. Raises if the forced one can't run there."""
     forced = os.environ.get(FORCE, "")
     if forced == "":
-        return "triton" if HAS_TRITON and x.is_cuda else "reference"
+        return "triton" if HAS_TRITON and x.is_cuda and torch.version.hip is None else "reference"
     if forced == "reference":
         return "reference"
     if forced != "triton":

@@ -25,6 +25,7 @@ from minirlhf_kernels.checks import (
     chosen,
     counted_rows,
     product_dtype,
+    without_autocast,
 )
 
 __all__ = ["IGNORED_TOKEN", "gae", "linear_token_logprobs", "ppo_loss", "token_logprobs"]
@@ -96,7 +97,7 @@ def linear_token_logprobs(
     check_tokens(tokens, mask, hidden.shape[:-1])
     counted, dtype = counted_rows(tokens, mask, len(weight)), product_dtype(hidden, weight)
     hidden, weight = _counted(hidden.to(dtype), counted.unsqueeze(-1)), weight.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         logits = hidden @ weight.to(hidden.dtype).T
     return token_logprobs(logits, tokens, temperature=temperature, mask=mask, return_entropy=return_entropy)
 

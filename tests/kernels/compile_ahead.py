@@ -270,28 +270,33 @@ def show(rows: dict) -> None:
 
 
 def draw(path: Path, rows: dict) -> None:
-    """Where Hopper stands by the newest triton."""
+    """Where the headlines stand on Hopper by the newest triton."""
     import matplotlib
     from matplotlib import pyplot
 
     newest = max((names[0] for names in rows), key=lambda version: [int(x) for x in version.split(".")])
-    shown = [(*names[2:], x) for names, x in rows.items() if names[:2] == (newest, "sm_90") and x["issue_share"]]
-    shown = sorted(shown, key=lambda one: one[:2], reverse=True)
+    wanted = {names[2:]: x for names, x in rows.items() if names[:2] == (newest, "sm_90") and names[2] in HEADLINES}
+    shown = sorted(((*names, x) for names, x in wanted.items() if x["issue_share"]), key=lambda one: one[:2])[::-1]
     with matplotlib.rc_context({"svg.hashsalt": "budgets", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(10, 0.6 + 0.27 * len(shown)), layout="constrained")
-        labels = [f"{call}: {kernel.partition('.')[2].replace('_kernel', '')}" for call, kernel, _ in shown]
+        figure, axes = pyplot.subplots(figsize=(10, 0.7 + 0.3 * len(shown)), layout="constrained")
+        names = (f"{call}: {kernel.partition('.')[2].removesuffix('_kernel')}" for call, kernel, _ in shown)
         shares = [100 * x["issue_share"] for *_, x in shown]
         axes.barh(range(len(shown)), shares, color=["#4c78a8" if share <= 100 else "#e45756" for share in shares])
-        for at, (_, _, x) in enumerate(shown):
-            text = f"{x['instructions_per_element']:.1f} instructions, {x['registers']:.0f} registers"
-            axes.text(shares[at] + 1, at, text, va="center", fontsize=7.5)
+        for at, (call, _, x) in enumerate(shown):
+            each = "step" if call.startswith("gae") else "logit"
+            text = f"{x['instructions_per_element']:.1f} instructions per {each}, {x['registers']:.0f} registers"
+            axes.text(max(shares[at], 100) + 2, at, text, va="center", fontsize=8)
         axes.axvline(100, color="black", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(shown)), labels)
-        axes.set_xlim(0, max(*shares, 100) * 1.3)
+        axes.set_yticks(range(len(shown)), [name.removesuffix(": gae") for name in names])
+        axes.set_xlim(0, max(*shares, 100) * 1.6)
+        axes.set_xticks(range(0, 101, 20))
         axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_xlabel("% of an H200's issue slots, needed to keep up with 4.3 TB/s (compiled, not measured)")
+        axes.set_xlabel(
+            "% of an H200's issue slots, needed to keep up with 4.3 TB/s (compiled, not measured)", loc="left"
+        )
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def main() -> None:

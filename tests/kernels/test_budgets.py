@@ -23,10 +23,9 @@ TARGETS = {"sm_80", "sm_89", "sm_90", "gfx942"}
 KERNELS = {"logprobs.forward_kernel", "logprobs.backward_kernel", "linear.fold_kernel"}
 KERNELS |= {"ppo.forward_kernel", "ppo.backward_kernel", "gae.gae_kernel"}
 # At the memory's speed an H200 has time for 15 instructions a bfloat16 logit forward and 30 backward. With at most 40
-# registers a processor holds 48 warps or more, whose loads hide each other's wait; float32 slabs may do with 40.
+# registers a processor holds 48 warps or more, whose loads hide each other's wait.
 INSTRUCTIONS = {"logprobs.forward_kernel": 12, "logprobs.backward_kernel": 18, "linear.fold_kernel": 12}
-# Log-probs without the entropy take 42 since the kernels' second generation, which leaves 40 warps: to be brought back.
-REGISTERS = {"logprobs.forward_kernel": 42, "logprobs.backward_kernel": 40, "linear.fold_kernel": 48}
+REGISTERS = 40
 pytestmark = pytest.mark.slow
 
 
@@ -95,4 +94,5 @@ def test_what_reads_logits_can_keep_up_with_hopper_s_memory(counted):
         assert counts["load_bits"] == 128, names
         assert counts["barriers"] == counts["shuffles"] == counts["waits_in_other_loops"] == 0, (names, counts)
         assert counts["instructions_per_element"] <= INSTRUCTIONS[kernel], (names, counts)
-        assert counts["registers"] <= REGISTERS[kernel], (names, counts)
+        assert counts["registers"] <= REGISTERS, (names, counts)
+        assert counts["issue_share"] <= 0.7, (names, counts)

@@ -29,6 +29,18 @@ def test_the_reference_runs_on_the_cpu_unless_triton_is_forced(monkeypatch):
     assert path_for(x) == "reference"
 
 
+def test_an_amd_gpu_gets_the_reference_unless_triton_is_forced(monkeypatch):
+    """torch calls both makers' GPUs cuda, and no kernel has run on one of AMD's."""
+    x = torch.zeros(2, 3)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.delenv("MINIRLHF_KERNELS")
+    assert path_for(x) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert path_for(x) == "reference"
+    monkeypatch.setenv("MINIRLHF_KERNELS", "triton")
+    assert path_for(x) == "triton"
+
+
 def test_a_forced_path_that_cannot_run_says_why(monkeypatch):
     x = torch.zeros(2, 3, device="cpu")
     monkeypatch.setattr("minirlhf_kernels.dispatch._interpreted", lambda: False)

@@ -53,14 +53,14 @@ def configuration(columns: int) -> tuple[int, int, bool]:
 def load_others(logits, start, skew, end, token_at, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """A block [BLOCK] of a row that fills skew ... end; -inf in place of what is outside it, and of its token."""
     at = start + tl.arange(0, BLOCK)
-    z = tl.load(logits + at, mask=(at >= skew) & (at < end), other=float("-inf")).to(ACC)
-    return tl.where(at == token_at, float("-inf"), z)
+    is_other = (at >= skew) & (at < end) & (at != token_at)
+    return tl.load(logits + at, mask=is_other, other=float("-inf")).to(ACC)
 
 
 @triton.jit
-def load_whole(logits, i, stop, token_block, skip, BLOCK: tl.constexpr):
-    """The whole block [BLOCK] at i, or the one after it where the token's is stepped over; past `stop`, nothing."""
-    start = tl.where(skip & (i >= token_block), i + BLOCK, i)
+def load_whole(logits, i, stop, token_block, BLOCK: tl.constexpr):
+    """The whole block [BLOCK] at i, or the next one once the token's is reached; past `stop`, nothing."""
+    start = tl.where(i >= token_block, i + BLOCK, i)
     return tl.load(logits + start + tl.arange(0, BLOCK), mask=i < stop, other=0.0)
 
 
@@ -73,24 +73,24 @@ def sum_row(
     lowest = LOWEST64 if ACC == tl.float64 else LOWEST  # noqa: SIM300 (ACC is the variable)
     row_max = tl.full((BLOCK // GROUP,), lowest, ACC)
     sum_exp, sum_exp_u = tl.zeros((BLOCK // GROUP,), ACC), tl.zeros((BLOCK // GROUP,), ACC)
-    first, last = tl.where(skew > 0, BLOCK, 0), end - end % BLOCK  # whole blocks begin at first ... last - BLOCK
-    token_block = token_at // BLOCK * BLOCK
-    skip = (token_block >= first) & (token_block < last)
-    stop = tl.where(skip, last - BLOCK, last)
+    first, last = tl.where(skew > 0, BLOCK, 0), end & -BLOCK  # whole blocks begin at first ... last - BLOCK
+    token_block = token_at & -BLOCK  # the one that holds the token; `last` where that block isn't whole
+    token_block = tl.where((token_block >= first) & (token_block < last), token_block, last)
+    stop = last - tl.where(token_block < last, BLOCK, 0)
     if PREFETCH:
-        ahead = load_whole(logits, first, stop, token_block, skip, BLOCK)
+        ahead = load_whole(logits, first, stop, token_block, BLOCK)
     for i in range(first, stop, BLOCK):
         if PREFETCH:
             block = ahead
-            ahead = load_whole(logits, i + BLOCK, stop, token_block, skip, BLOCK)
+            ahead = load_whole(logits, i + BLOCK, stop, token_block, BLOCK)
         else:
-            block = load_whole(logits, i, stop, token_block, skip, BLOCK)
+            block = load_whole(logits, i, stop, token_block, BLOCK)
         z = tl.reshape(block.to(ACC), (BLOCK // GROUP, GROUP))  # half precision ends here
         row_max, sum_exp, sum_exp_u = accumulate(z, scale_log2, row_max, sum_exp, sum_exp_u, WANT_ENTROPY)
     for i in range(3):  # the blocks that need masks: the first of a row that is skewed, the token's, and the tail
         start = tl.where(i == 0, 0, tl.where(i == 1, token_block, last))
         tail = (last < end) & ((last > 0) | (skew == 0))
-        if tl.where(i == 0, skew > 0, tl.where(i == 1, skip, tail)) & (end > 0):
+        if tl.where(i == 0, skew > 0, tl.where(i == 1, token_block < last, tail)) & (end > 0):
             z = tl.reshape(load_others(logits, start, skew, end, token_at, ACC, BLOCK), (BLOCK // GROUP, GROUP))
             row_max, sum_exp, sum_exp_u = accumulate(z, scale_log2, row_max, sum_exp, sum_exp_u, WANT_ENTROPY)
     return reduce_groups(scale_log2, row_max, sum_exp, sum_exp_u)

@@ -18,7 +18,7 @@ never NaN. The token is compared with the others, never subtracted from a sum th
 with `ties` others at the max and `below` the sum of all under it. Both are sums of terms of one sign: no cancellation,
 and never above 0. At a margin of 20 nats, where 1 - p is lost in float32 and log_softmax gives 0, log p and its
 gradient keep all their digits. So does the entropy, except where one of the others is far above the rest: there
-1 + below has lost the digits of below, and the row is read again by `accumulate_below`, which keeps the two apart.
+1 + below has lost the digits of below, and the row is read again by `accumulate_below`, which sums the two separately.
 
 How many digits that is depends on exp2 and log. In Triton's interpreter, where the tests of a machine without a GPU
 run, they are numpy's and exact to a float32's last digit: errors of 1e-8 there are the algorithm's alone. A GPU's
@@ -83,7 +83,7 @@ def reduce_groups(scale_log2, row_max, sum_exp, sum_exp_u):
 
 @triton.jit
 def accumulate_below(z, scale, row_max, ties, below, sum_exp_u):
-    """A block z of logits into lanes of sums, those at the row's max counted apart; in nats, to the last digit."""
+    """A block z of logits into lanes of sums, those at the row's max counted separately; in nats, to the last digit."""
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     u = (z - shift) * scale
     e = exp(u)
