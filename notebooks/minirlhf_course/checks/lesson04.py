@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -314,7 +315,7 @@ def _gae_with(
         "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(_gae_with, "deltas"),
         "The sign of delta is wrong: R + gamma V(S') - V(S).": partial(_gae_with, "sign"),
         "lam is in delta too: it appears only in gamma * lam * A_{t+1}.": partial(_gae_with, "lam in delta"),
-        "The advantages are whitened: that comes in 4.4, return A as it is.": partial(_gae_with, "white"),
+        "The advantages are whitened: that comes in 4.5, return A as it is.": partial(_gae_with, "white"),
     },
     hints=(
         "All deltas first, with the values shifted by one column (`last_values` at the end). Then from the last "
@@ -335,6 +336,140 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamm
 # 4.4 -----------------------------------------------------------------------------------------------------------------
 
 
+def _clock_cases() -> list[Case]:
+    yes, no = bools([1]), bools([0])
+    one = tensor([1]), tensor([2])
+    three = tensor([1, 1, 1]), tensor([2, 4, 6])
+    last = tensor(8)
+    cases = [
+        Case("one step that terminates", (*one, yes, no, tensor([6]), last, 0.5, 0.5), tensor([-1.0])),
+        Case("one step that is truncated", (*one, no, yes, tensor([6]), last, 0.5, 0.5), tensor([2.0])),
+        Case("one step in mid-episode", (*one, no, no, tensor([0]), last, 0.5, 0.5), tensor([3.0])),
+        Case(
+            "three steps, the first is truncated",
+            (*three, bools([0, 0, 0]), bools([1, 0, 0]), tensor([8, 0, 0]), last, 0.5, 0.5),
+            tensor([3.0, -0.25, -1.0]),
+        ),
+    ]
+    return cases + random_cases(_ends_of_both_kinds)
+
+
+def _ends_of_both_kinds(generator: torch.Generator, size: tuple[int, int]) -> tuple[Any, ...]:
+    rewards, values, final = (normal(generator, *size) for _ in range(3))
+    ends, clock = flags(generator, *size, share=0.5), flags(generator, *size, share=0.5)
+    final = torch.where(ends, final, 0)
+    return rewards, values, ends & ~clock, ends & clock, final, normal(generator, size[0]), 0.97, 0.9
+
+
+def _clock_with(
+    bug: str,
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    final_values: Tensor,
+    last_values: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Exercise 4.4 with one mistake planted."""
+    nothing, ends = torch.zeros_like(values), terminated | truncated
+    following = _next_values(values, torch.zeros_like(last_values) if bug == "last" else last_values)
+    resets = {"reset": following, "ignored": following, "never cut": following, "own": values}
+    after_clock = resets.get(bug, nothing if bug in ("clock ends", "kinds") else final_values)
+    if bug == "no gamma":
+        after_clock = final_values / gamma
+    if bug == "on top":
+        after_clock = final_values + following
+    after_end = final_values if bug in ("death goes on", "kinds") else following if bug == "never cut" else nothing
+    after = torch.where(truncated, after_clock, torch.where(terminated, after_end, following))
+    if bug == "always last":
+        after[:, -1] = last_values
+    deltas = rewards + gamma * after - values
+    never = torch.zeros_like(ends)
+    chain = dict.fromkeys(("chain", "ignored", "on top"), terminated)
+    cuts = (chain | {"death's chain": truncated, "never cut": never, "chains": never}).get(bug, ends)
+    result, carry = torch.zeros_like(rewards), torch.zeros_like(last_values)
+    for t in reversed(range(rewards.shape[1])):
+        result[:, t] = carry = deltas[:, t] + gamma * lam * torch.where(cuts[:, t], 0, carry)
+    return result + values if bug == "targets" else deltas if bug == "deltas" else result
+
+
+@exercise(
+    "4.4",
+    "when only the clock ends an episode",
+    difficulty=3,
+    minutes=15,
+    task="An episode *terminated*: nothing follows. It was *truncated*: something would have followed, but the next "
+    "column belongs to another episode. Or the row ends in mid-episode. For each of the three: which value goes into "
+    "$\\delta_t$, and does $A_{t+1}$ flow back?",
+    cases=_clock_cases,
+    suspects={
+        "A truncation is treated as a termination: only the clock ended the episode, so delta takes V of its last "
+        "observation, final_values[:, t].": partial(_clock_with, "clock ends"),
+        "A termination is treated as a truncation: nothing follows it, so V is 0; final_values count only where "
+        "truncated.": partial(_clock_with, "death goes on"),
+        "terminated and truncated are swapped: it is the truncated episode that is still worth final_values.": (
+            partial(_clock_with, "kinds")
+        ),
+        "After a truncation it bootstraps from the reset observation: values[:, t + 1] belongs to the next episode, "
+        "and this one's last observation is worth final_values[:, t].": partial(_clock_with, "reset"),
+        "The chain is not cut at a truncation: delta is right, but the next episode's advantage flows back into this "
+        "one. Multiply A_{t+1} by (1 - terminated) and by (1 - truncated).": partial(_clock_with, "chain"),
+        "The truncations are ignored: these episodes are over as well. delta takes final_values[:, t], and nothing "
+        "flows back from the next episode.": partial(_clock_with, "ignored"),
+        "The chain is not cut at a termination: delta is right, but the next episode's advantage flows back into this "
+        "one. Multiply A_{t+1} by (1 - terminated) and by (1 - truncated).": partial(_clock_with, "death's chain"),
+        "The chain is not cut: delta is right, but advantages flow back over ends of both kinds. Multiply A_{t+1} by "
+        "(1 - terminated) and by (1 - truncated).": partial(_clock_with, "chains"),
+        "The ends are never used: V(S_{t+1}) is 0 after a termination and final_values[:, t] after a truncation, and "
+        "nothing flows back over either.": partial(_clock_with, "never cut"),
+        "V of the last observation is added to the reward, but the row goes on as if the episode did: a truncation "
+        "must also cut off values[:, t + 1] and A_{t+1}.": partial(_clock_with, "on top"),
+        "V of the last observation is not discounted: it is one step away, gamma * final_values.": (
+            partial(_clock_with, "no gamma")
+        ),
+        "After a truncation it bootstraps from values[:, t], V of the state before the last step: what follows is "
+        "worth final_values[:, t].": partial(_clock_with, "own"),
+        "last_values are never used: where the row ends in mid-episode they are V(S_{t+1}) of its last column.": (
+            partial(_clock_with, "last")
+        ),
+        "The last column bootstraps from last_values even where its episode has ended: then it is 0 or final_values, "
+        "as in any other column.": partial(_clock_with, "always last"),
+        "These are the value targets, A + V: return A.": partial(_clock_with, "targets"),
+        "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(_clock_with, "deltas"),
+    },
+    hints=(
+        "Two cuts again, and they no longer look the same. In delta the next value is 0, `final_values`, or the next "
+        "column's. In the chain it makes no difference why the episode ended.",
+        "`next_values = torch.where(truncated, final_values, torch.where(terminated, 0, shifted))`, with `shifted` "
+        "made as in 4.3. Then 4.3's recursion, cut at `terminated | truncated`.",
+    ),
+)
+def gae_with_truncation(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    final_values: Tensor,
+    last_values: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """GAE's advantages [N, T] where episodes terminate and are truncated.
+
+    rewards, values, terminated, truncated (bool, never both) and final_values are [N, T].
+    final_values[:, t] is V of the observation in which step t ended an episode, 0 where it
+    ended none; last_values [N] are V of the states after the last column.
+    """
+    after = torch.where(truncated, final_values, 0)
+    ends = terminated | truncated
+    return _gae(rewards, values, ends, gamma=gamma, lam=lam, last_values=last_values, truncated_values=after)[0]
+
+
+# 4.5 -----------------------------------------------------------------------------------------------------------------
+
+
 def _target_cases() -> list[Case]:
     two = tensor([1, -3]), tensor([2, 4])
     cases = [
@@ -353,7 +488,7 @@ def _row_whitened(x: Tensor) -> Tensor:
 
 
 @exercise(
-    "4.4",
+    "4.5",
     "two uses of one advantage",
     difficulty=2,
     minutes=8,
@@ -402,7 +537,7 @@ def advantages_and_targets(advantages: Tensor, values: Tensor) -> tuple[Tensor, 
     return _whiten(advantages), advantages + values
 
 
-# 4.5 -----------------------------------------------------------------------------------------------------------------
+# 4.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def _scan_cases() -> list[Case]:
@@ -418,7 +553,7 @@ def _scan_cases() -> list[Case]:
 
 
 def _scan_with(bug: str, x: Tensor, decays: Tensor) -> Tensor:
-    """Exercise 4.5 with one mistake planted."""
+    """Exercise 4.6 with one mistake planted."""
     if bug == "forwards":
         return _scan_with("", x.flip(1), decays.flip(1)).flip(1)
     x, decays = x.clone(), decays.clone()
@@ -442,7 +577,7 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
 
 
 @exercise(
-    "4.5",
+    "4.6",
     "the scan",
     difficulty=4,
     minutes=30,
