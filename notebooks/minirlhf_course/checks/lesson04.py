@@ -397,7 +397,7 @@ def _clock_with(
 
 @exercise(
     "4.4",
-    "when only the clock ends an episode",
+    "two kinds of end",
     difficulty=3,
     minutes=15,
     task="An episode *terminated*: nothing follows. It was *truncated*: something would have followed, but the next "
@@ -456,7 +456,7 @@ def gae_with_truncation(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """GAE's advantages [N, T] where episodes terminate and are truncated.
+    """GAE's advantages [N, T] where an episode may terminate or be truncated.
 
     rewards, values, terminated, truncated (bool, never both) and final_values are [N, T].
     final_values[:, t] is V of the observation in which step t ended an episode, 0 where it
