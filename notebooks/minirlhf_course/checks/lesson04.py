@@ -64,7 +64,7 @@ def _q_cases() -> list[Case]:
     ),
 )
 def advantages_from_q(q_values: Tensor, probabilities: Tensor) -> Tensor:
-    """A(s, a) of a known problem: q_values and probabilities, both [S, A] (a row a state), give [S, A]."""
+    """A(s, a) of a known problem: q_values and probabilities, both [S, A] (a row per state), give [S, A]."""
     return q_values - (probabilities * q_values).sum(-1, keepdim=True)
 
 

@@ -442,8 +442,8 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
     "perplexity",
     difficulty=1,
     minutes=5,
-    task="A loss of 0.9 nats says little to most people. Its exponential does: the model is as unsure as if it rolled "
-    "a fair die with so many sides for each token.",
+    task="A loss of 0.9 nats per token says little to most people. Its exponential says more: the model is as unsure as "
+    "if it rolled a fair die with that many sides for each token.",
     cases=_perplexity_cases,
     suspects={
         "It is the mean of the rows' perplexities: take the mean over all tokens first, the exponential last.": (
