@@ -1,26 +1,27 @@
-"""The command line: ``minirlhf run | world | chat | evaluate``.
+"""The command line: ``minirlhf run | chat | evaluate | label | round | world``.
 
 A user error prints one message and exits with code 2. Heavy imports are deferred until a command needs them.
 """
 
 from __future__ import annotations
 
+import getpass
 import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 from minirlhf.errors import UserError
-from minirlhf.settings import Count, Positive, Seed, Settings
+from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
-    from minirlhf.config import PresetName
+    from minirlhf.config import PresetName, RunConfig
 
 T = TypeVar("T")
 USAGE = """usage: minirlhf COMMAND [OPTIONS]
@@ -29,6 +30,8 @@ commands:
   run        train an aligned model from a folder of text and write a report
   chat       type an instruction and compare the answers of a run's models
   evaluate   evaluate one policy of a run on the held-out prompts
+  label      rank answers of a run's policy; the rankings are comparisons to train on
+  round      train the reward model on more rankings, and PPO on from where a run ended
   world      write a data folder with known ground truth: the small world or another installed world
 
 minirlhf COMMAND --help explains its options.
@@ -85,6 +88,46 @@ class EvaluateConfig(Settings, option=""):
     """cpu, cuda, or auto."""
 
 
+@dataclass(frozen=True)
+class LabelConfig(Settings, option=""):
+    """Rank the answers that a policy of a run gives to training prompts, and append each ranking to a file."""
+
+    out: Path
+    """JSON-lines file to append the rankings to, for minirlhf run --comparisons or minirlhf round."""
+    run: Path = Path("runs/default")
+    """Folder of a run."""
+    data: Path | None = None
+    """Folder whose training prompts are answered; default: the run's."""
+    policy: str | None = None
+    """base, sft, ppo or ppo_ptx; default: the newest one that is finished."""
+    prompts: Count = 20
+    """Prompts to rank answers for."""
+    answers: Count = 4
+    """K, answers per prompt: 2 to 9."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    labeler: str = field(default_factory=getpass.getuser)
+    """Your name, written with every ranking."""
+    seed: Seed = 0
+    """Chooses prompts and answers; the same seed goes on where you stopped."""
+
+
+@dataclass(frozen=True)
+class RoundConfig(Settings, option=""):
+    """Steps 2 and 3 once more: the reward model on old and new rankings, PPO on from the policies of a run."""
+
+    run: Path
+    """Folder of a finished run."""
+    comparisons: tuple[Path, ...]
+    """Files of new rankings, beside those that the run was trained on."""
+    out: Path
+    """Folder of the next round; the same command resumes it."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    save_seconds: NotNegative = 10.0
+    """Seconds between saves of the training state."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 on success, 2 on a user error, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -138,12 +181,15 @@ def _run(arguments: list[str]) -> None:
     from minirlhf.config import RunConfig, preset
 
     config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
+    _run_to_report(config, "minirlhf run " + shlex.join(arguments), began)
 
+
+def _run_to_report(config: RunConfig, command: str, began: float) -> None:
     from minirlhf.pipeline import run_pipeline
     from minirlhf.pipeline.folder import locked
     from minirlhf.report import summary_table, write_report
 
-    run_pipeline(config, command="minirlhf run " + shlex.join(arguments), began=began)
+    run_pipeline(config, command=command, began=began)
     page = config.out / "report.html"
     with locked(config.out):
         if not page.is_file():  # an existing page shows these measurements
@@ -151,6 +197,37 @@ def _run(arguments: list[str]) -> None:
     print(summary_table(config.out))
     print(f"report: {page}")
     print(f"talk to the models: minirlhf chat --run {config.out}")
+
+
+def _label(arguments: list[str]) -> None:
+    config = _parse(LabelConfig, "label", arguments)
+    from minirlhf.labeling import RankingFile, label_in_terminal
+    from minirlhf.pipeline.label import items_to_rank
+
+    file = RankingFile(config.out, config.labeler)
+    items = items_to_rank(
+        config.run,
+        data=config.data,
+        policy=config.policy,
+        prompts=config.prompts,
+        answers=config.answers,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    done = label_in_terminal(file, items)
+    print(f"{done} of {len(items)} ranked in {config.out}")
+    if done:
+        print(f"train on them: minirlhf round --run {config.run} --comparisons {config.out} --out {config.run}-next")
+
+
+def _round(arguments: list[str]) -> None:
+    began = time.monotonic()
+    config = _parse(RoundConfig, "round", arguments)
+    from minirlhf.pipeline.folder import next_round
+
+    following = next_round(config.run, config.comparisons, config.out)
+    following = replace(following, device=config.device, save_seconds=config.save_seconds)
+    _run_to_report(following, "minirlhf round " + shlex.join(arguments), began)
 
 
 def _preset_name(arguments: Sequence[str]) -> PresetName:
@@ -210,6 +287,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "chat": _chat,
     "evaluate": _evaluate,
+    "label": _label,
+    "round": _round,
     "world": _world,
 }
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 from minirlhf.errors import UserError
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
@@ -26,6 +28,10 @@ class RunConfig(Settings, option=""):
 
     data: Path | None = None
     """Folder of JSON lines; default: the small world, where the true score is known."""
+    comparisons: tuple[Path, ...] = ()
+    """Files of more rankings to train the reward model on, beside those in the data folder (see minirlhf label)."""
+    previous: Annotated[Path | None, tyro.conf.Suppress] = None
+    """Set by minirlhf round: the run whose base and SFT models are kept and whose policies PPO goes on from."""
     out: Path = Path("runs/default")
     """Folder of the run; the same command resumes a run that was stopped."""
     model: str | None = None
@@ -85,7 +91,8 @@ def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
         return replace(config, **changes)
 
     config: RunConfig = filled(RunConfig(), settings)
-    return replace(config, out=out, data=Path(config.data) if config.data is not None else None)
+    data, previous = (Path(path) if path is not None else None for path in (config.data, config.previous))
+    return replace(config, out=out, data=data, previous=previous, comparisons=tuple(map(Path, config.comparisons)))
 
 
 def preset(name: PresetName) -> RunConfig:

@@ -144,6 +144,20 @@ def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
     return data
 
 
+def read_rankings(file: Path) -> list[Comparison]:
+    """Read a file of comparisons that stands by itself, such as one that `minirlhf label` wrote.
+
+    Args:
+        file: JSON lines, plain or ``.gz``; rows as in a folder's ``comparisons``. All-tied rows are kept.
+
+    Raises:
+        DataError: the file is missing or empty, or a row is malformed; names the line.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; give a file of comparisons, such as one written by minirlhf label")
+    return _rows(file, _comparison)
+
+
 def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
     if len(rows) < 2:
         return rows, []
@@ -160,6 +174,10 @@ def _read(folder: Path, name: str, parse: Callable[[_Row], T]) -> list[T]:
     file = packed if packed.is_file() else plain
     if not file.is_file():
         raise DataError(f"{plain}: missing, and so is {packed.name}; every data folder needs one of them")
+    return _rows(file, parse)
+
+
+def _rows(file: Path, parse: Callable[[_Row], T]) -> list[T]:
     rows = [parse(row) for row in _json_lines(file)]
     if not rows:
         raise DataError(f"{file}:1: the file is empty; expected one JSON object per line")

@@ -15,6 +15,7 @@ import torch
 
 TINY_FOLDER = Path(__file__).parent / "data" / "tiny_folder"
 ARCHITECTURES = ("llama", "gpt2")
+KERNELS = os.environ.get("MINIRLHF_KERNELS")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_as_started() -> None:
+    """A file that left Triton chosen would send all that follow through its interpreter, a hundred times slower."""
+    assert os.environ.get("MINIRLHF_KERNELS") == KERNELS, "an earlier file, or the import of one, set MINIRLHF_KERNELS"
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def test_the_wheel_holds_every_file_of_the_three_packages(wheel: Path) -> None:
         path.relative_to((ROOT / name).parent).as_posix()
         for name in SOURCES
         for path in (ROOT / name).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert files >= {f"{Path(name).name}/py.typed" for name in SOURCES}
     with ZipFile(wheel) as packed:

@@ -49,7 +49,7 @@ def check_linear(hidden: Tensor, weight: Tensor) -> None:
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What hidden and weight are multiplied in: the wider type of the two, or autocast's where it is on."""
     dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
-    casts = dtype != torch.float64 and torch.is_autocast_enabled(device)
+    casts = dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else dtype
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,31 @@ def read_settings(run: Path) -> dict[str, Any]:
             "back to the version that made it"
         )
     return settings
+
+
+def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
+    """The settings of the round after a run: steps 2 and 3 again, with more rankings.
+
+    The seed stays: in a folder of data without ``heldout/`` it decides which prompts were never trained on.
+
+    Args:
+        run: a finished run.
+        comparisons: files of new rankings; those of the run stay.
+        out: folder of the next round.
+
+    Raises:
+        CheckpointError: the run is not finished.
+        UserError: no file of rankings is given, or `out` is the run itself.
+    """
+    config = read_config(run)
+    missing = [step for step in STEPS if not (run / step).is_dir()]
+    if missing:
+        raise CheckpointError(f"{run}: {missing[0]} is not finished; continue the run first")
+    if not comparisons:
+        raise UserError("--comparisons: give at least one file of new rankings, such as one written by minirlhf label")
+    if out.resolve() == run.resolve():
+        raise UserError(f"--out {out}: is the run itself; give the folder of the next round")
+    return replace(config, out=out, previous=run, comparisons=(*config.comparisons, *comparisons))
 
 
 def read_report(run: Path) -> dict[str, Any]:

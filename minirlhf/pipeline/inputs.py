@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from minirlhf.config import RunConfig
-from minirlhf.data import DataFolder, read_folder
+from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of
@@ -71,6 +71,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         CheckpointError: the pretrained model can't be loaded.
     """
     folder = read_folder(path, config.seed)
+    _add_rankings(folder, config.comparisons)
     gold_judge(folder)  # finds prompts that it can't judge now, not after the training
     limit = config.context_length
     if config.model is not None:
@@ -101,6 +102,23 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         except ValueError as error:
             raise DataError(f"{path}: {name}: {error}") from None
     return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
+
+
+def _add_rankings(folder: DataFolder, files: Sequence[Path]) -> None:
+    """Add files of rankings to the comparisons. A person may tie all answers; such a row teaches nothing."""
+    held = {row.prompt for row in folder.heldout_comparisons}
+    for file in files:
+        rows = read_rankings(file)
+        used = [row for row in rows if len(set(row.scores)) > 1 and row.prompt not in held]
+        for count, what in (
+            (sum(len(set(row.scores)) == 1 for row in rows), "state no preference (all answers tied)"),
+            (sum(row.prompt in held for row in rows), "are of held-out prompts"),
+        ):
+            if count:
+                folder.notes.append(f"{file}: {count} of {len(rows)} rows {what} and were left out")
+        if not used:
+            raise DataError(f"{file}: no row is left to train on: {folder.notes[-1].removeprefix(f'{file}: ')}")
+        folder.comparisons += used
 
 
 def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:

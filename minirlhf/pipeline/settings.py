@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minirlhf.checkpoints import STATE
+from minirlhf.checkpoints import CHECKSUMS, STATE
 from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.errors import CheckpointError
-from minirlhf.pipeline.folder import FORMAT, LOCK, STEPS, read_settings
+from minirlhf.pipeline.folder import FORMAT, LOCK, POLICIES, STEPS, read_settings
 from minirlhf.pipeline.inputs import MADE_WORLD
 
 DATA_SUMS = "data_sha256"
@@ -31,7 +31,15 @@ def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
     settings["format"] = FORMAT
     settings["data"] = str(data.resolve())
     settings[DATA_SUMS] = data_sums(data)
+    settings["comparisons"] = {str(file.resolve()): _sha256(file) for file in config.comparisons}
+    if config.previous is not None:
+        settings["previous"] = str(config.previous.resolve())
+        settings["previous_sha256"] = {step: _sha256(config.previous / step / CHECKSUMS) for step in POLICIES}
     return settings
+
+
+def _sha256(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def data_sums(folder: Path) -> dict[str, str]:
@@ -43,11 +51,7 @@ def data_sums(folder: Path) -> dict[str, str]:
     """
     names = [f"{part}{name}.jsonl" for part in ("", "heldout/") for name in TABLES]
     files = [folder / name for name in (*names, *(f"{name}.gz" for name in names), "tokenizer.json", "world.json")]
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file()
-    }
+    return {file.relative_to(folder).as_posix(): digest for file in files if (digest := _sha256(file)) is not None}
 
 
 def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
@@ -97,6 +101,8 @@ def steps_of(name: str) -> tuple[str, ...]:
         return ()
     if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
         return ("ppo_ptx",)
+    if section == "comparisons":
+        return ("reward_model", "ppo", "ppo_ptx")
     if section in ("rlhf", "side_by_side"):
         return ("ppo", "ppo_ptx")
     return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
@@ -133,9 +139,14 @@ def _begun(out: Path, step: str) -> Path | None:
 
 def _said(name: str, settings: dict[str, Any], old: Any, new: Any) -> str:
     if name == DATA_SUMS or name.startswith(f"{DATA_SUMS}."):
-        what = "another" if old and new else "no" if new else "a"
-        return f"{what} {Path(settings['data']) / name.removeprefix(f'{DATA_SUMS}.')}"
+        return f"{_article(old, new)} {Path(settings['data']) / name.removeprefix(f'{DATA_SUMS}.')}"
+    if name.startswith("comparisons."):
+        return f"{_article(old, new)} {name.removeprefix('comparisons.')}"
     return f"{name} = {old}, not {new}"
+
+
+def _article(old: Any, new: Any) -> str:
+    return "another" if old and new else "no" if new else "a"
 
 
 def _listed(folders: list[Path]) -> str:

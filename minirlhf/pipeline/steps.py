@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -75,6 +76,12 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     """Train this step's model, starting from the models of earlier steps."""
     run, seed, device = config.out, config.seed, find_device(config.device)
     data, tokenizer = inputs.folder, inputs.tokenizer
+    if config.previous is not None and step in ("base", "sft"):
+        recorder.track({}, {})  # creates the folder
+        metrics = config.previous / step / "metrics.jsonl"
+        if metrics.is_file():
+            shutil.copy(metrics, run / f"{step}.partial")  # the report draws how the model was trained
+        return load_policy(config.previous, step, device)
     if step == "base" and config.model is not None:
         recorder.track({}, {})  # creates the folder
         return load_causal_model(config.model, tokenizer, seed).to(device).eval()
@@ -103,7 +110,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
         return {"objective/gold": sum(scores) / len(scores)}
 
     return train_rlhf(
-        clone(sft),
+        clone(sft) if config.previous is None else load_policy(config.previous, step, device),
         clone(reward.model),
         sft,
         reward,

@@ -21,8 +21,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-os.environ["MINIRLHF_KERNELS"] = "triton"
-
 import torch
 import triton
 from fake_driver import FakeDevice, Variant
@@ -302,6 +300,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write the table into this file")
     parser.add_argument("--write", action="store_true", help="rewrite the budgets, of both tritons, and draw them")
     chosen = parser.parse_args()
+    os.environ["MINIRLHF_KERNELS"] = "triton"
     rows = measure(chosen.headlines)
     if chosen.write:
         if not OLDEST.exists():

@@ -17,6 +17,9 @@ GPU = torch.cuda.is_available()
 if not GPU and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Programs for processes of their own. --doctest-modules would import them here.
+collect_ignore = ["compile_ahead.py", "fake_driver.py"]
+
 # How many cases hypothesis draws for a property of a kernel; test_memory.py asks for fewer.
 CASES = int(os.environ.get("MINIRLHF_KERNEL_CASES", "200"))
 settings.register_profile(

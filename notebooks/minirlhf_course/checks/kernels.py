@@ -25,7 +25,7 @@ from minirlhf_course.checks.exercise import WIDTH, Case, Exercise, Verdict, fill
 from minirlhf_course.checks.outcome import Outcome
 from minirlhf_course.checks.untouched import is_untouched
 
-__all__ = ["KernelExercise", "guarded", "jit", "loops", "puzzle", "tl", "triton", "variants", "why_not"]
+__all__ = ["KernelExercise", "guarded", "jit", "loops", "own_kernel", "puzzle", "tl", "triton", "variants", "why_not"]
 
 if importlib.util.find_spec("triton") is not None:
     if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -92,6 +92,12 @@ class _Launched:
             kind = RuntimeError if isinstance(cause, TypeError) else type(cause)
             text = f"{cause}" if kind is type(cause) else f"{type(cause).__name__}: {cause}"
             raise kind(text).with_traceback(cause.__traceback__) from None
+
+
+def own_kernel(verdict: Verdict) -> Any:
+    """The learner's kernel as `triton.jit` made it, to be launched on other sizes; None until it has passed."""
+    launched = verdict.answer
+    return launched.compiled if verdict.status == "passed" and isinstance(launched, _Launched) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -13,25 +11,21 @@ from minirlhf.losses import sft_loss
 from minirlhf.returns import gae, whiten
 from minirlhf_course.checks.cases import SIZES, bools, generators, normal, random_cases, tensor, two_logprobs
 from minirlhf_course.checks.exercise import Case, exercise
-
-
-def _last(mask: Tensor) -> Tensor:
-    """[B, 1] column of the last True."""
-    return torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1, keepdim=True)
+from minirlhf_course.checks.mistakes09 import (
+    Three,
+    estimates_with,
+    experience_with,
+    last_column,
+    mask_with,
+    ptx_with,
+    rewards_with,
+)
 
 
 def _lengths(generator: torch.Generator, rows: int, width: int) -> Tensor:
     """A response mask [B, T]: each row counts its first 1 to T tokens."""
     lengths = torch.randint(1, width + 1, (rows, 1), generator=generator)
     return torch.arange(width) < lengths
-
-
-def _scaled(x: Tensor, mask: Tensor, correction: int = 0, keep: bool = False) -> Tensor:
-    """x scaled over what counts, its mean removed or kept; the variance divides by n - correction."""
-    mean = x[mask].mean()
-    variance = (x[mask] - mean).square().sum() / (mask.sum() - correction)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, white + mean if keep else white, 0.0)
 
 
 # 9.1 -----------------------------------------------------------------------------------------------------------------
@@ -47,40 +41,6 @@ def _mask_cases() -> list[Case]:
     return cases + random_cases(lambda g, size: (torch.randint(0, 6, size, generator=g), 1))
 
 
-def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
-    """Exercise 9.1 with one mistake planted."""
-    is_eos = tokens == eos_id
-    if bug == "ones":
-        return torch.ones_like(is_eos)
-    if bug == "not eos":
-        return ~is_eos
-    if bug == "eos alone":
-        return is_eos
-    ended = is_eos.long().cumsum(1) > 0
-    before = is_eos.long().cumsum(1) - is_eos.long() > 0
-    if bug == "turned":
-        return before
-    if bug == "after":
-        return ended
-    if bug == "one more":
-        return torch.cat((torch.zeros_like(before[:, :1]), before[:, :-1]), 1).logical_not()
-    if bug == "first row":
-        return ~before[:1].expand_as(before)
-    if bug == "no eos":
-        return is_eos.long().cumsum(1) == 0
-    if bug == "padding":
-        return tokens != 0
-    if bug == "last":
-        columns = torch.arange(tokens.shape[1])
-        last = torch.where(is_eos, columns, -1).amax(1, keepdim=True)
-        return (columns <= last) | (last < 0)
-    if bug == "argmax":
-        return torch.arange(tokens.shape[1]) <= is_eos.int().argmax(1, keepdim=True)
-    if bug == "unended":
-        return (is_eos.long().cumsum(1) - is_eos.long() == 0) & is_eos.any(1, keepdim=True)
-    return is_eos.long().cumsum(1) <= 1  # "late": all up to the second
-
-
 @exercise(
     "9.1",
     "what belongs to the answer",
@@ -90,27 +50,19 @@ def _mask_with(bug: str, tokens: Tensor, eos_id: int) -> Tensor:
     "has no EOS, and counts whole. (Why must EOS count? It is an action too: the policy chose to stop.)",
     cases=_mask_cases,
     suspects={
-        "EOS is left out: choosing to stop is an action, and the one that the score is paid at.": (
-            partial(_mask_with, "no eos")
-        ),
-        "A mask of all ones: what stands after EOS would be trained on.": partial(_mask_with, "ones"),
-        "It leaves out EOS and counts what comes after it.": partial(_mask_with, "not eos"),
-        "An answer without EOS was cut at the limit: it counts whole.": partial(_mask_with, "unended"),
-        "Without EOS argmax gives 0: such an answer counts whole.": partial(_mask_with, "argmax"),
-        "It looks for padding: what follows EOS need not be padding. Look for the first EOS.": (
-            partial(_mask_with, "padding")
-        ),
-        "It goes up to the last EOS: the answer is over with the first.": partial(_mask_with, "last"),
-        "It goes on after EOS, until the second: count the EOS *before* each token.": partial(_mask_with, "late"),
-        "It is the wrong way round: True says what belongs to the answer.": partial(_mask_with, "turned"),
-        "It is the wrong way round: True from EOS on, where the answer and its EOS are asked for.": (
-            partial(_mask_with, "after")
-        ),
-        "This is EOS alone: everything up to it counts as well.": partial(_mask_with, "eos alone"),
-        "One token too many: what stands right behind EOS is out.": partial(_mask_with, "one more"),
-        "All rows are cut where the first one ends: each answer ends at its own EOS.": (
-            partial(_mask_with, "first row")
-        ),
+        "EOS is left out: choosing to stop is an action, and the one that the score is paid at.": mask_with("no eos"),
+        "A mask of all ones: what stands after EOS would be trained on.": mask_with("ones"),
+        "It leaves out EOS and counts what comes after it.": mask_with("not eos"),
+        "An answer without EOS was cut at the limit: it counts whole.": mask_with("unended"),
+        "Without EOS argmax gives 0: such an answer counts whole.": mask_with("argmax"),
+        "It looks for padding: what follows EOS need not be padding. Look for the first EOS.": mask_with("padding"),
+        "It goes up to the last EOS: the answer is over with the first.": mask_with("last"),
+        "It goes on after EOS, until the second: count the EOS *before* each token.": mask_with("late"),
+        "It is the wrong way round: True says what belongs to the answer.": mask_with("turned"),
+        "It is the wrong way round: True from EOS on, where the answer and its EOS are asked for.": mask_with("after"),
+        "This is EOS alone: everything up to it counts as well.": mask_with("eos alone"),
+        "One token too many: what stands right behind EOS is out.": mask_with("one more"),
+        "All rows are cut where the first one ends: each answer ends at its own EOS.": mask_with("first row"),
     },
     hints=(
         "A token counts if no EOS stands *before* it.",
@@ -150,133 +102,59 @@ def _reward_cases() -> list[Case]:
     return cases
 
 
-def _rewards_with(bug: str, scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Exercise 9.2 with one mistake planted."""
-    logprobs, ref, last = logprobs if bug == "graph" else logprobs.detach(), ref.detach(), _last(mask)
-    d = torch.where(mask, logprobs - ref, 0.0)
-    if bug == "padding":
-        d = logprobs - ref
-    if bug == "product":
-        d = (logprobs - ref) * mask
-    count = mask.sum(1)
-    if bug == "mean":
-        d = d / count[:, None]
-    if bug == "last kl":
-        d = torch.where(torch.arange(mask.shape[1]) == last, d, 0.0)
-    if bug == "sum at last":
-        d = torch.zeros_like(d).scatter(1, last, d.sum(1, keepdim=True))
-    change = {
-        "free": lambda: 0 * d,
-        "k2": lambda: d.square() / 2,
-        "k3": lambda: torch.expm1(-d) + d,
-        "clamp": lambda: d.clamp(min=0),
-        "absolute": lambda: d.abs(),
-        "ratio": lambda: d.expm1(),
-        "probabilities": lambda: torch.where(mask, logprobs.exp() - ref.exp(), 0.0),
-    }.get(bug)
-    if change is not None:
-        d = change()
-    sign = 1.0 if bug == "sign" else -1.0
-    rewards = sign * (1.0 if bug == "beta" else beta) * d
-    paid = scores.detach().unsqueeze(1)
-    if bug == "twice":
-        paid = paid - beta * d.sum(1, keepdim=True)
-    if bug == "score":
-        paid = torch.zeros_like(paid)
-    if bug == "minus score":
-        paid = -paid
-    if bug == "to go":
-        return torch.where(mask, rewards.scatter_add(1, last, paid).flip(1).cumsum(1).flip(1), 0.0)
-    if bug == "score by length":
-        paid = paid / count[:, None]
-    if bug == "beta score":
-        paid = beta * paid
-    if bug == "spread":
-        return rewards + torch.where(mask, paid / count[:, None], 0.0)
-    if bug.startswith("white"):
-        return _scaled(rewards.scatter_add(1, last, paid), mask, 1 if "n - 1" in bug else 0, keep="kept" in bug)
-    if bug == "every":
-        return rewards + torch.where(mask, paid, 0.0)
-    if bug == "assign":
-        return rewards.scatter(1, last, paid)
-    if bug == "last column":
-        last = torch.full_like(last, mask.shape[1] - 1)
-    if bug == "early":
-        last = (last - 1).clamp(min=0)
-    if bug == "first":
-        last = torch.zeros_like(last)
-    return rewards.scatter_add(1, last, paid)
-
-
 @exercise(
     "9.2",
     "a reward for every token",
     difficulty=3,
     minutes=15,
     task="$r_t = -\\beta\\,\\big(\\log \\pi(y_t|\\cdot) - \\log \\pi_\\text{SFT}(y_t|\\cdot)\\big)$ at each token that "
-    "counts, plus the score at the last of them; 0 in the padding, whatever lies there (NaN too). Numbers to be "
-    "earned, so no gradient.",
+    "counts, plus the score at the last of them; 0 in the padding, whatever it holds (NaN too). They are numbers "
+    "to be earned, so no gradient flows through them.",
     cases=_reward_cases,
     suspects={
         "The sign of the KL is wrong: a token likelier than under the reference costs, -beta * (logprobs - "
-        "ref_logprobs).": partial(_rewards_with, "sign"),
-        "The KL is charged twice: once at each token, and again in the score. The score comes as it is.": (
-            partial(_rewards_with, "twice")
-        ),
-        "beta is missing.": partial(_rewards_with, "beta"),
-        "The score replaces the last token's KL: add it.": partial(_rewards_with, "assign"),
-        "The score is paid at every token: pay it once, at the last.": partial(_rewards_with, "every"),
+        "ref_logprobs).": rewards_with("sign"),
+        "The KL is charged twice: at each token, and again in the score.": rewards_with("twice"),
+        "beta is missing.": rewards_with("beta"),
+        "The score replaces the last token's KL: add it.": rewards_with("assign"),
+        "The score is paid at every token: pay it once, at the last.": rewards_with("every"),
         "This charges k3 = expm1(-d) + d: a fine estimate to look at, but the reward of equation 2 is -beta * d, "
-        "whose sum is the log-ratio of the whole answer.": partial(_rewards_with, "k3"),
-        "The reward is stored a step early: at the token before the last.": partial(_rewards_with, "early"),
-        "The score is paid at the first token: pay it at the last that counts.": partial(_rewards_with, "first"),
-        "The KL is averaged over the answer: each token is charged its own log-ratio, whole.": (
-            partial(_rewards_with, "mean")
+        "whose sum is the log-ratio of the whole answer.": rewards_with("k3"),
+        "The reward is stored a step early: at the token before the last.": rewards_with("early"),
+        "The score is paid at the first token: pay it at the last that counts.": rewards_with("first"),
+        "The KL is averaged over the answer: each token is charged its own log-ratio, whole.": rewards_with("mean"),
+        "The score lands in the padding: the last token that counts is not the last column.": rewards_with(
+            "last column"
         ),
-        "The score lands in the padding: the last token that counts is not the last column.": (
-            partial(_rewards_with, "last column")
-        ),
-        "The KL of padding leaks into the rewards: 0 where response_mask is False.": partial(_rewards_with, "padding"),
-        "0 * NaN is NaN: choose with torch.where(response_mask, ..., 0.0), do not multiply.": (
-            partial(_rewards_with, "product")
-        ),
-        "Only the last token's KL is charged: -beta * (logprobs - ref_logprobs) at each token that counts.": (
-            partial(_rewards_with, "last kl")
-        ),
+        "The KL of padding leaks into the rewards: 0 where response_mask is False.": rewards_with("padding"),
+        "0 * NaN is NaN: choose with torch.where(response_mask, ..., 0.0), do not multiply.": rewards_with("product"),
+        "Only the last token's KL is charged: charge it at each token that counts.": rewards_with("last kl"),
         "The whole answer's KL is charged at the last token: the sum is right, but no token is told what it cost. "
-        "Charge each where it falls.": partial(_rewards_with, "sum at last"),
+        "Charge each where it falls.": rewards_with("sum at last"),
         "This charges k2 = d^2 / 2: never negative, but the reward of equation 2 is -beta * d, whose sum is the "
-        "log-ratio of the whole answer.": partial(_rewards_with, "k2"),
+        "log-ratio of the whole answer.": rewards_with("k2"),
         "The log-ratio is clamped at 0: a token that the reference likes better must earn what it saves, or the sum is "
-        "not the log-ratio of the whole answer.": partial(_rewards_with, "clamp"),
+        "not the log-ratio of the whole answer.": rewards_with("clamp"),
         "This charges |d|: a token that the reference likes better must earn what it saves, or the sum is not the "
-        "log-ratio of the whole answer.": partial(_rewards_with, "absolute"),
-        "This charges the ratio minus 1: charge its logarithm, logprobs - ref_logprobs.": (
-            partial(_rewards_with, "ratio")
+        "log-ratio of the whole answer.": rewards_with("absolute"),
+        "This charges the ratio minus 1: charge its logarithm, logprobs - ref_logprobs.": rewards_with("ratio"),
+        "This charges a difference of probabilities: log-probabilities are charged as they come.": rewards_with(
+            "probabilities"
         ),
-        "This charges a difference of probabilities: log-probabilities are charged as they come.": (
-            partial(_rewards_with, "probabilities")
-        ),
-        "The score is spread over the answer: pay it whole, at the last token that counts.": (
-            partial(_rewards_with, "spread")
-        ),
-        "The score is divided by the answer's length: pay it as it comes.": partial(_rewards_with, "score by length"),
-        "beta stands before the score, too: it belongs to the KL alone.": partial(_rewards_with, "beta score"),
-        "The KL is never charged: -beta * (logprobs - ref_logprobs) at each token that counts.": (
-            partial(_rewards_with, "free")
-        ),
-        "These are rewards to go, added up to the end: give each token its own reward.": (
-            partial(_rewards_with, "to go")
-        ),
-        "The score has the wrong sign: it is paid, add it.": partial(_rewards_with, "minus score"),
-        "The score is missing: add it at the last token that counts.": partial(_rewards_with, "score"),
+        "The score is spread over the answer: pay it whole, at the last token that counts.": rewards_with("spread"),
+        "The score is divided by the answer's length: pay it as it comes.": rewards_with("score by length"),
+        "beta stands before the score, too: it belongs to the KL alone.": rewards_with("beta score"),
+        "The KL is never charged: -beta * (logprobs - ref_logprobs) at each token that counts.": rewards_with("free"),
+        "These are rewards to go, added up to the end: give each token its own reward.": rewards_with("to go"),
+        "The score has the wrong sign: it is paid, add it.": rewards_with("minus score"),
+        "The score is missing: add it at the last token that counts.": rewards_with("score"),
         **{
             f"The rewards are whitened ({how}): leave them as they are, or beta and the score lose the units they were "
-            "given in.": partial(_rewards_with, f"white, {how}")
+            "given in.": rewards_with(f"white, {how}")
             for how in ("their mean kept", "their mean kept, n - 1", "their mean removed", "their mean removed, n - 1")
         },
         "A gradient flows through the rewards: they are numbers to be earned, detach them. (PPO's gradient comes "
-        "through the ratio, times an advantage made of these.)": partial(_rewards_with, "graph"),
+        "through the ratio, times an advantage made of these.)": rewards_with("graph"),
     },
     hints=(
         "First the KL with `torch.where`. The column of the last token that counts: `response_mask.sum(1) - 1`, for "
@@ -330,65 +208,6 @@ def _experience_cases() -> list[Case]:
     return cases
 
 
-def _experience_with(
-    bug: str,
-    scores: Tensor,
-    logprobs: Tensor,
-    ref: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    beta: float,
-    lam: float,
-) -> tuple[Tensor, Tensor]:
-    """Exercise 9.3 with one mistake planted."""
-    if bug == "twice":
-        scores = scores - beta * torch.where(mask, logprobs - ref, 0.0).sum(1)
-    if bug == "free":
-        ref = logprobs
-    if bug == "kl sign":
-        logprobs, ref = ref, logprobs
-    if bug == "early":
-        rewards = kl_rewards(torch.zeros_like(scores), logprobs, ref, mask, beta)
-        rewards = rewards.scatter_add(1, (_last(mask) - 1).clamp(min=0), scores.unsqueeze(1))
-    else:
-        rewards = kl_rewards(scores, logprobs, ref, mask, beta)
-    ends = torch.zeros_like(mask).scatter(1, _last(mask), True)
-    if bug.startswith("white rewards"):
-        rewards = _scaled(rewards, mask, 1 if "trl" in bug else 0, keep="kept" in bug)
-    if bug == "padding":
-        raw, _ = gae(rewards, values, torch.zeros_like(mask), gamma=1.0, lam=lam)
-        raw = torch.where(mask, raw, 0.0)
-    elif bug == "reward minus value":
-        raw = torch.where(mask, rewards - values, 0.0)
-    else:
-        gamma, lam = 0.99 if bug == "gamma" else 1.0, {"lam": 1.0, "one step": 0.0}.get(bug, lam)
-        raw, _ = gae(rewards, values, ends, gamma=gamma, lam=lam, mask=mask)
-    white = raw if bug == "raw" else whiten(raw) if bug == "over padding" else whiten(raw, mask)
-    if bug in ("n - 1", "white rewards, trl, kept"):
-        white = _scaled(raw, mask, 1)
-    if bug == "mean kept":
-        white = _scaled(raw, mask, keep=True)
-    if bug == "centred":
-        white = torch.where(mask, raw - raw[mask].mean(), 0.0)
-    if bug == "each row":
-        white = torch.cat([_scaled(x[None], m[None]) for x, m in zip(raw, mask, strict=True)])
-    if bug == "over padding":
-        white = torch.where(mask, white, 0.0)
-    if bug == "into padding":
-        white = whiten(raw)
-    targets = white if bug == "whitened targets" else raw
-    returns = targets + values if bug == "values of padding" else torch.where(mask, targets + values, 0.0)
-    if bug == "white returns":
-        returns = whiten(returns, mask)
-    if bug == "sums":
-        returns = torch.where(mask, rewards.flip(1).cumsum(1).flip(1), 0.0)
-    if bug == "raw twice":
-        returns = raw
-    if bug == "minus":
-        returns = torch.where(mask, raw - values, 0.0)
-    return white, rewards if bug == "rewards" else returns
-
-
 @exercise(
     "9.3",
     "from scores to advantages",
@@ -399,57 +218,47 @@ def _experience_with(
     "advantages. `minirlhf.returns.gae` and `whiten` are yours to use.",
     cases=_experience_cases,
     suspects={
-        "The value targets are made from whitened advantages: returns = raw advantages + values.": (
-            partial(_experience_with, "whitened targets")
+        "The value targets are made from whitened advantages: returns = raw advantages + values.": experience_with(
+            "whitened targets"
         ),
-        "The KL is charged twice: token_rewards has charged it, and the score has it taken off again.": (
-            partial(_experience_with, "twice")
+        "The KL is charged twice: token_rewards has charged it, and the score has it taken off again.": experience_with(
+            "twice"
         ),
-        "The KL is never charged.": partial(_experience_with, "free"),
-        "The advantages are not whitened.": partial(_experience_with, "raw"),
-        "Whitening divides by n - 1 here, as trl's does: `minirlhf.returns.whiten` divides by n.": (
-            partial(_experience_with, "n - 1")
+        "The KL is never charged.": experience_with("free"),
+        "The advantages are not whitened.": experience_with("raw"),
+        "Whitening divides by n - 1 here, as trl's does: `minirlhf.returns.whiten` divides by n.": experience_with(
+            "n - 1"
         ),
         "Each answer is whitened by itself: then a bad answer looks as good as a good one. One mean and one deviation "
-        "for the batch.": partial(_experience_with, "each row"),
-        "The mean is put back: whitened advantages have mean 0 (shift_mean=True).": (
-            partial(_experience_with, "mean kept")
-        ),
-        "The mean is taken off, and the scale is left: divide by the standard deviation, too.": (
-            partial(_experience_with, "centred")
+        "for the batch.": experience_with("each row"),
+        "The mean is put back: whitened advantages have mean 0 (shift_mean=True).": experience_with("mean kept"),
+        "The mean is taken off, and the scale is left: divide by the standard deviation, too.": experience_with(
+            "centred"
         ),
         "The rewards are whitened, their mean kept: whiten the advantages alone, or beta and the score lose the units "
-        "they were given in.": partial(_experience_with, "white rewards, kept"),
+        "they were given in.": experience_with("white rewards, kept"),
         "The rewards are whitened, too, all as trl does it (dividing by n - 1): whiten the advantages alone, or beta "
-        "and the score lose the units they were given in.": partial(_experience_with, "white rewards, trl, kept"),
+        "and the score lose the units they were given in.": experience_with("white rewards, trl, kept"),
         "The rewards are whitened, their mean removed: whiten the advantages alone, or each token more changes what an "
-        "answer is worth.": partial(_experience_with, "white rewards"),
-        "The returns are whitened, too: values are trained on them in the units of the score.": (
-            partial(_experience_with, "white returns")
+        "answer is worth.": experience_with("white rewards"),
+        "The returns are whitened, too: values are trained on them in the units of the score.": experience_with(
+            "white returns"
         ),
-        "The returns are sums of rewards, as with lam = 1: returns = raw advantages + values.": (
-            partial(_experience_with, "sums")
-        ),
-        "The second result is the raw advantages: returns = raw advantages + values.": (
-            partial(_experience_with, "raw twice")
-        ),
-        "The values are taken off twice: returns = raw advantages + values.": partial(_experience_with, "minus"),
-        "The returns are the rewards: returns = raw advantages + values.": partial(_experience_with, "rewards"),
-        "The reward is stored a step early.": partial(_experience_with, "early"),
-        "Whitening averages over padding: give it the mask.": partial(_experience_with, "over padding"),
-        "This is r - V: an advantage looks ahead, use gae.": partial(_experience_with, "reward minus value"),
-        "The sign of the KL is wrong: a token likelier than under the reference costs.": (
-            partial(_experience_with, "kl sign")
-        ),
-        "Whitening averages over padding, and leaves numbers there: give it the mask.": (
-            partial(_experience_with, "into padding")
-        ),
-        "These are one-step errors, as with lam = 0: lam is not used.": partial(_experience_with, "one step"),
-        "lam is not used.": partial(_experience_with, "lam"),
-        "gamma is 1 here: an answer is short, and its end is all that is paid for.": partial(_experience_with, "gamma"),
-        "Values of padding are in the returns: 0 there.": partial(_experience_with, "values of padding"),
+        "The returns are sums of rewards, as with lam = 1: returns = raw advantages + values.": experience_with("sums"),
+        "The second result is the raw advantages: returns = raw advantages + values.": experience_with("raw twice"),
+        "The values are taken off twice: returns = raw advantages + values.": experience_with("minus"),
+        "The returns are the rewards: returns = raw advantages + values.": experience_with("rewards"),
+        "The reward is stored a step early.": experience_with("early"),
+        "Whitening averages over padding: give it the mask.": experience_with("over padding"),
+        "This is r - V: an advantage looks ahead, use gae.": experience_with("reward minus value"),
+        "The sign of the KL is wrong: a token likelier than under the reference costs.": experience_with("kl sign"),
+        "Whitening averages over padding, and leaves numbers there: give it the mask.": experience_with("into padding"),
+        "These are one-step errors, as with lam = 0: lam is not used.": experience_with("one step"),
+        "lam is not used.": experience_with("lam"),
+        "gamma is 1 here: an answer is short, and its end is all that is paid for.": experience_with("gamma"),
+        "Values of padding are in the returns: 0 there.": experience_with("values of padding"),
         "The value of padding leaks in: the answer ends at its last token that counts, and what follows is worth 0. "
-        "Give gae the mask, and ends there.": partial(_experience_with, "padding"),
+        "Give gae the mask, and ends there.": experience_with("padding"),
     },
     hints=(
         "Three calls in a row. `ends` is True at the last token that counts.",
@@ -468,7 +277,7 @@ def experience(
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages and raw returns, each [B, T]: scores [B], the other tensors [B, T]."""
     rewards = kl_rewards(scores, logprobs, ref_logprobs, response_mask, beta)
-    ends = torch.zeros_like(response_mask).scatter(1, _last(response_mask), True)
+    ends = torch.zeros_like(response_mask).scatter(1, last_column(response_mask), True)
     advantages, returns = gae(rewards, values, ends, gamma=1.0, lam=lam, mask=response_mask)
     return whiten(advantages, response_mask), returns
 
@@ -495,45 +304,6 @@ def _kl_cases() -> list[Case]:
     return cases + two_logprobs()
 
 
-Three = tuple[Tensor, Tensor, Tensor]
-
-
-def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
-    """Exercise 9.4 with one mistake planted."""
-    d = ref - logprobs if bug == "reversed" else logprobs - ref
-    k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
-    if bug == "digits":
-        k3 = ((-d).exp() - 1) + d
-    if bug == "k3 reversed":
-        k3 = torch.expm1(d) - d
-    if bug == "limited":
-        d = d.clamp(-10, 10)
-        k1, k2, k3 = d, d.square() / 2, torch.expm1(-d) + d
-    if bug == "k1 at 0":
-        k1 = d.clamp(min=0)
-    if bug == "k1 turned":
-        k1 = -d
-    if bug == "not squared":
-        k2 = d / 2
-    if bug == "k3 without d":
-        k3 = torch.expm1(-d)
-    if bug == "k3 minus d":
-        k3 = torch.expm1(-d) - d
-    if bug == "weighed":
-        k1 = d.exp() * d
-    if bug == "expected":
-        k1 = logprobs.exp() * d
-    if bug == "half":
-        k2 = d.square()
-    if bug == "falls through":
-        k3 = k1
-    if bug == "no graph":
-        return k1.detach(), k2.detach(), k3.detach()
-    if bug == "absolute":
-        k1 = d.abs()
-    return k1, k2, k3
-
-
 @exercise(
     "9.4",
     "three estimates of one KL",
@@ -544,39 +314,33 @@ def _estimates_with(bug: str, logprobs: Tensor, ref: Tensor) -> Three:
     "digits: near $d = 0$ the large terms of $k_3$ cancel.",
     cases=_kl_cases,
     suspects={
-        "The half of k2 is missing.": partial(_estimates_with, "half"),
-        "k1 has lost its sign: single estimates may be negative, and the mean is right only with them.": (
-            partial(_estimates_with, "absolute")
+        "The half of k2 is missing.": estimates_with("half"),
+        "k1 has lost its sign: single estimates may be negative, and the mean is right only with them.": estimates_with(
+            "absolute"
         ),
-        "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": (
-            partial(_estimates_with, "reversed")
-        ),
+        "All is reversed: d = logprobs - ref_logprobs, since the tokens are the policy's.": estimates_with("reversed"),
         "k3 is reversed: expm1(-d) + d. (expm1(d) - d would be right for tokens drawn from the reference.)": (
-            partial(_estimates_with, "k3 reversed")
+            estimates_with("k3 reversed")
         ),
-        "The third is k1 again: a chain of ifs falls through to the wrong one.": (
-            partial(_estimates_with, "falls through")
-        ),
+        "The third is k1 again: a chain of ifs falls through to the wrong one.": estimates_with("falls through"),
         "The digits cancel: exp(-d) - 1 loses in float32 what is left after adding d. Use torch.expm1(-d) + d.": (
-            partial(_estimates_with, "digits")
+            estimates_with("digits")
         ),
         "The log-ratio is clamped to [-10, 10], as some libraries do: the estimates are then wrong, and have no "
-        "gradient, just where the policies are furthest apart.": partial(_estimates_with, "limited"),
-        "k1 is clamped at 0: single estimates may be negative, and the mean is right only with them.": (
-            partial(_estimates_with, "k1 at 0")
+        "gradient, just where the policies are furthest apart.": estimates_with("limited"),
+        "k1 is clamped at 0: single estimates may be negative, and the mean is right only with them.": estimates_with(
+            "k1 at 0"
         ),
-        "k1 has the wrong sign: logprobs - ref_logprobs.": partial(_estimates_with, "k1 turned"),
-        "k2 is not squared: d^2 / 2.": partial(_estimates_with, "not squared"),
-        "k3 lacks the + d: expm1(-d) + d.": partial(_estimates_with, "k3 without d"),
-        "k3 has the wrong sign before d: expm1(-d) + d.": partial(_estimates_with, "k3 minus d"),
-        "k1 is multiplied by the ratio: the tokens are drawn from the policy already, so d is averaged as it is.": (
-            partial(_estimates_with, "weighed")
+        "k1 has the wrong sign: logprobs - ref_logprobs.": estimates_with("k1 turned"),
+        "k2 is not squared: d^2 / 2.": estimates_with("not squared"),
+        "k3 lacks the + d: expm1(-d) + d.": estimates_with("k3 without d"),
+        "k3 has the wrong sign before d: expm1(-d) + d.": estimates_with("k3 minus d"),
+        "k1 is multiplied by the ratio: the tokens are the policy's already, average d as it is.": estimates_with(
+            "weighed"
         ),
         "k1 is multiplied by the probability: the tokens are drawn from the policy already, so d is averaged as it "
-        "is.": partial(_estimates_with, "expected"),
-        "The KL is detached from the graph: as a term of a loss it would have no gradient.": (
-            partial(_estimates_with, "no graph")
-        ),
+        "is.": estimates_with("expected"),
+        "The KL is detached from the graph: as a term of a loss it would have no gradient.": estimates_with("no graph"),
     },
     hints=(
         "`expm1(x)` is exp(x) - 1, computed without the cancellation.",
@@ -600,34 +364,6 @@ def _ptx_cases() -> list[Case]:
     return cases + random_cases(lambda g, size: (normal(g, 1)[0], -normal(g, *size).abs(), 0.3))
 
 
-def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) -> Tensor:
-    """Exercise 9.5 with one mistake planted."""
-    if bug == "sign":
-        return loss + ptx_coef * corpus_logprobs.mean()
-    if bug == "sum":
-        return loss - ptx_coef * corpus_logprobs.sum()
-    if bug == "mixture":
-        return (1 - ptx_coef) * loss - ptx_coef * corpus_logprobs.mean()
-    if bug == "coefficient":
-        return ptx_coef * loss - corpus_logprobs.mean()
-    if bug == "missing":
-        return loss - corpus_logprobs.mean()
-    if bug == "probabilities":
-        return loss - ptx_coef * corpus_logprobs.exp().mean()
-    if bug == "detached":
-        return loss - ptx_coef * corpus_logprobs.detach().mean()
-    nll = -corpus_logprobs.mean()
-    return {
-        "rows": loss - ptx_coef * corpus_logprobs.sum(1).mean(),
-        "perplexity": loss + ptx_coef * nll.exp(),
-        "share": (loss + ptx_coef * nll) / (1 + ptx_coef),
-        "turned": -(loss + ptx_coef * nll),
-        "ppo turned": ptx_coef * nll - loss,
-        "product": loss * ptx_coef * nll,
-        "alone": ptx_coef * nll,
-    }[bug]
-
-
 @exercise(
     "9.5",
     "PPO-ptx",
@@ -637,36 +373,24 @@ def _ptx_with(bug: str, loss: Tensor, corpus_logprobs: Tensor, ptx_coef: float) 
     "log-probability of the corpus' tokens. One loss, one gradient: the *sum* of the two, before one optimizer step.",
     cases=_ptx_cases,
     suspects={
-        "The sign is wrong: this makes the corpus less likely. Subtract the mean log-probability.": (
-            partial(_ptx_with, "sign")
-        ),
-        "PPO's share is scaled by 1 - ptx_coef: equation 2 adds, PPO's gradient stays as it is.": (
-            partial(_ptx_with, "mixture")
-        ),
-        "ptx_coef stands before the wrong term.": partial(_ptx_with, "coefficient"),
-        "ptx_coef is missing.": partial(_ptx_with, "missing"),
-        "These are probabilities: log-likelihood means the log-probabilities as they are.": (
-            partial(_ptx_with, "probabilities")
-        ),
-        "No gradient flows into the corpus' log-probabilities: then the term is for show.": (
-            partial(_ptx_with, "detached")
-        ),
-        "PPO's loss is missing: add the two.": partial(_ptx_with, "alone"),
+        "The sign is wrong: this makes the corpus less likely. Subtract the mean log-probability.": ptx_with("sign"),
+        "PPO's share is scaled by 1 - ptx_coef: equation 2 adds, PPO's gradient stays as it is.": ptx_with("mixture"),
+        "ptx_coef stands before the wrong term.": ptx_with("coefficient"),
+        "ptx_coef is missing.": ptx_with("missing"),
+        "These are probabilities: log-likelihood means the log-probabilities as they are.": ptx_with("probabilities"),
+        "No gradient flows into the corpus' log-probabilities: then the term is for show.": ptx_with("detached"),
+        "PPO's loss is missing: add the two.": ptx_with("alone"),
         "It divides by the rows only: take the mean over all tokens, or ptx_coef changes its meaning with the length "
-        "of the rows.": partial(_ptx_with, "rows"),
-        "This adds the perplexity: add the negative mean log-probability, without the exponential.": (
-            partial(_ptx_with, "perplexity")
+        "of the rows.": ptx_with("rows"),
+        "This adds the perplexity: add the negative mean log-probability, without the exponential.": ptx_with(
+            "perplexity"
         ),
-        "The sum is divided by 1 + ptx_coef: equation 2 adds, PPO's gradient stays as it is.": (
-            partial(_ptx_with, "share")
-        ),
+        "The sum is divided by 1 + ptx_coef: equation 2 adds, PPO's gradient stays as it is.": ptx_with("share"),
         "The sign of the whole is wrong: PPO's loss is a loss already, and the corpus' is minus its mean "
-        "log-probability.": partial(_ptx_with, "turned"),
-        "The sign of PPO's loss is wrong: it is a loss already, add it as it is.": partial(_ptx_with, "ppo turned"),
-        "The two are multiplied: equation 2 adds them.": partial(_ptx_with, "product"),
-        "This is the sum over tokens: take the mean, or ptx_coef changes its meaning with the batch.": (
-            partial(_ptx_with, "sum")
-        ),
+        "log-probability.": ptx_with("turned"),
+        "The sign of PPO's loss is wrong: it is a loss already, add it as it is.": ptx_with("ppo turned"),
+        "The two are multiplied: equation 2 adds them.": ptx_with("product"),
+        "This is the sum over tokens: take the mean, or ptx_coef changes its meaning with the batch.": ptx_with("sum"),
     },
     hints=("The language-model loss is `-corpus_logprobs.mean()`.", "`ppo_loss - ptx_coef * corpus_logprobs.mean()`"),
     leaves=("ppo_loss", "corpus_logprobs"),

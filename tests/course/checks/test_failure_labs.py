@@ -40,8 +40,9 @@ def test_the_lesson_shows_what_the_lab_says_and_its_file_holds_every_run(lesson)
     lab, _ = LABS[lesson]
     cells = nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    for letter in lab.RUNS:
+    for letter, run in lab.RUNS.items():
         assert lab.reveal(letter) in text, f"run {letter}: rebuild the fold from the lab's reveal"
+        assert f"\n{run.number}. {run.name}\n" in text, "the list of suspects is the lab's own"
         assert f"run {letter}" not in text.split("## The failure lab")[0], "told before it is asked"
     with (ROOT / "data" / "results" / f"{lab.__name__.split('.')[-1]}.csv").open(encoding="utf-8", newline="") as file:
         assert file.readline().startswith("# ")
@@ -55,6 +56,45 @@ def test_one_run_is_healthy_and_an_unknown_letter_is_refused(lab, healthy):
     for asked in (lab.reveal, lambda letter: lab.train(letter, "CartPole-v1")):
         with pytest.raises(UserError, match=f"{', '.join(lab.RUNS)}, not 'Z'"):
             asked("Z")
+
+
+@pytest.mark.parametrize("lab", [failure_lab, text_failure_lab])
+def test_match_tells_right_from_wrong_and_not_which_number_would_be_right(lab):
+    right = {letter: run.number for letter, run in lab.RUNS.items()}
+    count = len(right)
+    assert sorted(right.values()) == list(range(1, count + 1))
+    said = lab.match(right)
+    assert said.endswith(f"**{count} of {count} right.**") and "more than once" not in said
+    assert all(f"*The clue:* {run.clue}" in said for run in lab.RUNS.values())
+    assert lab.match(dict.fromkeys(right)).startswith("No answers yet: a number from 1 to")
+
+    letter = next(iter(right))
+    own, other = lab.RUNS[letter], next(run for run in lab.RUNS.values() if run.number != right[letter])
+    said = lab.match({letter: other.number})
+    assert f"**{letter}**: not {other.number}, {other.name}. {own.look}" in said and own.name not in said
+    assert own.clue not in said and said.endswith(f"**0 of {count} right.**")
+    said = lab.match({letter: count + 1})
+    assert f"there is no {count + 1}" in said and own.name not in said
+    assert "you have 1 more than once" in lab.match(dict.fromkeys(list(right)[:2], 1))
+    with pytest.raises(UserError, match="not 'Z'"):
+        lab.match({"Z": 1})
+
+
+def test_a_page_of_the_lab_draws_every_seed_inside_of_its_panel():
+    def row(run, seed, step, kl):
+        return {"run": run, "seed": str(seed), "step": str(step), "kl": kl}
+
+    rows = [row("healthy", seed, step, f"{0.1 * (seed + 1)}") for seed in range(3) for step in range(4)]
+    rows += [row(run, seed, step, "50") for run in "AB" for seed in range(2) for step in range(3)]
+    rows += [row("A", 1, 3, ""), row("B", 0, 3, "1")]  # a point without the metric, and a longer seed
+    meter = failure_lab.Meter("kl", "KL, nats (log)", 0.01, 10, (0.01, 1, 10), log=True)
+    figure = failure_lab.draw(rows, ["A", "B"], [meter, meter], "step", "step")
+    assert len(figure.axes) == 4 and figure.get_size_inches()[0] == 10
+    for axis in figure.axes:
+        median, *seeds = (line.get_ydata() for line in axis.get_lines())
+        assert median == pytest.approx([0.2] * 4) and [list(seed) for seed in seeds] == [[10.0] * 3] * 2
+        assert axis.get_ylim()[1] > 10 and axis.get_yscale() == "log"
+    assert [axis.get_title("left") for axis in figure.axes] == ["KL, nats (log)"] * 2 + [""] * 2
 
 
 # Control -------------------------------------------------------------------------------------------------------------

@@ -49,13 +49,11 @@ def test_the_clips_gradient_is_autograds():
     close(loss.mean(), losses.clipped_surrogate(new.detach(), old, advantages, clip_range=0.2))
 
 
-def test_composing_is_associative_and_not_commutative():
-    g = seeded()
-    f, h, k = (tuple(normal(g, 2, 50)) for _ in range(3))
-    after = lesson06.compose.reference
-    for x, y in zip(after(*after(*f, *h), *k), after(*f, *after(*h, *k)), strict=True):
-        close(x, y)
-    assert not torch.allclose(after(*f, *h)[1], after(*h, *f)[1])
+def test_a_margin_is_the_difference_of_two_log_probabilities():
+    logits, tokens = torch.randn(3, 7), torch.tensor([0, 6, 2])
+    logprobs = logits.log_softmax(-1)
+    expected = logprobs[range(3), tokens] - logprobs.max(-1).values
+    close(lesson06.margin.reference(logits, tokens), expected)
 
 
 def test_the_definition_of_the_log_probability_is_the_packages():

@@ -9,6 +9,34 @@ from minirlhf_course.checks.lesson06 import after, tl
 # 6.1 -----------------------------------------------------------------------------------------------------------------
 
 
+def margin_of_lanes(logits, tokens, margins, columns, row_stride, BLOCK: tl.constexpr):
+    """A maximum per lane, reduced once, at the end."""
+    row = tl.program_id(0)
+    base = logits + row * row_stride
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, columns, BLOCK):
+        best = tl.maximum(best, tl.load(base + start + lanes, mask=start + lanes < columns, other=-float("inf")))
+    tl.store(margins + row, tl.load(base + tl.load(tokens + row)) - tl.max(best, 0))
+
+
+def margin_on_the_way(logits, tokens, margins, columns, row_stride, BLOCK: tl.constexpr):
+    """The token's logit is picked up while reading; differences are taken at once."""
+    row = tl.program_id(0)
+    token = tl.load(tokens + row)
+    z_max = -float("inf")
+    z_token = 0.0
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * row_stride + at, mask=at < columns, other=-1e30)
+        z_max = tl.maximum(z_max, tl.max(z, axis=0))
+        z_token += tl.sum(tl.where(at == token, z, 0.0), axis=0)
+    tl.store(margins + row, z_token - z_max)
+
+
+# 6.2 -----------------------------------------------------------------------------------------------------------------
+
+
 def fold_where(peak, total, block):
     new = torch.maximum(peak, block.max(dim=1).values)
     scale = torch.where(total > 0, torch.exp(peak - new), torch.zeros_like(total))
@@ -37,7 +65,7 @@ def fold_by_hand(peak, total, block):
     return m, s
 
 
-# 6.2 -----------------------------------------------------------------------------------------------------------------
+# 6.3 -----------------------------------------------------------------------------------------------------------------
 
 
 def logprob_one_lane_at_a_time(logits, tokens, logprobs, columns, row_stride, BLOCK: tl.constexpr):
@@ -76,7 +104,7 @@ def logprob_picks_up_the_token(logits, tokens, logprobs, columns, row_stride, BL
     tl.store(logprobs + row, z_token - m - tl.log(s))
 
 
-# 6.3 -----------------------------------------------------------------------------------------------------------------
+# 6.4 -----------------------------------------------------------------------------------------------------------------
 
 
 def clip_by_corners(logprobs, old_logprobs, advantages, clip_range):
@@ -99,7 +127,7 @@ def clip_in_numpy(logprobs, old_logprobs, advantages, clip_range):
     return -(moves * r * a)
 
 
-# 6.4 -----------------------------------------------------------------------------------------------------------------
+# 6.5 -----------------------------------------------------------------------------------------------------------------
 
 
 def loss_by_corners(logprobs, old_logprobs, advantages, mask, losses, gradients, count, low, high, BLOCK: tl.constexpr):
@@ -128,25 +156,6 @@ def loss_cleanrl(logprobs, old_logprobs, advantages, mask, losses, gradients, co
     loss2 = -adv * tl.minimum(tl.maximum(ratio, low), high)
     tl.store(losses + at, tl.maximum(loss1, loss2), mask=at < count)
     tl.store(gradients + at, tl.where(loss2 > loss1, 0.0, loss1), mask=at < count)
-
-
-# 6.5 -----------------------------------------------------------------------------------------------------------------
-
-
-def compose_points(a_before, b_before, a, b):
-    """From two points on the line: x = 0 and x = 1."""
-    at_0 = a * b_before + b
-    at_1 = a * (a_before + b_before) + b
-    return at_1 - at_0, at_0
-
-
-def compose_matrices(a_before, b_before, a, b):
-    def matrix(slope, shift):
-        top = torch.stack((slope, shift), -1)
-        return torch.stack((top, torch.tensor([0.0, 1.0], dtype=slope.dtype).expand_as(top)), -2)
-
-    both = matrix(a, b) @ matrix(a_before, b_before)
-    return both[..., 0, 0], both[..., 0, 1]
 
 
 # 6.6 -----------------------------------------------------------------------------------------------------------------
@@ -183,15 +192,40 @@ def gae_reversed_scan(rewards, values, ends, last_values, advantages, steps, gam
 
 
 RIGHT = {
+    "margin": {"a maximum per lane": margin_of_lanes, "picks up the token": margin_on_the_way},
     "fold": {"where": fold_where, "logsumexp, a list": fold_by_logsumexp, "a loop in float32": fold_by_hand},
     "token_logprobs": {"a peak per lane": logprob_one_lane_at_a_time, "picks up the token": logprob_picks_up_the_token},
     "clip_gradient": {"corners": clip_by_corners, "autograd in float32": clip_by_autograd, "numpy": clip_in_numpy},
     "clipped_loss": {"corners": loss_by_corners, "CleanRL: the max of two losses": loss_cleanrl},
-    "compose": {"two points": compose_points, "matrices": compose_matrices},
     "gae": {"CleanRL's names": gae_scan, "a scan in reverse": gae_reversed_scan},
 }
 
 WRONG = {
+    "margin": [
+        ("The tail has no mask", margin_on_the_way, (", mask=at < columns, other=-1e30", "")),
+        ("Beyond the last column it reads 0", margin_on_the_way, ("other=-1e30", "other=0.0")),
+        ("The maximum begins at 0", margin_on_the_way, ('z_max = -float("inf")', "z_max = 0.0")),
+        (
+            "This is the maximum of the last block",
+            margin_on_the_way,
+            ("tl.maximum(z_max, tl.max(z, axis=0))", "tl.max(z, axis=0)"),
+        ),
+        ("It reads the first block only", margin_of_lanes, ("range(0, columns, BLOCK)", "range(0, BLOCK, BLOCK)")),
+        ("Rows begin row_stride apart", margin_of_lanes, ("row * row_stride", "row * columns")),
+        ("Every program reads the first row", margin_of_lanes, ("logits + row * row_stride", "logits")),
+        (
+            "The token is looked up in the first row",
+            margin_of_lanes,
+            ("tl.load(base + tl.load(tokens + row))", "tl.load(logits + tl.load(tokens + row))"),
+        ),
+        (
+            "The token's number is taken for its logit",
+            margin_of_lanes,
+            ("tl.load(base + tl.load(tokens + row))", "tl.load(tokens + row)"),
+        ),
+        ("The sign is wrong", margin_on_the_way, ("z_token - z_max", "z_max - z_token")),
+        (None, margin_on_the_way, ("z_token - z_max", "0.5 * (z_token - z_max)")),
+    ],
     "fold": [
         ("The old sum is not rescaled", fold_where, ("total * scale", "total")),
         ("The new peak forgets the old one", lambda peak, total, block: _newest(peak, total, block)),
@@ -217,9 +251,9 @@ WRONG = {
     ],
     "token_logprobs": [
         ("The tail has no mask", logprob_picks_up_the_token, (', mask=at < columns, other=-float("inf")', "")),
-        ("Beyond the last column stands 0", logprob_picks_up_the_token, ('other=-float("inf")', "other=0.0")),
+        ("Beyond the last column it reads 0", logprob_picks_up_the_token, ('other=-float("inf")', "other=0.0")),
         ("The old sum is not rescaled", logprob_picks_up_the_token, ("s * tl.exp(m - new)", "s")),
-        ("The rows lie row_stride apart", logprob_picks_up_the_token, ("row * row_stride", "row * columns")),
+        ("Rows begin row_stride apart", logprob_picks_up_the_token, ("row * row_stride", "row * columns")),
         (
             "The peak is not in the result",
             logprob_picks_up_the_token,
@@ -320,22 +354,6 @@ WRONG = {
             ("tl.program_id(0) * BLOCK + tl.arange", "tl.arange"),
         ),
         (None, loss_cleanrl, ("tl.where(loss2 > loss1, 0.0, loss1)", "tl.where(loss2 > loss1, loss2, loss1)")),
-    ],
-    "compose": [
-        ("The operands are swapped", lambda a0, b0, a, b: compose_points(a, b, a0, b0)),
-        (
-            "The earlier b' is not scaled",
-            compose_points,
-            ("at_0 = a * b_before + b", "at_0 = b_before + b"),
-            ("at_1 - at_0", "a * a_before"),
-        ),
-        ("Both results are right, but swapped", lambda *args: compose_points(*args)[::-1]),
-        ("The slopes are added", lambda a0, b0, a, b: (a0 + a, a * b0 + b)),
-        ("The lines are multiplied", lambda a0, b0, a, b: (a0 * a, b0 * b)),
-        ("The lines are added", lambda a0, b0, a, b: (a0 + a, b0 + b)),
-        ("b' is scaled with its own slope", lambda a0, b0, a, b: (a0 * a, a0 * b0 + b)),
-        ("It returns one tensor, not 2 results", lambda a0, b0, a, b: a * (a0 + b0) + b),
-        (None, lambda a0, b0, a, b: (a0 * a, a * b0 - b)),
     ],
     "gae": [
         (

@@ -9,6 +9,16 @@ import torch
 from minirlhf_course.checks.lesson06 import after, tl
 
 
+def margin(logits, tokens, margins, columns, row_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    logits += row * row_stride
+    top = tl.max(tl.load(logits + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < columns, other=float("-inf")), 0)
+    for start in range(BLOCK, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.max(tl.load(logits + at, mask=at < columns, other=float("-inf")), 0))
+    tl.store(margins + row, tl.load(logits + tl.load(tokens + row)) - top)
+
+
 def fold(peak, total, block):
     new = torch.max(peak, block.max(1).values)
     shift = torch.nan_to_num(new, neginf=0.0)
@@ -76,6 +86,10 @@ def gae_forwards(rewards, values, ends, last_values, advantages, steps, gamma, l
 
 
 WRONG = {
+    "margin": [
+        ("-", "It reads the first block only", margin, ("range(BLOCK, columns, BLOCK)", "range(BLOCK, BLOCK, BLOCK)")),
+        ("-", "The tail has no mask", margin, (", mask=at < columns", ", mask=at < columns + BLOCK")),
+    ],
     "fold": [
         ("-", "The peak is not subtracted",
          lambda peak, total, block: (torch.max(peak, block.max(1).values), total + torch.exp(block).sum(1))),
@@ -99,9 +113,6 @@ WRONG = {
         (4, "The gradient stops wherever the ratio is outside", clipped_loss,
          ("((advantage > 0) & (ratio <= high)) | ((advantage < 0) & (ratio >= low))",
           "(ratio >= low) & (ratio <= high)")),
-    ],
-    "compose": [
-        ("-", "The operands are swapped", lambda a_before, b_before, a, b: (a_before * a, a_before * b + b_before)),
     ],
     "gae": [
         (21, "An end does not cut the chain", gae, ("gamma * lam * goes_on", "gamma * lam + 0.0 * delta")),

@@ -1,0 +1,76 @@
+"""What a person ranks: answers that a policy of a run gives to its training prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minirlhf.data import read_folder
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.labeling import MOST_ANSWERS, Item
+from minirlhf.language.evaluation import answer
+from minirlhf.language.forward import context_of
+from minirlhf.language.tokenization import encode_prompts, encode_responses, load_tokenizer
+from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
+from minirlhf.pipeline.inputs import find_data
+
+
+def items_to_rank(
+    run: Path,
+    *,
+    data: Path | None = None,
+    policy: str | None = None,
+    prompts: int = 20,
+    answers: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Item]:
+    """Sample K answers to each of some training prompts. The same arguments give the same items.
+
+    Args:
+        run: folder of a run.
+        data: folder whose training prompts are answered; None for the run's own.
+        policy: one of its policies; None for the newest that is finished.
+        prompts: how many.
+        answers: K. Fewer where an answer comes twice, or no longer fits the context once it is text (broken characters
+            take more tokens); a prompt with fewer than two is left out.
+        temperature: of sampling.
+        seed: of the choice of prompts and of sampling.
+
+    Raises:
+        CheckpointError: the folder is not a run, or the policy is not finished.
+        DataError: the data is malformed.
+        UserError: K is not from 2 to 9, or no prompt got two different answers.
+    """
+    if not 2 <= answers <= MOST_ANSWERS:
+        raise UserError(f"--answers {answers}: must be a whole number from 2 to {MOST_ANSWERS}")
+    config = read_config(run)
+    hide_loading_bars()
+    finished = [name for name in POLICIES if (run / name).is_dir()]
+    if not finished:
+        raise CheckpointError(f"{run}: no policy is finished yet; continue the run first")
+    name = policy or finished[-1]
+    if name not in finished:
+        raise CheckpointError(f"{run}: no finished policy {name!r}; choose one of {', '.join(finished)}")
+    folder = read_folder(data or find_data(config), config.seed)
+    texts = sorted({row.text for row in folder.prompts})
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [texts[i] for i in order[:prompts]]
+    settings = replace(config.evaluation, temperature=temperature)
+    model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
+    said = answer(model, tokenizer, [text for text in chosen for _ in range(answers)], settings, seed=seed).responses
+    lengths = [len(ids) for ids in encode_responses(tokenizer, said)]
+    context = context_of(model) or math.inf
+    items = []
+    for index, (text, ids) in enumerate(zip(chosen, encode_prompts(tokenizer, chosen), strict=True)):
+        own = range(index * answers, (index + 1) * answers)
+        fitting = (said[i] for i in own if said[i].strip() and len(ids) + lengths[i] <= context)
+        different = tuple(dict.fromkeys(fitting))
+        if len(different) > 1:
+            items.append(Item(text, different))
+    if not items:
+        raise UserError(f"{run / name}: gave no prompt two different answers that fit its context; raise --temperature")
+    return items
