@@ -36,6 +36,19 @@ def my_gae(rewards, values, ends, last_values, gamma, lam):
     return advantages
 
 
+def my_gae_with_truncation(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    shifted = torch.cat((values[:, 1:], last_values[:, None]), dim=1)
+    next_values = torch.where(truncated, final_values, torch.where(terminated, 0, shifted))  # two kinds of end
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(rewards)
+    carry = torch.zeros_like(last_values)
+    for t in reversed(range(rewards.shape[1])):
+        ended = terminated[:, t] | truncated[:, t]  # for the chain they are the same
+        carry = deltas[:, t] + gamma * lam * torch.where(ended, 0, carry)
+        advantages[:, t] = carry
+    return advantages
+
+
 def my_advantages_and_targets(advantages, values):
     targets = advantages + values  # from the raw advantages: the critic's targets are returns, in their own units
     whitened = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()

@@ -1,4 +1,6 @@
-"""What marks the exercises: one file a lesson, each exercise with its cases and its likely mistakes.
+"""What marks the exercises: one file per lesson, each exercise with its cases and its likely mistakes.
+
+Where a lesson's file would get long, its cases and its planted mistakes are in `casesNN.py` and `mistakesNN.py`.
 
 In a lesson:
 

@@ -10,21 +10,23 @@ from torch import Tensor
 from minirlhf import returns
 from minirlhf.returns import gae as _gae
 from minirlhf.returns import whiten as _whiten
-from minirlhf_course.checks.cases import F64, SIZES, bools, flags, generators, normal, random_cases, tensor
-from minirlhf_course.checks.exercise import Case, exercise
+from minirlhf_course.checks.exercise import exercise
+from minirlhf_course.checks.mistakes04 import (
+    clock_cases,
+    clock_with,
+    gae_cases,
+    gae_with,
+    n_step_cases,
+    n_step_cut_late,
+    n_step_with,
+    q_cases,
+    row_whitened,
+    scan_cases,
+    scan_with,
+    target_cases,
+)
 
 # 4.1 -----------------------------------------------------------------------------------------------------------------
-
-
-def _q_cases() -> list[Case]:
-    cases = [
-        Case("two equally likely actions", (tensor([1, 3]), tensor([0.5, 0.5])), tensor([-1.0, 1.0])),
-        Case("probabilities 1/4 and 3/4", (tensor([1, 5]), tensor([0.25, 0.75])), tensor([-3.0, 1.0])),
-    ]
-    for (states, actions), generator in zip(((3, 2), (2, 4), (5, 3)), generators(3), strict=True):
-        probabilities = normal(generator, states, actions).softmax(-1)
-        cases.append(Case(f"random, {states} states", (normal(generator, states, actions), probabilities)))
-    return cases
 
 
 @exercise(
@@ -34,7 +36,7 @@ def _q_cases() -> list[Case]:
     minutes=5,
     task="By definition $A(s, a) = Q(s, a) - V(s)$: how much better an action is than what the policy does on average. "
     "What is $V$, given $Q$ and the policy?",
-    cases=_q_cases,
+    cases=q_cases,
     suspects={
         "V is not the plain mean of Q: weigh each action by its probability.": lambda q, p: (
             q - q.mean(-1, keepdim=True)
@@ -63,83 +65,14 @@ def _q_cases() -> list[Case]:
     ),
 )
 def advantages_from_q(q_values: Tensor, probabilities: Tensor) -> Tensor:
-    """A(s, a) of a known problem: q_values and probabilities, both [S, A] (a row a state), give [S, A]."""
+    """A(s, a) of a known problem: q_values and probabilities, both [S, A] (a row per state), give [S, A]."""
     return q_values - (probabilities * q_values).sum(-1, keepdim=True)
 
 
 # Trajectories --------------------------------------------------------------------------------------------------------
 
 
-def _trajectories(*rest: float) -> list[Case]:
-    return random_cases(
-        lambda g, size: (normal(g, *size), normal(g, *size), flags(g, *size), normal(g, size[0]), *rest)
-    )
-
-
-def _next_values(values: Tensor, last_values: Tensor) -> Tensor:
-    return torch.cat((values[:, 1:], last_values[:, None]), 1)
-
-
 # 4.2 -----------------------------------------------------------------------------------------------------------------
-
-
-def _n_step_cases() -> list[Case]:
-    last = tensor(8)
-    three = tensor([1, 1, 1]), tensor([2, 2, 2])
-    cases = [
-        Case("one step, n = 1", (tensor([1]), tensor([2]), bools([0]), last, 0.5, 1), tensor([3.0])),
-        Case("one step that ends, n = 1", (tensor([1]), tensor([2]), bools([1]), last, 0.5, 1), tensor([-1.0])),
-        Case("three steps, n = 2", (*three, bools([0, 0, 0]), last, 0.5, 2), tensor([0.0, 1.5, 3.0])),
-        Case(
-            "three steps, the second ends, n = 2", (*three, bools([0, 1, 0]), last, 0.5, 2), tensor([-0.5, -1.0, 3.0])
-        ),
-    ]
-    return cases + _trajectories(0.9, 2) + _trajectories(0.9, 4)
-
-
-def _n_step_with(
-    bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
-) -> Tensor:
-    """Exercise 4.2 with one mistake planted."""
-    n = {"too few": max(n - 1, 1), "too many": n + 1, "all": rewards.shape[1]}.get(bug, n)
-    columns = rewards.shape[1]
-    result = torch.zeros_like(rewards)
-    extended = torch.cat((values, last_values[:, None]), 1)
-    for row in range(len(rewards)):
-        for t in range(columns):
-            total, k = torch.zeros_like(rewards[0, 0]), t
-            if bug == "whole windows" and t + n > columns:
-                continue
-            ended = False
-            while k < min(t + n, columns):
-                if bug == "reward lost" and ends[row, k]:
-                    ended = True
-                    break
-                total = total + (1.0 if bug == "rewards" else gamma ** (k - t)) * rewards[row, k]
-                k += 1
-                seen = k - 2 if bug == "late" else k - 1
-                ended = seen >= t and bool(ends[row, seen])
-                if ended and bug != "crosses":
-                    break
-            if (not ended or bug in ("crosses", "end")) and not (bug == "no value" or (bug == "last" and k == columns)):
-                steps = n if bug == "gamma n" else k - t
-                power = 1.0 if bug == "no discount" else gamma if bug == "one gamma" else gamma**steps
-                total = total + power * extended[row, k - 1 if bug == "early value" else k]
-            result[row, t] = total if bug == "target" else total - values[row, t]
-    return result
-
-
-def _n_step_cut_late(
-    rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, n: int
-) -> Tensor:
-    """The n-step advantage from TD errors, each multiplied by the flag of the step after it."""
-    deltas = rewards + gamma * _next_values(values, last_values) * ~ends - values
-    nothing = torch.zeros_like(deltas[:, :1])
-    late = torch.cat((ends[:, 1:], torch.zeros_like(ends[:, :1])), 1)
-    result = deltas
-    for _ in range(n - 1):
-        result = deltas + gamma * torch.cat((result[:, 1:], nothing), 1) * ~late
-    return result
 
 
 @exercise(
@@ -151,41 +84,41 @@ def _n_step_cut_late(
     "$R_{t+1} + \\dots + \\gamma^{n-1} R_{t+n} + \\gamma^n V(S_{t+n}) - V(S_t)$. If the episode ends first, there "
     "are fewer "
     "rewards and no value; if the row ends first, `last_values` is the value of the state after its last column.",
-    cases=_n_step_cases,
+    cases=n_step_cases,
     suspects={
-        "The sum crosses the end of the episode into the next one: stop at ends.": partial(_n_step_with, "crosses"),
+        "The sum crosses the end of the episode into the next one: stop at ends.": partial(n_step_with, "crosses"),
         "It bootstraps from V after the episode ended: v(terminal) = 0, so multiply by (1 - ends).": (
-            partial(_n_step_with, "end")
+            partial(n_step_with, "end")
         ),
-        "Off by one: it adds up n + 1 rewards.": partial(_n_step_with, "too many"),
-        "Off by one: it adds up n - 1 rewards.": partial(_n_step_with, "too few"),
-        "It never bootstraps: after n rewards comes gamma^n V(S_{t+n}).": partial(_n_step_with, "no value"),
+        "Off by one: it adds up n + 1 rewards.": partial(n_step_with, "too many"),
+        "Off by one: it adds up n - 1 rewards.": partial(n_step_with, "too few"),
+        "It never bootstraps: after n rewards comes gamma^n V(S_{t+n}).": partial(n_step_with, "no value"),
         "The last state's value is missing: where the row ends in mid-episode, use last_values.": (
-            partial(_n_step_with, "last")
+            partial(n_step_with, "last")
         ),
-        "The value is not discounted: it is k steps away, gamma^k V.": partial(_n_step_with, "no discount"),
-        "The value is discounted once: it is k steps away, gamma^k V.": partial(_n_step_with, "one gamma"),
-        "The rewards are not discounted: gamma^k for the reward k steps away.": partial(_n_step_with, "rewards"),
+        "The value is not discounted: it is k steps away, gamma^k V.": partial(n_step_with, "no discount"),
+        "The value is discounted once: it is k steps away, gamma^k V.": partial(n_step_with, "one gamma"),
+        "The rewards are not discounted: gamma^k for the reward k steps away.": partial(n_step_with, "rewards"),
         "V(S_t) is missing: this is the target, the advantage is the target minus V(S_t).": (
-            partial(_n_step_with, "target")
+            partial(n_step_with, "target")
         ),
         "The value beyond the row's end is discounted with gamma^n, though fewer than n steps lead there: "
-        "gamma^k for k steps.": partial(_n_step_with, "gamma n"),
+        "gamma^k for k steps.": partial(n_step_with, "gamma n"),
         "The reward of an episode's last step is lost: the end cuts off what follows, not the step itself.": (
-            partial(_n_step_with, "reward lost")
+            partial(n_step_with, "reward lost")
         ),
         "The end is noticed a step late: ends[:, t] says that nothing after step t belongs to its episode.": (
-            partial(_n_step_with, "late")
+            partial(n_step_with, "late")
         ),
         "The sum is cut a step late: delta is right, but ends[:, t] must cut what comes after step t too, not "
-        "ends[:, t + 1].": _n_step_cut_late,
+        "ends[:, t + 1].": n_step_cut_late,
         "Where fewer than n steps are left in the row it gives 0: add those that there are, then last_values.": (
-            partial(_n_step_with, "whole windows")
+            partial(n_step_with, "whole windows")
         ),
         "The value is a step early: after k rewards comes V(S_{t+k}), values[:, t + k].": (
-            partial(_n_step_with, "early value")
+            partial(n_step_with, "early value")
         ),
-        "It adds up to the end, and never stops after n rewards.": partial(_n_step_with, "all"),
+        "It adds up to the end, and never stops after n rewards.": partial(n_step_with, "all"),
     },
     hints=(
         "For one t, count k from 0: add $\\gamma^k R$, stop after n of them, at an end, or at the last column. "
@@ -208,60 +141,6 @@ def n_step_advantages(
 # 4.3 -----------------------------------------------------------------------------------------------------------------
 
 
-def _gae_cases() -> list[Case]:
-    last, zero = tensor(8), tensor(0)
-    two = tensor([1, 1]), tensor([2, 4])
-    cases = [
-        Case("one step that ends", (tensor([1]), tensor([2]), bools([1]), last, 0.5, 0.5), tensor([-1.0])),
-        Case("one step in mid-episode", (tensor([1]), tensor([2]), bools([0]), last, 0.5, 0.5), tensor([3.0])),
-        Case("two steps, the second ends", (*two, bools([0, 1]), zero, 0.5, 0.25), tensor([0.625, -3.0])),
-        Case("two steps, the first ends", (*two, bools([1, 0]), last, 0.5, 0.25), tensor([-1.0, 1.0])),
-    ]
-    return cases + _trajectories(0.97, 0.9) + _trajectories(0.9, 0.0) + _trajectories(0.9, 1.0)
-
-
-def _gae_with(
-    bug: str, rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Exercise 4.3 with one mistake planted."""
-    beyond = {"last": torch.zeros_like(last_values), "rolled": values[:, 0], "own last": values[:, -1]}
-    next_values = _next_values(values, beyond.get(bug, last_values))
-    if bug == "unshifted":
-        next_values = values
-    blank = torch.zeros_like(ends[:, :1])
-    if bug == "flags early":
-        ends = torch.cat((blank, ends[:, :-1]), 1)
-    if bug == "flags late":
-        ends = torch.cat((ends[:, 1:], blank), 1)
-    if bug == "never ends":
-        ends = torch.zeros_like(ends)
-    inside = torch.ones_like(ends) if bug == "bootstrap" else ~ends
-    deltas = (
-        rewards + (lam if bug == "swapped" else 1.0 if bug == "no gamma" else gamma) * next_values * inside - values
-    )
-    if bug == "no V":
-        deltas = deltas + values
-    if bug == "reward lost":
-        deltas = (rewards + gamma * next_values) * ~ends - values
-    if bug == "lam in delta":
-        deltas = rewards + gamma * lam * next_values * ~ends - values
-    if bug == "sign":
-        deltas = -deltas
-    shifted = {"carry late": torch.cat((ends[:, 1:], blank), 1), "carry early": torch.cat((blank, ends[:, :-1]), 1)}
-    cuts = shifted.get(bug, ends)
-    decay = {"lam alone": lam, "gamma alone": gamma, "swapped": gamma * lam}.get(bug, gamma * lam)
-    carry = torch.zeros_like(rewards[:, 0])
-    result = torch.zeros_like(rewards)
-    columns = range(rewards.shape[1])
-    for t in columns if bug == "forwards" else reversed(columns):
-        kept = carry if bug == "carry" else torch.where(cuts[:, t], 0, carry)
-        carry = deltas[:, t] + (0.0 if bug == "deltas" else decay) * kept
-        result[:, t] = carry
-    if bug == "white":
-        return _whiten(result) if result.numel() > 1 else torch.zeros_like(result)
-    return result + values if bug == "targets" else result.flip(1) if bug == "flipped" else result
-
-
 @exercise(
     "4.3",
     "GAE",
@@ -270,51 +149,51 @@ def _gae_with(
     task="$A_t = \\delta_t + \\gamma\\lambda A_{t+1}$ with $\\delta_t = R_{t+1} + \\gamma V(S_{t+1}) - V(S_t)$. The "
     "end of an "
     "episode cuts in **two** places. Which?",
-    cases=_gae_cases,
+    cases=gae_cases,
     suspects={
         "The last step bootstraps from V after the episode ended: multiply by (1 - ends).": partial(
-            _gae_with, "bootstrap"
+            gae_with, "bootstrap"
         ),
         "The sum crosses the end of the episode: the next one's advantage flows back over it. "
-        "Multiply A_{t+1} by (1 - ends) too.": partial(_gae_with, "carry"),
+        "Multiply A_{t+1} by (1 - ends) too.": partial(gae_with, "carry"),
         "The ends are never used: both V(S_{t+1}) and A_{t+1} must be multiplied by (1 - ends).": (
-            partial(_gae_with, "never ends")
+            partial(gae_with, "never ends")
         ),
         "done and next_done are swapped: ends[:, t] says that step t is its episode's last, and so it cuts "
         "V(S_{t+1}) and "
-        "A_{t+1} off from step t itself.": partial(_gae_with, "flags early"),
-        "done and next_done are swapped: it uses ends[:, t + 1] for step t.": partial(_gae_with, "flags late"),
+        "A_{t+1} off from step t itself.": partial(gae_with, "flags early"),
+        "done and next_done are swapped: it uses ends[:, t + 1] for step t.": partial(gae_with, "flags late"),
         "lam and gamma are swapped: delta is discounted with gamma, and lam appears only in gamma * lam * A_{t+1}.": (
-            partial(_gae_with, "swapped")
+            partial(gae_with, "swapped")
         ),
-        "gamma is missing in the recursion: A_{t+1} is multiplied by gamma * lam.": partial(_gae_with, "lam alone"),
-        "lam is missing: A_{t+1} is multiplied by gamma * lam.": partial(_gae_with, "gamma alone"),
-        "gamma is missing in delta: R + gamma V(S') - V(S).": partial(_gae_with, "no gamma"),
-        "V(S) is missing in delta: R + gamma V(S') - V(S).": partial(_gae_with, "no V"),
-        "last_values are never used: they are V(S_{t+1}) of the last column.": partial(_gae_with, "last"),
+        "gamma is missing in the recursion: A_{t+1} is multiplied by gamma * lam.": partial(gae_with, "lam alone"),
+        "lam is missing: A_{t+1} is multiplied by gamma * lam.": partial(gae_with, "gamma alone"),
+        "gamma is missing in delta: R + gamma V(S') - V(S).": partial(gae_with, "no gamma"),
+        "V(S) is missing in delta: R + gamma V(S') - V(S).": partial(gae_with, "no V"),
+        "last_values are never used: they are V(S_{t+1}) of the last column.": partial(gae_with, "last"),
         "The reward of an episode's last step is lost: (1 - ends) belongs to V(S') and A_{t+1}.": (
-            partial(_gae_with, "reward lost")
+            partial(gae_with, "reward lost")
         ),
-        "These are the value targets, A + V: return A.": partial(_gae_with, "targets"),
-        "The result runs backwards in time: reverse it.": partial(_gae_with, "flipped"),
+        "These are the value targets, A + V: return A.": partial(gae_with, "targets"),
+        "The result runs backwards in time: reverse it.": partial(gae_with, "flipped"),
         "The sum is cut a step late: delta is right, but ends[:, t] must cut A_{t+1} off from step t too, not "
-        "ends[:, t + 1].": partial(_gae_with, "carry late"),
+        "ends[:, t + 1].": partial(gae_with, "carry late"),
         "The sum is cut a step early: delta is right, but ends[:, t] must cut A_{t+1} off from step t too, not "
-        "ends[:, t - 1].": partial(_gae_with, "carry early"),
+        "ends[:, t - 1].": partial(gae_with, "carry early"),
         "In the last column V(S_{t+1}) is the row's first value (torch.roll goes round): use last_values.": (
-            partial(_gae_with, "rolled")
+            partial(gae_with, "rolled")
         ),
-        "In the last column V(S_{t+1}) is the row's own last value: use last_values.": partial(_gae_with, "own last"),
+        "In the last column V(S_{t+1}) is the row's own last value: use last_values.": partial(gae_with, "own last"),
         "The values are not shifted: delta needs V(S_{t+1}), which is values[:, t + 1].": partial(
-            _gae_with, "unshifted"
+            gae_with, "unshifted"
         ),
         "It sums forwards in time: A_t needs what comes after t, so go from the last column back.": (
-            partial(_gae_with, "forwards")
+            partial(gae_with, "forwards")
         ),
-        "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(_gae_with, "deltas"),
-        "The sign of delta is wrong: R + gamma V(S') - V(S).": partial(_gae_with, "sign"),
-        "lam is in delta too: it appears only in gamma * lam * A_{t+1}.": partial(_gae_with, "lam in delta"),
-        "The advantages are whitened: that comes in 4.4, return A as it is.": partial(_gae_with, "white"),
+        "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(gae_with, "deltas"),
+        "The sign of delta is wrong: R + gamma V(S') - V(S).": partial(gae_with, "sign"),
+        "lam is in delta too: it appears only in gamma * lam * A_{t+1}.": partial(gae_with, "lam in delta"),
+        "The advantages are whitened: that comes in 4.5, return A as it is.": partial(gae_with, "white"),
     },
     hints=(
         "All deltas first, with the values shifted by one column (`last_values` at the end). Then from the last "
@@ -335,32 +214,90 @@ def gae(rewards: Tensor, values: Tensor, ends: Tensor, last_values: Tensor, gamm
 # 4.4 -----------------------------------------------------------------------------------------------------------------
 
 
-def _target_cases() -> list[Case]:
-    two = tensor([1, -3]), tensor([2, 4])
-    cases = [
-        Case("two advantages", two, (tensor([1.0, -1.0]), tensor([3.0, 1.0]))),
-        Case("two rows", (tensor([0, 4], [2, 2]), tensor([1, 1], [1, 1])),
-             (tensor([-(2**0.5), 2**0.5], [0.0, 0.0]), tensor([1.0, 5.0], [3.0, 3.0]))),
-    ]  # fmt: skip
-    for size, generator in zip(SIZES[1:], generators(len(SIZES) - 1), strict=True):
-        x = 1 + 20 * normal(generator, *size)
-        cases.append(Case(f"random, of shape {size}", (x, normal(generator, *size))))
-    return cases
+@exercise(
+    "4.4",
+    "two kinds of end",
+    difficulty=3,
+    minutes=15,
+    task="An episode *terminated*: nothing follows. It was *truncated*: something would have followed, but the next "
+    "column belongs to another episode. Or the row ends in mid-episode. For each of the three: which value goes into "
+    "$\\delta_t$, and does $A_{t+1}$ flow back?",
+    cases=clock_cases,
+    suspects={
+        "A truncation is treated as a termination: only the clock ended the episode, so delta takes V of its last "
+        "observation, final_values[:, t].": partial(clock_with, "clock ends"),
+        "A termination is treated as a truncation: nothing follows it, so V is 0; final_values count only where "
+        "truncated.": partial(clock_with, "death goes on"),
+        "terminated and truncated are swapped: it is the truncated episode that is still worth final_values.": (
+            partial(clock_with, "kinds")
+        ),
+        "After a truncation it bootstraps from the reset observation: values[:, t + 1] belongs to the next episode, "
+        "and this one's last observation is worth final_values[:, t].": partial(clock_with, "reset"),
+        "The chain is not cut at a truncation: delta is right, but the next episode's advantage flows back into this "
+        "one. Multiply A_{t+1} by (1 - terminated) and by (1 - truncated).": partial(clock_with, "chain"),
+        "The truncations are ignored: these episodes are over as well. delta takes final_values[:, t], and nothing "
+        "flows back from the next episode.": partial(clock_with, "ignored"),
+        "The chain is not cut at a termination: delta is right, but the next episode's advantage flows back into this "
+        "one. Multiply A_{t+1} by (1 - terminated) and by (1 - truncated).": partial(clock_with, "death's chain"),
+        "The chain is not cut: delta is right, but advantages flow back over ends of both kinds. Multiply A_{t+1} by "
+        "(1 - terminated) and by (1 - truncated).": partial(clock_with, "chains"),
+        "The ends are never used: V(S_{t+1}) is 0 after a termination and final_values[:, t] after a truncation, and "
+        "nothing flows back over either.": partial(clock_with, "never cut"),
+        "V of the last observation is added to the reward, but the row goes on as if the episode did: a truncation "
+        "must also cut off values[:, t + 1] and A_{t+1}.": partial(clock_with, "on top"),
+        "V of the last observation is not discounted: it is one step away, gamma * final_values.": (
+            partial(clock_with, "no gamma")
+        ),
+        "After a truncation it bootstraps from values[:, t], V of the state before the last step: what follows is "
+        "worth final_values[:, t].": partial(clock_with, "own"),
+        "last_values are never used: where the row ends in mid-episode they are V(S_{t+1}) of its last column.": (
+            partial(clock_with, "last")
+        ),
+        "The last column bootstraps from last_values even where its episode has ended: then it is 0 or final_values, "
+        "as in any other column.": partial(clock_with, "always last"),
+        "These are the value targets, A + V: return A.": partial(clock_with, "targets"),
+        "These are the TD errors: A_t also has gamma * lam * A_{t+1}.": partial(clock_with, "deltas"),
+    },
+    hints=(
+        "Two cuts again, and they no longer look the same. In delta the next value is 0, `final_values`, or the next "
+        "column's. In the chain it makes no difference why the episode ended.",
+        "`next_values = torch.where(truncated, final_values, torch.where(terminated, 0, shifted))`, with `shifted` "
+        "made as in 4.3. Then 4.3's recursion, cut at `terminated | truncated`.",
+    ),
+)
+def gae_with_truncation(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    final_values: Tensor,
+    last_values: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """GAE's advantages [N, T] where an episode may terminate or be truncated.
+
+    rewards, values, terminated, truncated (bool, never both) and final_values are [N, T].
+    final_values[:, t] is V of the observation in which step t ended an episode, 0 where it
+    ended none; last_values [N] are V of the states after the last column.
+    """
+    after = torch.where(truncated, final_values, 0)
+    ends = terminated | truncated
+    return _gae(rewards, values, ends, gamma=gamma, lam=lam, last_values=last_values, truncated_values=after)[0]
 
 
-def _row_whitened(x: Tensor) -> Tensor:
-    return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-8).sqrt()
+# 4.5 -----------------------------------------------------------------------------------------------------------------
 
 
 @exercise(
-    "4.4",
+    "4.5",
     "two uses of one advantage",
     difficulty=2,
     minutes=8,
     task="The policy wants whitened advantages (`whiten` of lesson 02, over the whole batch); the critic wants its "
     "targets, "
     "$A + V$. Make both from GAE's result. The order matters, and more than one published code had it wrong.",
-    cases=_target_cases,
+    cases=target_cases,
     suspects={
         "The value targets are made from whitened advantages: add the values to the raw ones, whiten afterwards.": (
             lambda a, v: (_whiten(a), _whiten(a) + v)
@@ -379,7 +316,7 @@ def _row_whitened(x: Tensor) -> Tensor:
         ),
         "The two results are in the wrong order: advantages first.": lambda a, v: (a + v, _whiten(a)),
         "Every row is whitened by itself: take one mean and one variance over the whole batch.": (
-            lambda a, v: (_row_whitened(a), a + v)
+            lambda a, v: (row_whitened(a), a + v)
         ),
         "It divides by the variance: divide by its square root.": (
             lambda a, v: ((a - a.mean()) / (a.var(correction=0) + 1e-8), a + v)
@@ -402,38 +339,7 @@ def advantages_and_targets(advantages: Tensor, values: Tensor) -> tuple[Tensor, 
     return _whiten(advantages), advantages + values
 
 
-# 4.5 -----------------------------------------------------------------------------------------------------------------
-
-
-def _scan_cases() -> list[Case]:
-    cases = [
-        Case("one column", (tensor([3]), tensor([0.5])), tensor([3.0])),
-        Case("two columns", (tensor([1, 4]), tensor([0.5, 9])), tensor([3.0, 4.0])),
-        Case("three columns", (tensor([1, 2, 4]), tensor([0.5, 0.25, 9])), tensor([2.5, 3.0, 4.0])),
-    ]
-    for size, generator in zip(((2, 5), (3, 8), (1, 13), (2, 256)), generators(4), strict=True):
-        decays = torch.rand(size, generator=generator, dtype=F64) * ~flags(generator, *size, share=0.1)
-        cases.append(Case(f"random, of shape {size}", (normal(generator, *size), decays)))
-    return cases
-
-
-def _scan_with(bug: str, x: Tensor, decays: Tensor) -> Tensor:
-    """Exercise 4.5 with one mistake planted."""
-    if bug == "forwards":
-        return _scan_with("", x.flip(1), decays.flip(1)).flip(1)
-    x, decays = x.clone(), decays.clone()
-    reach = 1
-    while reach < x.shape[1]:
-        if "cut" in bug:
-            decays[:, -reach:] = 0.0
-        x = torch.cat((x[:, :-reach] + decays[:, :-reach] * x[:, reach:], x[:, -reach:]), 1)
-        if bug != "decays":
-            following = decays[:, :-reach] * decays[:, reach:]
-            decays = torch.cat((following, decays[:, -reach:]), 1)
-        reach = reach + 1 if "linear" in bug else 2 * reach
-        if bug == "one round":
-            break
-    return x
+# 4.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def _scan_budget(x: Tensor, decays: Tensor) -> int:
@@ -442,7 +348,7 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
 
 
 @exercise(
-    "4.5",
+    "4.6",
     "the scan",
     difficulty=4,
     minutes=30,
@@ -452,25 +358,25 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
     "x_{t+1},\\; d_t "
     "d_{t+1})$. Join neighbours, then neighbours of neighbours, doubling the reach. The check counts tensor "
     "operations.",
-    cases=_scan_cases,
+    cases=scan_cases,
     suspects={
         "The decays are not joined: after each round the decay over the doubled reach is d_t * d_{t + reach}.": (
-            partial(_scan_with, "decays")
+            partial(scan_with, "decays")
         ),
-        "The reach grows by one, and so counts steps twice: double it.": partial(_scan_with, "linear"),
+        "The reach grows by one, and so counts steps twice: double it.": partial(scan_with, "linear"),
         "The reach grows by one, so that steps are counted twice: double it each round.": (
-            partial(_scan_with, "linear, cut")
+            partial(scan_with, "linear, cut")
         ),
-        "It stops after one round: double the reach until it is at least T.": partial(_scan_with, "one round"),
-        "It runs forwards in time: y_t needs what comes after t.": partial(_scan_with, "forwards"),
+        "It stops after one round: double the reach until it is at least T.": partial(scan_with, "one round"),
+        "It runs forwards in time: y_t needs what comes after t.": partial(scan_with, "forwards"),
         "The decays are not used: y_t = x_t + d_t * y_{t+1}, and this is the sum of all that follows.": (
             lambda x, decays: x.flip(1).cumsum(1).flip(1)
         ),
         "The decay is the next column's: it is decays[:, t] that weighs y_{t+1}.": (
-            lambda x, decays: _scan_with("", x, torch.cat((decays[:, 1:], decays[:, -1:]), 1))
+            lambda x, decays: scan_with("", x, torch.cat((decays[:, 1:], decays[:, -1:]), 1))
         ),
         "x_t is weighed by d_t too: y_t = x_t + d_t * y_{t+1}.": (
-            lambda x, decays: _scan_with("", torch.cat(((decays * x)[:, :-1], x[:, -1:]), 1), decays)
+            lambda x, decays: scan_with("", torch.cat(((decays * x)[:, :-1], x[:, -1:]), 1), decays)
         ),
     },
     hints=(
@@ -484,4 +390,4 @@ def _scan_budget(x: Tensor, decays: Tensor) -> int:
 )
 def reverse_scan(x: Tensor, decays: Tensor) -> Tensor:
     """y_t = x_t + d_t y_{t+1}, with y = x in the last column, in about log2(T) rounds: x, decays [N, T] give [N, T]."""
-    return _scan_with("", x, decays)
+    return scan_with("", x, decays)

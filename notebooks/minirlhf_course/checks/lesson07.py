@@ -10,34 +10,12 @@ from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
 from minirlhf import losses
-from minirlhf_course.checks.cases import bools, flags, generators, normal, tensor
-from minirlhf_course.checks.exercise import Case, exercise
+from minirlhf_course.checks.cases07 import loss_cases, mask_cases, micro_cases, perplexity_cases, shift_cases
+from minirlhf_course.checks.exercise import exercise
 
-INT = torch.int64
 EPSILONS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
 
 # 7.1 -----------------------------------------------------------------------------------------------------------------
-
-
-def _mask_cases() -> list[Case]:
-    one = tensor([7, 8, 9, 1], dtype=INT), tensor(2, dtype=INT), 0
-    two = tensor([7, 9, 1, 0], [7, 8, 9, 1], dtype=INT), tensor(1, 2, dtype=INT), 0
-    other = tensor([7, 0, 1, 9], dtype=INT), tensor(1, dtype=INT), 9
-    cases = [
-        Case("one row: 7 8 ask, 9 answers, 1 is EOS, 0 would be padding", one, bools([0, 0, 1, 1])),
-        Case("two rows, the first one shorter", two, bools([0, 1, 1, 0], [0, 0, 1, 1])),
-        Case("7 asks, 0 answers, 1 is EOS, 9 is padding", other, bools([0, 1, 1, 0])),
-    ]
-    for (rows, width), generator in zip(((1, 5), (3, 7), (6, 12)), generators(3), strict=True):
-        tokens = torch.randint(2, 20, (rows, width), generator=generator)
-        starts = torch.randint(1, width - 2, (rows,), generator=generator)
-        room = torch.rand(rows, generator=generator)
-        lengths = starts + 2 + ((width - starts - 1) * room).long()
-        columns = torch.arange(width)
-        tokens[columns >= lengths[:, None]] = 0
-        tokens[columns == lengths[:, None] - 1] = 1
-        cases.append(Case(f"random, {rows} rows of {width} tokens", (tokens, starts, 0)))
-    return cases
 
 
 def _columns(tokens: Tensor) -> Tensor:
@@ -59,7 +37,7 @@ def _without_last(mask: Tensor) -> Tensor:
     minutes=8,
     task="A row holds a prompt, its completion, one EOS, and padding up to the longest row. The loss counts the "
     "completion and its EOS. Make the mask.",
-    cases=_mask_cases,
+    cases=mask_cases,
     suspects={
         "A mask of all ones: prompt and padding count as well, and the model learns to ask and to pad.": (
             lambda tokens, starts, pad_id: torch.ones_like(tokens, dtype=torch.bool)
@@ -116,24 +94,6 @@ def completion_mask(tokens: Tensor, prompt_lengths: Tensor, pad_id: int) -> Tens
 # 7.2 -----------------------------------------------------------------------------------------------------------------
 
 
-def _shift_cases() -> list[Case]:
-    log = torch.log
-    # After token 0 the model says (1/4, 3/4), after token 1 (1/2, 1/2): their logarithms, and 1/2 added to all of them,
-    # which changes no probability.
-    known = (log(tensor([0.25, 0.75], [0.5, 0.5])) + 0.5).unsqueeze(0)
-    steep = tensor([0.0, 200.0, 0.0], [0.0, 0.0, 0.0]).unsqueeze(0)
-    cases = [
-        Case("two tokens, two words", (known, tensor([0, 1], dtype=INT)), log(tensor([0.75]))),
-        Case("a token that is all but impossible", (steep, tensor([1, 0], dtype=INT)), tensor([-200.0])),
-    ]
-    for (rows, length, words), generator in zip(((1, 3, 4), (2, 5, 3), (3, 8, 11)), generators(3), strict=True):
-        tokens = torch.randint(0, words, (rows, length), generator=generator)
-        cases.append(
-            Case(f"random, {rows} x {length} tokens of {words}", (normal(generator, rows, length, words), tokens))
-        )
-    return cases  # fmt: skip
-
-
 def _gathered(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -149,7 +109,7 @@ def _capped(epsilon: float, logits: Tensor, tokens: Tensor) -> Tensor:
     minutes=12,
     task="Column $t$ of the logits was made from the tokens up to and including $t$, so it speaks about token $t + 1$. "
     "What log-probability did the model give to each token that it could have predicted?",
-    cases=_shift_cases,
+    cases=shift_cases,
     suspects={
         "Off by one: logits[:, t] predict tokens[:, t + 1], and here they are asked for the token that they have just "
         "read. A model learns to copy it, and the loss goes to 0.": (
@@ -217,23 +177,6 @@ def next_token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 # 7.3 -----------------------------------------------------------------------------------------------------------------
 
-NAN = float("nan")
-
-
-def _loss_cases() -> list[Case]:
-    cases = [
-        Case("a prompt's token, and two that count", (tensor([-9, -1, -3]), bools([0, 1, 1])), tensor(2)[0]),
-        Case("rows of one and of three tokens", (tensor([-8, -5, -5], [-1, -2, -3]), bools([1, 0, 0], [1, 1, 1])),
-             tensor(3.5)[0]),
-        Case("padding that holds NaN", (tensor([-4, -2, NAN]), bools([1, 1, 0])), tensor(3)[0]),
-    ]  # fmt: skip
-    for (rows, columns), generator in zip(((1, 4), (2, 5), (5, 9)), generators(3), strict=True):
-        mask = flags(generator, rows, columns, share=0.5)
-        mask[0, 0] = True
-        logprobs = -normal(generator, rows, columns).exp()
-        cases.append(Case(f"random, of shape {rows, columns}", (logprobs, mask)))
-    return cases
-
 
 @exercise(
     "7.3",
@@ -242,7 +185,7 @@ def _loss_cases() -> list[Case]:
     minutes=8,
     task="$L = -\\frac{1}{N}\\sum \\log \\pi(y_t)$ over the $N$ tokens of the batch that count. What lies under the "
     "mask must not matter, even if it is NaN, neither for the loss nor for its gradient.",
-    cases=_loss_cases,
+    cases=loss_cases,
     suspects={
         "It divides by all positions: divide by the number that count, mask.sum().": (
             lambda logprobs, mask: -torch.where(mask, logprobs, 0).sum() / mask.numel()
@@ -299,21 +242,6 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 # 7.4 -----------------------------------------------------------------------------------------------------------------
 
 
-def _micro_cases() -> list[Case]:
-    cases = [
-        Case("rows of one and of three tokens, one row at a time",
-             (tensor([-8, -5, -5], [-1, -2, -3]), bools([1, 0, 0], [1, 1, 1]), 1), tensor(2.0, 1.5)),
-        Case("three rows, two at a time", (tensor([-6, 0], [-3, -3], [-2, 0]), bools([1, 0], [1, 1], [1, 0]), 2),
-             tensor(3.0, 0.5)),
-    ]  # fmt: skip
-    for (rows, columns, size), generator in zip(((4, 3, 2), (5, 6, 2), (7, 4, 3)), generators(3), strict=True):
-        lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
-        logprobs = -normal(generator, rows, columns).exp()
-        case = logprobs, torch.arange(columns) < lengths, size
-        cases.append(Case(f"random, {rows} rows, {size} at a time", case))
-    return cases
-
-
 def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(logprobs.split(size), mask.split(size), strict=True))
 
@@ -325,7 +253,7 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
     minutes=12,
     task="The batch does not fit, so it goes through the model `size` rows at a time, with a `backward()` after each "
     "piece; the gradients add up. Give the loss of each piece, so that their **sum** is the loss of the whole batch.",
-    cases=_micro_cases,
+    cases=micro_cases,
     suspects={
         "Each piece is divided by its own tokens: the sum is about as many times too large as there are pieces. "
         "Divide by the tokens of the whole batch.": (
@@ -420,19 +348,6 @@ def piece_losses(logprobs: Tensor, mask: Tensor, size: int) -> Tensor:
 # 7.5 -----------------------------------------------------------------------------------------------------------------
 
 
-def _perplexity_cases() -> list[Case]:
-    half, third = torch.tensor(0.5).log(), torch.tensor(1 / 3).log()
-    cases = [
-        Case("a coin at each token", (torch.stack((half, half))[None], bools([1, 1])), tensor(2)[0]),
-        Case("a die of 3 and padding", (torch.stack((third, third, half))[None], bools([1, 1, 0])), tensor(3)[0]),
-    ]
-    for (rows, columns), generator in zip(((2, 3), (3, 6), (5, 4)), generators(3), strict=True):
-        lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
-        mask = torch.arange(columns) < lengths
-        cases.append(Case(f"random, of shape {rows, columns}", (-normal(generator, rows, columns).exp(), mask)))
-    return cases
-
-
 def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
     return losses.sft_loss(logprobs, mask)
 
@@ -442,9 +357,9 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
     "perplexity",
     difficulty=1,
     minutes=5,
-    task="A loss of 0.9 nats says little to most people. Its exponential does: the model is as unsure as if it rolled "
-    "a fair die with so many sides for each token.",
-    cases=_perplexity_cases,
+    task="A loss of 0.9 nats per token says little to most people. Its exponential says more: the model is as unsure "
+    "as if it rolled a fair die with that many sides for each token.",
+    cases=perplexity_cases,
     suspects={
         "It is the mean of the rows' perplexities: take the mean over all tokens first, the exponential last.": (
             lambda logprobs, mask: (-torch.where(mask, logprobs, 0).sum(1) / mask.sum(1)).exp().mean()

@@ -125,6 +125,73 @@ def gae_arena(rewards, values, ends, last_values, gamma, lam):
 # 4.4 -----------------------------------------------------------------------------------------------------------------
 
 
+def clock_cleanrl(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    dones = torch.logical_or(terminated, truncated).float()
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = 0
+    for t in reversed(range(rewards.shape[1])):
+        nextvalues = last_values if t == rewards.shape[1] - 1 else values[:, t + 1]
+        nextvalues = torch.where(truncated[:, t], final_values[:, t], nextvalues)
+        delta = rewards[:, t] + gamma * nextvalues * (1.0 - terminated[:, t].float()) - values[:, t]
+        advantages[:, t] = lastgaelam = delta + gamma * lam * (1.0 - dones[:, t]) * lastgaelam
+    return advantages
+
+
+def clock_stable_baselines(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    """What follows a truncation is put into the reward; after that an end is an end."""
+    rewards = rewards + gamma * final_values * truncated
+    alive = 1.0 - (terminated | truncated).float()
+    advantages = torch.zeros_like(rewards)
+    last_gae_lam = torch.zeros_like(last_values)
+    for step in reversed(range(rewards.shape[1])):
+        next_values = values[:, step + 1] if step + 1 < rewards.shape[1] else last_values
+        delta = rewards[:, step] + gamma * next_values * alive[:, step] - values[:, step]
+        last_gae_lam = delta + gamma * lam * alive[:, step] * last_gae_lam
+        advantages[:, step] = last_gae_lam
+    return advantages
+
+
+def clock_spinning_up(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    N, T = rewards.shape
+    adv_buf = np.zeros((N, T), dtype=np.float32)
+
+    def finish_path(i, path, last_val):
+        rews, vals = rewards[i, path].numpy(), np.append(values[i, path].numpy(), last_val)
+        deltas, adv = rews + gamma * vals[1:] - vals[:-1], 0.0
+        for t in reversed(range(len(deltas))):
+            adv = deltas[t] + gamma * lam * adv
+            adv_buf[i, path.start + t] = adv
+
+    for i in range(N):
+        path_start = 0
+        for t in range(T):
+            timeout, terminal, epoch_ended = truncated[i, t], terminated[i, t], t == T - 1
+            if timeout or terminal or epoch_ended:
+                last_val = last_values[i].item()
+                if timeout:
+                    last_val = final_values[i, t].item()
+                if terminal:
+                    last_val = 0.0
+                finish_path(i, slice(path_start, t + 1), last_val)
+                path_start = t + 1
+    return adv_buf
+
+
+def clock_hands_on(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    next_values = torch.hstack([values[:, 1:], last_values.reshape(-1, 1)])
+    next_values[truncated] = final_values[truncated]
+    td_delta = rewards + gamma * next_values * (1 - terminated.int()) - values
+    alive, advantage = 1 - terminated.int() - truncated.int(), 0.0
+    advantage_list = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        advantage = gamma * lam * alive[:, t] * advantage + td_delta[:, t]
+        advantage_list.append(advantage)
+    return torch.stack(advantage_list[::-1], 1)
+
+
+# 4.5 -----------------------------------------------------------------------------------------------------------------
+
+
 def targets_cleanrl(advantages, values):
     returns = advantages + values
     advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
@@ -140,7 +207,7 @@ def targets_layer_norm(advantages, values):
     return F.layer_norm(advantages, advantages.shape, eps=1e-8), values + advantages
 
 
-# 4.5 -----------------------------------------------------------------------------------------------------------------
+# 4.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def scan_padded(x, decays):
@@ -193,6 +260,12 @@ RIGHT = {
         "Spinning Up: numpy": gae_spinning_up,
         "Hands-on-RL": gae_hands_on,
         "ARENA": gae_arena,
+    },
+    "gae_with_truncation": {
+        "CleanRL": clock_cleanrl,
+        "Stable-Baselines3: the value goes into the reward": clock_stable_baselines,
+        "Spinning Up: one path at a time, numpy": clock_spinning_up,
+        "Hands-on-RL": clock_hands_on,
     },
     "advantages_and_targets": {
         "CleanRL": targets_cleanrl,
@@ -312,6 +385,79 @@ WRONG = {
             ("return advantages", "return advantages, advantages + values"),
         ),
         (None, gae_cleanrl, ("gamma * lam * nextnonterminal", "gamma * lam**2 * nextnonterminal")),
+    ],
+    "gae_with_truncation": [
+        (
+            "A truncation is treated as a termination",
+            clock_stable_baselines,
+            (" + gamma * final_values * truncated", ""),
+        ),
+        ("A truncation is treated as a termination", clock_spinning_up, ("if terminal:", "if terminal or timeout:")),
+        (
+            "A termination is treated as a truncation",
+            clock_stable_baselines,
+            ("final_values * truncated", "final_values * (terminated | truncated)"),
+        ),
+        (
+            "terminated and truncated are swapped",
+            clock_hands_on,
+            ("next_values[truncated] = final_values[truncated]", "next_values[terminated] = final_values[terminated]"),
+            ("(1 - terminated.int()) - values", "(1 - truncated.int()) - values"),
+        ),
+        (
+            "After a truncation it bootstraps from the reset observation",
+            clock_cleanrl,
+            ("torch.where(truncated[:, t], final_values[:, t], nextvalues)", "nextvalues"),
+        ),
+        (
+            "After a truncation it bootstraps from values[:, t]",
+            clock_hands_on,
+            ("= final_values[truncated]", "= values[truncated]"),
+        ),
+        (
+            "The chain is not cut at a truncation",
+            clock_cleanrl,
+            ("(1.0 - dones[:, t])", "(1.0 - terminated[:, t].float())"),
+        ),
+        (
+            "The chain is not cut at a termination",
+            clock_hands_on,
+            ("1 - terminated.int() - truncated", "1 - truncated"),
+        ),
+        ("The chain is not cut: delta is right", clock_cleanrl, (" * (1.0 - dones[:, t])", "")),
+        (
+            "The truncations are ignored",
+            clock_stable_baselines,
+            (" + gamma * final_values * truncated", ""),
+            ("(terminated | truncated)", "terminated"),
+        ),
+        (
+            "V of the last observation is added to the reward, but the row goes on",
+            clock_stable_baselines,
+            ("(terminated | truncated)", "terminated"),
+        ),
+        (
+            "The ends are never used",
+            clock_cleanrl,
+            ("torch.where(truncated[:, t], final_values[:, t], nextvalues)", "nextvalues"),
+            (" * (1.0 - terminated[:, t].float())", ""),
+            (" * (1.0 - dones[:, t])", ""),
+        ),
+        (
+            "V of the last observation is not discounted",
+            clock_stable_baselines,
+            ("gamma * final_values", "final_values"),
+        ),
+        ("last_values are never used", clock_spinning_up, ("last_values[i].item()", "0.0")),
+        (
+            "The last column bootstraps from last_values even where",
+            clock_spinning_up,
+            ("if timeout:", "if timeout and not epoch_ended:"),
+            ("if terminal:", "if terminal and not epoch_ended:"),
+        ),
+        ("These are the value targets", clock_cleanrl, ("return advantages", "return advantages + values")),
+        (None, clock_hands_on, ("= final_values[truncated]", "= rewards[truncated]")),
+        (None, clock_spinning_up, ("if terminal:", "if terminal and path_start:")),
     ],
     "advantages_and_targets": [
         (

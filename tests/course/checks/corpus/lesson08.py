@@ -25,7 +25,7 @@ def pair_by_bce_of_probabilities(chosen, rejected):
 # 8.2 ranking_loss ----------------------------------------------------------------------------------------------------
 
 
-def ranking_by_combinations(rewards, scores):  # InstructGPT's own description, one prompt a batch element
+def ranking_by_combinations(rewards, scores):  # InstructGPT's own description, one prompt per batch element
     losses = []
     for r, s in zip(rewards, scores, strict=True):
         per_prompt = []

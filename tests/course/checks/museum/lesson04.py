@@ -18,6 +18,16 @@ def gae(rewards, values, ends, last_values, gamma, lam):
     return adv
 
 
+def gae_with_truncation(rewards, values, terminated, truncated, final_values, last_values, gamma, lam):
+    over = terminated | truncated
+    after = torch.cat([values[:, 1:], last_values.unsqueeze(1)], 1).where(~over, final_values * truncated)
+    delta = rewards + gamma * after - values
+    adv, last = torch.zeros_like(rewards), 0
+    for t in reversed(range(rewards.shape[1])):
+        last = adv[:, t] = delta[:, t] + gamma * lam * last * ~over[:, t]
+    return adv
+
+
 def gae_with_next_done(rewards, values, ends, last_values, gamma, lam):
     done = ends.to(rewards.dtype)
     adv, last = torch.zeros_like(rewards), 0
@@ -55,6 +65,14 @@ WRONG = {
          ("following * alive", "following")),
         (21, "The ends are never used", gae, ("following * alive", "following"), (" * alive[:, t]", "")),
         ("-", "lam and gamma are swapped", gae, ("last_values, gamma, lam)", "last_values, lam, gamma)")),
+    ],
+    "gae_with_truncation": [
+        (21, "The chain is not cut: delta is right, but advantages flow back over ends of both kinds.",
+         gae_with_truncation, (" * ~over[:, t]", "")),
+        (22, "A termination is treated as a truncation", gae_with_truncation,
+         ("final_values * truncated", "final_values")),
+        ("-", "A truncation is treated as a termination", gae_with_truncation,
+         ("final_values * truncated", "torch.zeros_like(values)")),
     ],
     "n_step_advantages": [(21, "The sum crosses the end of the episode", n_steps_across_ends)],
 }  # fmt: skip
