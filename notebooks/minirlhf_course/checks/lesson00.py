@@ -30,7 +30,7 @@ def _cases() -> list[Case]:
     "the mean of what counts",
     difficulty=1,
     minutes=3,
-    task="Answers have different lengths, so every mean of the course has a **mask**: True on what counts. "
+    task="Answers have different lengths, so every mean in this course takes a **mask**: True for what counts. "
     "Write that mean. Try a wrong version first, for instance `x.mean()`, and see what the check says.",
     cases=_cases,
     suspects={

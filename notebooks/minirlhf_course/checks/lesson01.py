@@ -209,7 +209,7 @@ def _over_rows(logits: Tensor) -> Any:
     observe=_sample_observe,
 )
 def sample_actions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw an action a row: logits [N, A] give (actions [N] (int), logprobs [N] with their gradient)."""
+    """Draw one action per row: logits [N, A] give (actions [N] (int), logprobs [N] with their gradient)."""
     actions = torch.multinomial(logits.detach().softmax(-1), 1)
     return actions.squeeze(-1), logits.log_softmax(-1).gather(-1, actions).squeeze(-1)
 
@@ -338,7 +338,7 @@ def _centred(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     ),
 )
 def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """The return of every step, inside of its episode: rewards [N, T] and ends [N, T] (bool) give [N, T]."""
+    """The return of every step, within its episode: rewards [N, T] and ends [N, T] (bool) give [N, T]."""
     return returns.discounted_returns(rewards, ends, gamma)
 
 
@@ -373,7 +373,7 @@ def _loss_cases() -> list[Case]:
         "The minus sign is missing: the optimizer minimises, so this would make good actions rarer.": (
             lambda lp, g, gamma: (_powers(lp, gamma) * g.detach() * lp).mean()
         ),
-        "gamma^t is missing: Sutton's update weighs step t by gamma^t, beside the discount inside of G_t.": (
+        "gamma^t is missing: Sutton's update weighs step t by gamma^t, besides the discount inside G_t.": (
             lambda lp, g, gamma: -(g.detach() * lp).mean()
         ),
         "Off by one in gamma^t: the first step has t = 0 and weight 1.": (

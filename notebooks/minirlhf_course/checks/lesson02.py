@@ -33,8 +33,9 @@ def _g(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     "return minus baseline",
     difficulty=1,
     minutes=5,
-    task="The advantage estimate of REINFORCE with a baseline is $G_t - V(S_t)$. Mind what is a constant: the policy's "
-    "loss will be built on it, and must not train the baseline. You may use `discounted_returns` from lesson 01.",
+    task="The advantage estimate of REINFORCE with a baseline is $G_t - V(S_t)$. Mind what must be constant: "
+    "the policy's loss will be built on this, and must not train the baseline. You may use `discounted_returns` "
+    "from lesson 01.",
     cases=_advantage_cases,
     suspects={
         "This is r - V: subtract the value from the whole return G, or every later reward is ignored.": (
@@ -239,7 +240,7 @@ def _best_cases() -> list[Case]:
     ),
 )
 def best_baseline(scores: Tensor, returns: Tensor) -> Tensor:
-    """The b that makes (G - b) s least noisy: scores [S, P], one row a sample, and returns [S] give a 0-d tensor."""
+    """The b that makes (G - b) s least noisy: scores [S, P], one row per sample, and returns [S] give a 0-d tensor."""
     weights = scores.square().sum(1)
     return (weights * returns).sum() / weights.sum()
 

@@ -401,7 +401,7 @@ def _terms(logits: Tensor) -> Tensor:
             lambda z: -(z.softmax(-1) * z.softmax(-1).log()).sum(-1)
         ),
         "It averages over the actions: sum them.": lambda z: _terms(z).mean(-1),
-        "It sums over everything: one entropy a row of logits, sum over the last dimension alone.": (
+        "It sums over everything: one entropy per row of logits, sum over the last dimension alone.": (
             lambda z: _terms(z).sum()
         ),
         "It is in bits: use the natural logarithm.": lambda z: _terms(z).sum(-1) / log(2),
