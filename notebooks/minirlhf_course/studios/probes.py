@@ -33,6 +33,8 @@ class Probe:
         length: steps of an episode.
         cut: whether its end is a time limit.
         tells_time: whether the observation tells the time; else the kind only.
+        remembers: whether the kind becomes the first action, so that observations tell it.
+        cycle: the time that observations tell begins again after so many steps.
     """
 
     def __init__(
@@ -43,29 +45,34 @@ class Probe:
         *,
         cut: bool = False,
         tells_time: bool = True,
+        remembers: bool = False,
+        cycle: int | None = None,
     ) -> None:
-        self._pays, self._kinds, self._length, self._cut, self._tells_time = pays, kinds, length, cut, tells_time
-        self.size = kinds * ((length + 1) if tells_time else 1)
+        self._pays, self._kinds, self.length, self._cut = pays, kinds, length, cut
+        self._cycle = (cycle or length + 1) if tells_time else 1
+        self._remembers = remembers
+        self.size = kinds * self._cycle
         self._random = np.random.default_rng(0)
         self._kind = self._time = self._first = 0
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         if seed is not None:
             self._random = np.random.default_rng(seed)
-        self._kind, self._time = int(self._random.integers(self._kinds)), 0
+        self._kind, self._time = 0 if self._remembers else int(self._random.integers(self._kinds)), 0
         return self.observation(self._kind, 0), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self._time == 0:
             self._first = action
+            self._kind = action if self._remembers else self._kind
         reward = self._pays(self._kind, self._time, self._first, action)
         self._time += 1
-        over = self._time == self._length
+        over = self._time == self.length
         return self.observation(self._kind, self._time), reward, over and not self._cut, over and self._cut, {}
 
     def observation(self, kind: int, time: int) -> np.ndarray:
         row = np.zeros(self.size, dtype=np.float32)
-        row[kind + self._kinds * time if self._tells_time else kind] = 1.0
+        row[kind + self._kinds * (time % self._cycle)] = 1.0
         return row
 
 
@@ -124,7 +131,7 @@ TASKS = (
     ),
     Task(
         "probe 4, delayed: the first action is paid for two steps later",
-        lambda: Probe(lambda kind, time, first, action: 4.0 * first * (time == 2), length=3),
+        lambda: Probe(lambda kind, time, first, action: 4.0 * first * (time == 2), kinds=2, length=3, remembers=True),
         (_p("first step", 0, 0, 1.0),),
         "the credit: the weight of a step is what comes after it, not its own reward.",
         (7, 10, 12),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,12 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from minirlhf.control.evaluation import evaluate
-from minirlhf.control.policies import CategoricalPolicy, Networks, make_networks
+from minirlhf.control.policies import CategoricalPolicy, Networks, ValueNetwork, make_networks
 from minirlhf_course.studios import probes
 from minirlhf_course.studios.environments import cartpole
 from minirlhf_course.studios.session import Trainer, watch
 from minirlhf_course.studios.studio import Failure, Notes
-from minirlhf_course.tiny import TinyMDP, chain
+from minirlhf_course.tiny import TinyMDP
 
 # --- The exact gradient. ---
 
@@ -52,20 +51,36 @@ class Tabled:
         return row
 
 
-def average_gradient(trainer: Trainer, settings: dict[str, Any], *, episodes: int = 3000) -> Failure | None:
-    """Whether the gradient of a first update on very many episodes points where the exact one does."""
-    problem = dataclasses.replace(chain(3, step_reward=-0.3), gamma=0.8).with_horizon(6)
+def fixed_length(steps: int = 3) -> TinyMDP:
+    """Three states, two actions, drawn tables, and every episode ends after so many steps."""
+    generator = torch.Generator().manual_seed(1)
+    moves = torch.rand(3, 2, 3, generator=generator, dtype=torch.float64).square()
+    rewards = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    names = (("s0", "s1", "s2"), ("a0", "a1"))
+    start = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    return TinyMDP(moves / moves.sum(-1, keepdim=True), rewards, start, 0.8, *names).with_horizon(steps)
+
+
+def average_gradient(
+    trainer: Trainer, settings: dict[str, Any], problem: TinyMDP, *, episodes: int = 3000, values: bool = False
+) -> Failure | None:
+    """Whether the gradient of a first update on very many episodes points where the exact one does.
+
+    With `values` the trainer has a value network that knows the true values.
+    """
     states, actions = problem.shape
-    policy = CategoricalPolicy(nn.Identity(), nn.Linear(states, actions, bias=False))
     theta = 0.5 * torch.randn(problem.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy = CategoricalPolicy(nn.Identity(), nn.Linear(states, actions, bias=False))
+    critic = ValueNetwork(nn.Identity(), nn.Linear(states, 1, bias=False))
     policy.head.load_state_dict({"weight": theta.t().float()})
+    critic.head.load_state_dict({"weight": problem.values(theta).unsqueeze(0).float()})
     run = watch(
         trainer,
         lambda n: Tabled(problem),
-        Networks(policy, probes.networks(states).values),
-        {**settings, "gamma": problem.gamma},
+        Networks(policy, critic),
+        {**settings, "gamma": problem.gamma, "total_steps": 1},
         num_envs=episodes,
-        without_values=True,
+        without_values=not values,
     )
     if run.fault:
         return Failure(run.fault)
@@ -135,7 +150,7 @@ def same_as_package(
 
     def make() -> probes.Probe:
         # Every step pays for the action; the second kind of pay makes the returns differ.
-        return probes.Probe(lambda kind, time, first, action: 1.0 + action - 0.5 * (time % 2), length=length)
+        return probes.Probe(lambda kind, time, first, action: 1.0 + action - 0.5 * (time % 2), length=length, cycle=5)
 
     num_envs, size = 4, make().size
     theirs, ours = probes.networks(size, shared=shared), probes.networks(size, shared=shared)

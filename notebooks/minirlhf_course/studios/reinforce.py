@@ -30,6 +30,7 @@ from minirlhf_course.studios.probes import TASKS, draws, probe
 from minirlhf_course.studios.referee import average_gradient, cartpole_runs, same_as_package
 from minirlhf_course.studios.session import Run, Trainer, Update, watch
 from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
+from minirlhf_course.tiny import chain
 
 SETTINGS: dict[str, Any] = {
     "gamma": 0.5,
@@ -258,7 +259,7 @@ def _probe(index: int) -> Property:
     of_values = task.questions[0].of_values
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
-        settings = {**PROBE, "total_steps": 16 * 120 * task.make()._length}
+        settings = {**PROBE, "total_steps": 16 * 120 * task.make().length}
         for values in (True,) if of_values else (True, False):
             failure = probe(task, trainer, settings, values=values)
             if failure:
@@ -269,7 +270,8 @@ def _probe(index: int) -> Property:
 
 
 def exact_on_average(trainer: Trainer, notes: Notes) -> Failure | None:
-    return average_gradient(trainer, {**SETTINGS, "weigh_by_gamma_t": True, "total_steps": 1})
+    problem = replace(chain(3, step_reward=-0.3), gamma=0.8).with_horizon(6)
+    return average_gradient(trainer, {**SETTINGS, "weigh_by_gamma_t": True}, problem)
 
 
 def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
@@ -280,6 +282,8 @@ def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
     ) or same_as_package(trainer, train_reinforce_with_baseline, BaselineConfig, {**options, **more}, {}, notes)
 
 
+# Best evaluation of the solution within the budget, seeds 0 to 7: with a baseline 489 to 500; without, seven reach 466
+# or more, and one stays at 235. So the level without a baseline is one that bad luck reaches too.
 CARTPOLE = {**SETTINGS, "gamma": 0.99, "value_updates": 10, "total_steps": 50_000}
 
 

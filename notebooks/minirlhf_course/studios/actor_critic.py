@@ -1,0 +1,424 @@
+"""Studio 2: actor-critic, one step or n steps before an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.control.actor_critic import A2CConfig, ActorCriticConfig, train_a2c, train_actor_critic
+from minirlhf_course.studios import ledger
+from minirlhf_course.studios.ledger import F64, Batch, batch_of, discounted, errors_of, parallel, weights_of
+from minirlhf_course.studios.mistakes import DEAD, DETACH, EARLY, KEPT, shifted, whitened
+from minirlhf_course.studios.probes import TASKS, draws, probe
+from minirlhf_course.studios.referee import average_gradient, cartpole_runs, fixed_length, same_as_package
+from minirlhf_course.studios.session import Run, Trainer, Update, watch
+from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
+
+SETTINGS: dict[str, Any] = {
+    "n": 1,
+    "gamma": 0.5,
+    "lr": 1e-3,
+    "value_lr": 3e-3,
+    "max_grad_norm": 0.5,
+    "weigh_by_gamma_t": False,
+}
+GAMMA = SETTINGS["gamma"]
+
+STUB = '''
+def my_actor_critic(
+    envs, policy, values, *, total_steps, n, gamma, lr, value_lr,
+    max_grad_norm, weigh_by_gamma_t, generator,
+):
+    """Actor-critic with an update every n steps: trains in place, returns the log."""
+    ...  # your code here
+'''.strip()
+
+HINTS = (
+    "Reset once, before the loop; then `now = step.observations` carries each environment on, from one iteration into the "
+    "next. Keep the n `step`s, `torch.stack` observations and actions to [n, N].",
+    "Backwards over the n steps, beginning with `following = values(steps[-1].next_observations)`. In each step: where it "
+    "was truncated, `following` is `values(step.next_observations)`; where it terminated, 0; then it becomes "
+    "`step.rewards + gamma * following`, which is the target. All under `torch.no_grad()`.",
+    "`v = values(observations)`, `deltas = (targets - v).detach()`. The critic's loss is `0.5 * (v - targets).square().mean()`, "
+    "the actor's `-(I * deltas * logprobs).mean()`. After a step, `I = torch.where(ended, 1, gamma * I)`.",
+)
+
+
+# --- Targets of every step [N, T]: right ones, and those of known mistakes. ---
+
+
+def _targets(batch: Batch, gamma: float, follows: Tensor, v_after: Tensor, stop: Tensor | None = None) -> Tensor:
+    """R + gamma v_after where `follows`, R + gamma (the next target) elsewhere; nothing after `stop`."""
+    last = torch.zeros_like(batch.ends)
+    last[:, -1] = True
+    stop = batch.ends | last if stop is None else stop
+    return discounted(batch, batch.rewards, gamma, stop=stop | follows, extra=gamma * torch.where(follows, v_after, 0.0))
+
+
+def _cut(batch: Batch) -> Tensor:
+    """Where v of what followed stands for all that would have come: time limits, and the last of the n steps."""
+    cut = batch.truncated.clone()
+    cut[:, -1] = ~batch.terminated[:, -1]
+    return cut
+
+
+def _right(batch: Batch, gamma: float) -> Tensor:
+    return _targets(batch, gamma, _cut(batch), batch.v_after)
+
+
+def _late(batch: Batch, flags: Tensor) -> Tensor:
+    late = torch.zeros_like(flags)
+    late[:, 1:] = flags[:, :-1]
+    return late
+
+
+def _across(batch: Batch, gamma: float) -> Tensor:
+    last = torch.zeros_like(batch.ends)
+    last[:, -1] = True
+    return _targets(batch, gamma, last, batch.v_now, stop=last)
+
+
+def _swapped(batch: Batch, gamma: float) -> Tensor:
+    moved = batch._replace(terminated=_late(batch, batch.ends), truncated=torch.zeros_like(batch.ends))
+    return _targets(moved, gamma, _cut(moved), batch.v_now)
+
+
+def _one_step(batch: Batch, gamma: float) -> Tensor:
+    return batch.rewards + gamma * torch.where(batch.terminated, 0.0, batch.v_after)
+
+
+TARGETS: dict[str, Callable[[Batch, float], Tensor]] = {
+    "A terminated episode is treated as a truncated one (bug 22): v(terminal) is 0.": lambda b, g: _targets(
+        b, g, _cut(b) | b.ends, b.v_after
+    ),
+    "A truncated episode is treated as a terminated one: v of its last observation is missing.": lambda b, g: _targets(
+        b, g, _cut(b) & ~b.truncated, b.v_after
+    ),
+    "A truncated episode bootstraps from the wrong observation: step.observations is the next episode's first one, "
+    "step.next_observations what followed.": lambda b, g: _targets(b, g, _cut(b), b.v_now),
+    "An end is ignored: the target runs into the next episode (bug 26).": _across,
+    "done and next_done are swapped (bug 12): an end cuts a step later than it should.": _swapped,
+    "Nothing stands for what comes after the last of the n steps: bootstrap from v of its next_observations.": (
+        lambda b, g: _targets(b, g, _cut(b) & b.truncated, b.v_after)
+    ),
+    "Every target looks one step ahead: with n > 1 it sums rewards up to the last of the n steps.": _one_step,
+    "A step's reward is its whole target: A = r - V (bug 7).": lambda b, g: b.rewards,
+    "The discount is missing.": lambda b, g: _right(b, 1.0),
+    "v of what follows is not discounted.": lambda b, g: _targets(b, g, _cut(b), b.v_after / g),
+    "A step's reward is stored a step early (bug 10).": lambda b, g: _right(
+        b._replace(rewards=shifted(b.rewards, 1)), g
+    ),
+    "A step's reward is stored a step late.": lambda b, g: _right(b._replace(rewards=shifted(b.rewards, -1)), g),
+}
+
+
+Weights = Callable[[Batch, Tensor, bool], Tensor]
+
+
+def _factor(times: Tensor, by_gamma_t: bool) -> Tensor:
+    return GAMMA ** times.double() if by_gamma_t else torch.ones_like(times, dtype=F64)
+
+
+def _right_weights(batch: Batch, times: Tensor, by_gamma_t: bool) -> Tensor:
+    return (_right(batch, GAMMA) - batch.v) * _factor(times, by_gamma_t)
+
+
+def _with(targets: Callable[[Batch, float], Tensor]) -> Weights:
+    return lambda b, times, i: (targets(b, GAMMA) - b.v) * _factor(times, i)
+
+
+KNOWN: dict[str, Weights] = {
+    "The minus sign is missing: an optimizer minimises, so good actions become rarer (bug 6).": (
+        lambda b, times, i: -_right_weights(b, times, i)
+    ),
+    **{sentence: _with(targets) for sentence, targets in TARGETS.items()},
+    "The baseline is missing: weights are targets, and not targets minus v.": lambda b, times, i: (
+        _right(b, GAMMA) * _factor(times, i)
+    ),
+    "Advantages are whitened: the specification normalises nothing.": lambda b, times, i: (
+        whitened(b, _right(b, GAMMA) - b.v) * _factor(times, i)
+    ),
+    "gamma^t is there where it should not be, or missing where it should: look at weigh_by_gamma_t.": (
+        lambda b, times, i: _right_weights(b, times, not i)
+    ),
+    "gamma^t counts from the start of the n steps: t is the time since the start of the episode.": (
+        lambda b, times, i: (_right(b, GAMMA) - b.v) * _factor(torch.arange(b.v.shape[1]).expand_as(times), i)
+    ),
+    "I = gamma^t goes on over the end of an episode: it begins again at 1.": (
+        lambda b, times, i: (_right(b, GAMMA) - b.v) * _factor(times.cummax(1).values, i)
+    ),
+}
+
+MOVING = (
+    "The critic's target has a gradient of its own: R + gamma v(S') is held fixed (a semi-gradient). Compute it under "
+    "torch.no_grad(), or detach it."
+)
+
+
+# --- The properties. ---
+
+SIZES = ((1, 24), (5, 60))
+"""(n, total_steps) of the runs on the ledger, with 4 environments."""
+
+
+def _watched(trainer: Trainer, n: int, total_steps: int, by_gamma_t: bool = False) -> Run:
+    problem = ledger.drawn(environments=4, steps=40, seed=n)
+    settings = {**SETTINGS, "n": n, "weigh_by_gamma_t": by_gamma_t, "total_steps": total_steps}
+    return watch(trainer, problem.make, problem.networks(n), settings, num_envs=4)
+
+
+def keeps_its_shape(trainer: Trainer, notes: Notes) -> Failure | None:
+    for n, total_steps in SIZES:
+        problem = _shape_problem(_watched(trainer, n, total_steps), n, total_steps)
+        if problem:
+            return Failure(f"{problem}\nCalled with 4 environments, n={n}, total_steps={total_steps}.")
+    return None
+
+
+def _shape_problem(run: Run, n: int, total_steps: int) -> str:
+    if run.fault:
+        return run.fault
+    if not any(iteration.of("policy") for iteration in run.iterations):
+        return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
+    for number, iteration in enumerate(run.iterations):
+        if any(not bool(x.isfinite().all()) for update in iteration.updates for x in update.gradients.values()):
+            return f"In iteration {number + 1} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
+        if len(iteration.played) != n or not iteration.updates:
+            return f"Iteration {number + 1} plays {len(iteration.played)} steps per environment, not {n}."
+        if iteration.resets != ([0] if number == 0 else []):
+            return "envs.reset() is for the very beginning: ended episodes begin again by themselves."
+        for part, name in (("policy", "policy"), ("values", "value network")):
+            if len(iteration.of(part)) > 1:
+                return f"Iteration {number + 1} has {len(iteration.of(part))} updates of the {name}, not one."
+    right = -(-total_steps // (4 * n))
+    if len(run.iterations) != right:
+        return f"It makes {len(run.iterations)} iterations, and {right} reach total_steps."
+    return ""
+
+
+def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
+    for n, total_steps in SIZES:
+        run = _watched(trainer, n, total_steps)
+        problem = run.fault or _log_problem(run, n)
+        if problem:
+            return Failure(problem)
+    return None
+
+
+def _log_problem(run: Run, n: int) -> str:
+    log = run.log
+    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
+        return "What it returns is not a list with a dict per iteration."
+    if len(log) != len(run.iterations):
+        return f"It returns {len(log)} rows of its log, and made {len(run.iterations)} iterations."
+    for number, (row, iteration) in enumerate(zip(log, run.iterations, strict=True)):
+        batch = batch_of(iteration, iteration.updates[0].weights)
+        loss = 0.5 * (batch.v - _right(batch, GAMMA)).square().mean()
+        for key, right in {"env_steps": 4.0 * n * (number + 1), "value_loss": float(loss)}.items():
+            if key not in row:
+                return f"The rows of its log have no {key!r}."
+            if abs(float(row[key]) - right) > 1e-4 * max(1.0, abs(right)):
+                return f"Row {number} of its log says {key} {float(row[key]):g}; it is {right:g}."
+    return ""
+
+
+def _times(run: Run) -> list[Tensor]:
+    """The time of every step since the start of its episode, [N, T] for each iteration."""
+    clock, found = torch.zeros(4, dtype=torch.int64), []
+    for iteration in run.iterations:
+        columns = []
+        for row in iteration.played:
+            columns.append(clock)
+            clock = torch.where(row.step.terminated | row.step.truncated, 0, clock + 1)
+        found.append(torch.stack(columns, 1))
+    return found
+
+
+def actor_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
+    failing: tuple[Batch, Tensor, Tensor, str] | None = None
+    seen = []
+    kept = early = True
+    for n, total_steps in SIZES:
+        for by_gamma_t in (False, True):
+            run = _watched(trainer, n, total_steps, by_gamma_t)
+            if run.fault:
+                return Failure(run.fault)
+            for number, (iteration, times) in enumerate(zip(run.iterations, _times(run), strict=True)):
+                batch = batch_of(iteration, iteration.updates[0].weights)
+                if not iteration.of("policy"):
+                    return Failure(f"In iteration {number + 1} no update has a gradient of the policy.")
+                update = iteration.of("policy")[0]
+                got, right = weights_of(update, batch), _right_weights(batch, times, by_gamma_t)
+                assert got is not None
+                stray = ledger.outside(update, batch)
+                if parallel(got, right) and not stray:
+                    kept = kept and number == 0
+                    continue
+                kept = kept and stray
+                learned = batch_of(iteration, update.weights)
+                early = early and parallel(got, _right_weights(learned, times, by_gamma_t))
+                seen.append((got, (batch, times, by_gamma_t)))
+                where = f"iteration {number + 1}, n={n}, gamma {GAMMA}, weigh_by_gamma_t={by_gamma_t}"
+                failing = failing or (batch, right, got, where)
+    if failing is None:
+        return None
+    batch, right, got, where = failing
+    named = KEPT if kept else EARLY if early else ledger.suspect(KNOWN, seen)
+    return Failure(ledger.shown_row(batch, right, got, "weight of log pi", where), named)
+
+
+def critic_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
+    failing: tuple[Batch, Tensor, Tensor, str, Update] | None = None
+    seen = []
+    for n, total_steps in SIZES:
+        run = _watched(trainer, n, total_steps)
+        if run.fault:
+            return Failure(run.fault)
+        for number, iteration in enumerate(run.iterations):
+            where = f"iteration {number + 1}, n={n}, gamma {GAMMA}"
+            if not iteration.of("values"):
+                return Failure(f"In {where} no update has a gradient of the value network.", DEAD)
+            update = iteration.of("values")[0]
+            batch = batch_of(iteration, update.weights)
+            got, size = errors_of(update), len(batch.table)
+            assert got is not None
+            right = ledger.at(batch.states, batch.v - _right(batch, GAMMA), size)
+            if not parallel(got, right):
+                seen.append((got, batch))
+                failing = failing or (batch, right, got, where, iteration.updates[0])
+    if failing is None:
+        return None
+    batch, right, got, where, first = failing
+    rows = [x[batch.states] for x in (right, got)]
+    return Failure(
+        ledger.shown_row(batch, rows[0], rows[1], "v - target", where), _critic_name(batch, right, got, first, seen)
+    )
+
+
+def _critic_name(
+    batch: Batch, right: Tensor, got: Tensor, first: Update, seen: list[tuple[Tensor, Batch]]
+) -> str:
+    if all(parallel(x, moving_gradient(b)) for x, b in seen):
+        return MOVING
+    logprobs = ledger.probabilities(first)[batch.states, batch.actions].log()
+    if ledger.combines(got, [right, ledger.at(batch.states, logprobs, len(got))]):
+        return DETACH
+    if all(parallel(-x, ledger.at(b.states, b.v - _right(b, GAMMA), len(x))) for x, b in seen):
+        return "The value loss has the wrong sign (bug 6): the value network runs away from its targets."
+    whole = {
+        **TARGETS,
+        "The targets are advantages: R - v for R.": lambda b, g: _right(b, g) - b.v,
+        "The targets are whitened (bug 1): v learns numbers of another size.": lambda b, g: whitened(b, _right(b, g)),
+        "The targets are whitened advantages plus v (bug 1).": lambda b, g: whitened(b, _right(b, g) - b.v) + b.v,
+    }
+    for sentence, targets in whole.items():
+        if all(parallel(x, ledger.at(b.states, b.v - targets(b, GAMMA), len(x))) for x, b in seen):
+            return f"In the critic: {sentence}"
+    return ""
+
+
+def moving_gradient(batch: Batch) -> Tensor:
+    """The gradient [S] of the value loss if the targets are not held fixed."""
+    table = batch.table.clone().requires_grad_()
+    moving = batch._replace(v=table[batch.states], v_after=table[batch.after])
+    loss = (moving.v - _right(moving, GAMMA)).square().sum()
+    return torch.autograd.grad(loss, table)[0]
+
+
+PROBE = {**SETTINGS, "lr": 0.02, "value_lr": 0.03, "max_grad_norm": 10.0}
+
+
+def _probe(index: int) -> Property:
+    task = TASKS[index]
+
+    def fails(trainer: Trainer, notes: Notes) -> Failure | None:
+        return probe(task, trainer, {**PROBE, "total_steps": 16 * 400})
+
+    return Property(task.title, fails, task.look, task.bugs)
+
+
+def exact_on_average(trainer: Trainer, notes: Notes) -> Failure | None:
+    problem = fixed_length(3)
+    return average_gradient(trainer, {**SETTINGS, "n": 3, "weigh_by_gamma_t": True}, problem, values=True)
+
+
+def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
+    options = {name: SETTINGS[name] for name in ("gamma", "lr", "value_lr", "max_grad_norm")}
+    endless: dict[str, Any] = {"length": 10**6, "total_steps": 256}
+    plain = {"value_updates": 1, "lam": None, "n_step": 4, "rollout_steps": 4, "whiten_advantages": False}
+    return same_as_package(
+        trainer, train_actor_critic, ActorCriticConfig, {**options, "weigh_by_gamma_t": True}, {"n": 1}, notes, **endless
+    ) or same_as_package(
+        trainer,
+        train_a2c,
+        lambda **given: A2CConfig(**given, **plain),  # type: ignore[arg-type]
+        options,
+        {"n": 4, "weigh_by_gamma_t": False},
+        notes,
+        **endless,
+    )
+
+
+CARTPOLE = {**SETTINGS, "gamma": 0.99, "total_steps": 60_000}
+
+
+def solves_cartpole(trainer: Trainer, notes: Notes) -> Failure | None:
+    return cartpole_runs(
+        trainer, {**CARTPOLE, "n": 8, "lr": 3e-3, "value_lr": 1e-2}, notes, "a2c", level=475.0, num_envs=16
+    ) or cartpole_runs(trainer, CARTPOLE, notes, "actor_critic", level=475.0, num_envs=16)
+
+
+actor_critic = Studio(
+    "actor_critic",
+    STUB,
+    HINTS,
+    (
+        Property(
+            "plays n steps, updates once, plays on, stops",
+            keeps_its_shape,
+            "the order of things: one reset before the loop, n steps, one step of the actor and one of the critic.",
+            gate=True,
+        ),
+        Property(
+            "draws its actions from the policy",
+            lambda trainer, notes: draws(trainer, {**SETTINGS, "lr": 1e-9, "total_steps": 64 * 40}),
+            "how the action is drawn: policy.sample(policy(observations), generator).",
+            (11, 28),
+        ),
+        Property(
+            "the actor: every step's log-probability is weighted by I delta",
+            actor_is_right,
+            "the targets, backwards; what follows an end; and where I begins again.",
+            (6, 7, 10, 12, 22, 26),
+        ),
+        Property(
+            "the critic: v moves to a target that is held fixed",
+            critic_is_right,
+            "the value loss: its targets, its sign, and through what its gradient flows.",
+            (1, 6, 22, 25, 26),
+        ),
+        Property("its log tells what happened", logs_what_happened, "the rows that it returns."),
+        Property(
+            "with the true v, the mean of its gradients is the exact one",
+            exact_on_average,
+            "gamma^t, v(terminal), and how actions are drawn.",
+            (6, 7, 10, 11, 22, 28),
+        ),
+        Property(
+            "from the same draws, the same weights as the package's two trainers",
+            equals_the_package,
+            "Adam's eps, the clipping of each gradient, and what the losses are divided by.",
+        ),
+        *(_probe(index) for index in range(len(TASKS))),
+        Property(
+            "CartPole: 475 on 3 seeds, with n = 8 and with n = 1",
+            solves_cartpole,
+            "the settings: are n, lr, gamma and max_grad_norm those that were given?",
+            last=True,
+        ),
+    ),
+)
+"""The studio of actor-critic."""
