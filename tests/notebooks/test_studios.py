@@ -64,7 +64,9 @@ def test_has_its_anatomy(path, notebook, studio):
 def test_ran_untouched_to_its_end(path, notebook, studio):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
-    assert not [output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     (shown,) = next(cell for cell in code if cell.source == studio.check_line).outputs
     assert shown.data["text/plain"].startswith(f"{studio.name}: not attempted"), "solved, or not run"
     images = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]

@@ -55,7 +55,9 @@ def _targets(batch: Batch, gamma: float, follows: Tensor, v_after: Tensor, stop:
     last = torch.zeros_like(batch.ends)
     last[:, -1] = True
     stop = batch.ends | last if stop is None else stop
-    return discounted(batch, batch.rewards, gamma, stop=stop | follows, extra=gamma * torch.where(follows, v_after, 0.0))
+    return discounted(
+        batch, batch.rewards, gamma, stop=stop | follows, extra=gamma * torch.where(follows, v_after, 0.0)
+    )
 
 
 def _cut(batch: Batch) -> Tensor:
@@ -69,7 +71,7 @@ def _right(batch: Batch, gamma: float) -> Tensor:
     return _targets(batch, gamma, _cut(batch), batch.v_after)
 
 
-def _late(batch: Batch, flags: Tensor) -> Tensor:
+def _late(flags: Tensor) -> Tensor:
     late = torch.zeros_like(flags)
     late[:, 1:] = flags[:, :-1]
     return late
@@ -81,14 +83,16 @@ def _across(batch: Batch, gamma: float) -> Tensor:
     return _targets(batch, gamma, last, batch.v_now, stop=last)
 
 
-def _swapped(batch: Batch, gamma: float) -> Tensor:
-    moved = batch._replace(terminated=_late(batch, batch.ends), truncated=torch.zeros_like(batch.ends))
-    return _targets(moved, gamma, _cut(moved), batch.v_now)
+def _swapped(batch: Batch, gamma: float, v_last: Tensor) -> Tensor:
+    moved = batch._replace(terminated=_late(batch.ends), truncated=torch.zeros_like(batch.ends))
+    return _targets(moved, gamma, _cut(moved), v_last)
 
 
 def _one_step(batch: Batch, gamma: float) -> Tensor:
     return batch.rewards + gamma * torch.where(batch.terminated, 0.0, batch.v_after)
 
+
+SWAPPED = "done and next_done are swapped (bug 12): an end cuts a step later than it should."
 
 TARGETS: dict[str, Callable[[Batch, float], Tensor]] = {
     "A terminated episode is treated as a truncated one (bug 22): v(terminal) is 0.": lambda b, g: _targets(
@@ -100,7 +104,8 @@ TARGETS: dict[str, Callable[[Batch, float], Tensor]] = {
     "A truncated episode bootstraps from the wrong observation: step.observations is the next episode's first one, "
     "step.next_observations what followed.": lambda b, g: _targets(b, g, _cut(b), b.v_now),
     "An end is ignored: the target runs into the next episode (bug 26).": _across,
-    "done and next_done are swapped (bug 12): an end cuts a step later than it should.": _swapped,
+    SWAPPED: lambda b, g: _swapped(b, g, b.v_now),
+    SWAPPED + " Ends are those of the step before.": lambda b, g: _swapped(b, g, b.v_after),
     "Nothing stands for what comes after the last of the n steps: bootstrap from v of its next_observations.": (
         lambda b, g: _targets(b, g, _cut(b) & b.truncated, b.v_after)
     ),
@@ -144,11 +149,11 @@ KNOWN: dict[str, Weights] = {
     "gamma^t is there where it should not be, or missing where it should: look at weigh_by_gamma_t.": (
         lambda b, times, i: _right_weights(b, times, not i)
     ),
-    "gamma^t counts from the start of the n steps: t is the time since the start of the episode.": (
-        lambda b, times, i: (_right(b, GAMMA) - b.v) * _factor(torch.arange(b.v.shape[1]).expand_as(times), i)
+    "gamma^t begins again with every n steps: I goes on from one iteration into the next.": lambda b, times, i: (
+        (_right(b, GAMMA) - b.v) * _factor(times.minimum(torch.arange(times.shape[1])), i)
     ),
-    "I = gamma^t goes on over the end of an episode: it begins again at 1.": (
-        lambda b, times, i: (_right(b, GAMMA) - b.v) * _factor(times.cummax(1).values, i)
+    "gamma^t goes on over the end of an episode: I begins again at 1 where an episode does.": lambda b, times, i: (
+        (_right(b, GAMMA) - b.v) * _factor(torch.arange(times.shape[1]).expand_as(times), i)
     ),
 }
 
@@ -298,9 +303,7 @@ def critic_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     )
 
 
-def _critic_name(
-    batch: Batch, right: Tensor, got: Tensor, first: Update, seen: list[tuple[Tensor, Batch]]
-) -> str:
+def _critic_name(batch: Batch, right: Tensor, got: Tensor, first: Update, seen: list[tuple[Tensor, Batch]]) -> str:
     if all(parallel(x, moving_gradient(b)) for x, b in seen):
         return MOVING
     logprobs = ledger.probabilities(first)[batch.states, batch.actions].log()
@@ -350,7 +353,13 @@ def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
     endless: dict[str, Any] = {"length": 10**6, "total_steps": 256}
     plain = {"value_updates": 1, "lam": None, "n_step": 4, "rollout_steps": 4, "whiten_advantages": False}
     return same_as_package(
-        trainer, train_actor_critic, ActorCriticConfig, {**options, "weigh_by_gamma_t": True}, {"n": 1}, notes, **endless
+        trainer,
+        train_actor_critic,
+        ActorCriticConfig,
+        {**options, "weigh_by_gamma_t": True},
+        {"n": 1},
+        notes,
+        **endless,
     ) or same_as_package(
         trainer,
         train_a2c,

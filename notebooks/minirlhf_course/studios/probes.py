@@ -173,14 +173,14 @@ def networks(size: int, seed: int = 0, *, shared: bool = False, hidden: int = 16
 
 
 def probe(
-    task: Task, trainer: Trainer, settings: dict[str, Any], *, num_envs: int = 16, values: bool = True
+    task: Task, trainer: Trainer, settings: dict[str, Any], *, num_envs: int = 16, values: bool = True, shared: bool = False
 ) -> Failure | None:
     """Train on a probe and ask its questions; without a value network only those about the policy."""
     size = task.make().size
     run = watch(
         trainer,
         lambda n: task.make(),
-        networks(size),
+        networks(size, shared=shared),
         {"gamma": GAMMA, **settings},
         num_envs=num_envs,
         watched=False,

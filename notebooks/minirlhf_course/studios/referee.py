@@ -51,14 +51,14 @@ class Tabled:
         return row
 
 
-def fixed_length(steps: int = 3) -> TinyMDP:
+def fixed_length(steps: int = 3, gamma: float = 0.8) -> TinyMDP:
     """Three states, two actions, drawn tables, and every episode ends after so many steps."""
     generator = torch.Generator().manual_seed(1)
     moves = torch.rand(3, 2, 3, generator=generator, dtype=torch.float64).square()
     rewards = torch.randn(3, 2, generator=generator, dtype=torch.float64)
     names = (("s0", "s1", "s2"), ("a0", "a1"))
     start = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    return TinyMDP(moves / moves.sum(-1, keepdim=True), rewards, start, 0.8, *names).with_horizon(steps)
+    return TinyMDP(moves / moves.sum(-1, keepdim=True), rewards, start, gamma, *names).with_horizon(steps)
 
 
 def average_gradient(
