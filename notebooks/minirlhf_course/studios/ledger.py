@@ -69,15 +69,33 @@ class Problem(NamedTuple):
         first = sum(_places(script) for script in self.scripts[:n])
         return Ledger(self.scripts[n], first, self.size)
 
-    def networks(self, seed: int = 0) -> Networks:
-        """Tables of logits and of values, each entry drawn."""
+    def networks(self, seed: int = 0, *, common: bool = False) -> Networks:
+        """Tables of logits and of values, each entry drawn; see `Common` for common."""
         generator = torch.Generator().manual_seed(seed)
-        policy = CategoricalPolicy(nn.Identity(), _table(self.size, ACTIONS, 0.5, generator))
+        table = _table(self.size, ACTIONS, 0.5, generator)
+        policy = CategoricalPolicy(nn.Identity(), Common(table.weight) if common else table)
         return Networks(policy, ValueNetwork(nn.Identity(), _table(self.size, 1, 1.0, generator)))
 
 
 def _places(script: Script) -> int:
     return sum(len(rewards) + 1 for rewards, _ in script)
+
+
+class Common(nn.Module):
+    """A table of logits, plus logits that all observations have in common and that learn faster.
+
+    So one step's update moves the ratios of others, and some of them the wrong way.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.common = weight, nn.Parameter(torch.zeros(ACTIONS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + FASTER * self.common
+
+
+FASTER = 3.0
 
 
 def _table(inputs: int, outputs: int, scale: float, generator: torch.Generator) -> nn.Linear:
@@ -165,7 +183,8 @@ def discounted(
 
 def probabilities(update: Update) -> Tensor:
     """pi [S, A] of the table at an update."""
-    return update.weights["policy.head.weight"].double().t().softmax(-1)
+    common = update.weights.get("policy.head.common", torch.zeros(ACTIONS))
+    return (update.weights["policy.head.weight"].t() + FASTER * common).double().softmax(-1)
 
 
 def weights_of(update: Update, batch: Batch) -> Tensor | None:

@@ -14,7 +14,7 @@ from minirlhf_course.studios import ledger
 from minirlhf_course.studios.advantages import ADVANTAGES, CLIPS, clip_weights, gae
 from minirlhf_course.studios.ledger import Batch, batch_of, errors_of, parallel, weights_of
 from minirlhf_course.studios.mistakes import DEAD, DETACH, KEPT, whitened
-from minirlhf_course.studios.probes import TASKS, draws, probe
+from minirlhf_course.studios.probes import TASKS, draws, networks, probe
 from minirlhf_course.studios.referee import average_gradient, cartpole_runs, fixed_length, same_as_package
 from minirlhf_course.studios.session import Iteration, Run, Trainer, Update, watch
 from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
@@ -61,7 +61,7 @@ HINTS = (
 
 def _watched(trainer: Trainer, **changes: Any) -> Run:
     problem = ledger.drawn(environments=N, steps=60, seed=5)
-    return watch(trainer, problem.make, problem.networks(5), {**SETTINGS, "total_steps": 48, **changes}, num_envs=N)
+    return watch(trainer, problem.make, problem.networks(5, common=True), {**SETTINGS, "total_steps": 48, **changes}, num_envs=N)
 
 
 def _parts(size: int) -> int:
@@ -74,7 +74,17 @@ def keeps_its_shape(trainer: Trainer, notes: Notes) -> Failure | None:
         problem = run.fault or _shape_problem(run, SETTINGS["epochs"] * _parts(size))
         if problem:
             return Failure(f"{problem}\nCalled with {N} environments, rollout_steps={T}, minibatch_size={size}, epochs=3.")
+    task = TASKS[4]
+    shared = networks(task.make().size, shared=True)
+    run = watch(trainer, lambda n: task.make(), shared, {**SETTINGS, "total_steps": 24}, num_envs=N)
+    if run.fault:
+        return Failure(f"{run.fault}\nCalled with networks that share their trunk.")
+    if any(update.twice for iteration in run.iterations for update in iteration.updates):
+        return Failure("Called with networks that share their trunk.", TWICE)
     return None
+
+
+TWICE = "The optimizer has the parameters of a shared trunk twice, and moves them twice: give it each of them once."
 
 
 def _shape_problem(run: Run, updates: int) -> str:

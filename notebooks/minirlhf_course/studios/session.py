@@ -40,6 +40,8 @@ class Update(NamedTuple):
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     """Before the step."""
+    twice: bool
+    """Whether the optimizer has a parameter more than once."""
 
 
 @dataclass
@@ -146,7 +148,7 @@ class Session:
         weights = {name: p.detach().clone() for p, name in self._names.items()}
         if not self.run.iterations:
             self.run.iterations.append(Iteration())
-        self.run.iterations[-1].updates.append(Update(gradients, weights))
+        self.run.iterations[-1].updates.append(Update(gradients, weights, len(own) > len(set(own))))
 
     def _current(self) -> Iteration:
         """The iteration that steps belong to: a new one once there were updates."""
