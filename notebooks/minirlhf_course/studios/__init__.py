@@ -15,9 +15,10 @@ In a studio's notebook:
 | `environments` | what a trainer is given to play in |
 | `session` | runs a trainer and watches: what it plays, the gradient of every update |
 | `ledger` | environments in which a gradient tells what weight each single step was given |
-| `mistakes` | what those weigh who make a known mistake |
+| `mistakes`, `targets`, `advantages` | what a step is worth to a right trainer, and to one with a known mistake |
 | `referee` | the exact gradient, the package's own trainer, CartPole |
 | `probes` | five problems that a right trainer solves in seconds, and how actions are drawn |
+| `equation9` | the terms of PPO's loss, its minibatches, its log |
 | `reinforce`, `actor_critic`, `ppo` | one studio each: its stub, its properties, its likely mistakes |
 
 Nothing here draws, and nothing of the package imports it.

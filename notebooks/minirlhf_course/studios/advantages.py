@@ -84,9 +84,7 @@ ADVANTAGES: dict[str, Callable[[Batch, float, float], Tensor]] = {
     "A step's reward is stored a step early (bug 10).": lambda b, g, lam: gae(
         b._replace(rewards=shifted(b.rewards, 1)), g, lam
     ),
-    "A step's reward is stored a step late.": lambda b, g, lam: gae(
-        b._replace(rewards=shifted(b.rewards, -1)), g, lam
-    ),
+    "A step's reward is stored a step late.": lambda b, g, lam: gae(b._replace(rewards=shifted(b.rewards, -1)), g, lam),
 }
 """What is wrong, and the advantages that it gives."""
 
@@ -107,8 +105,8 @@ CLIPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "min is taken before multiplying by A (bug 5): for A < 0 that is the wrong side.": lambda r, a, e: torch.where(
         r > 1 + e, 0.0, r * a
     ),
-    "Only the clipped ratio is left: outside of the range the slope is gone on both sides.": lambda r, a, e: torch.where(
-        (r - 1).abs() > e, 0.0, r * a
+    "Only the clipped ratio is left: outside of the range the slope is gone on both sides.": lambda r, a, e: (
+        torch.where((r - 1).abs() > e, 0.0, r * a)
     ),
 }
 """What is wrong, and the weight of log pi that it gives from ratio, advantage and clip range."""

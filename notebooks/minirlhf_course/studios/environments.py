@@ -87,7 +87,7 @@ class Environments:
         """Play one action in each environment: actions [N], integers."""
         if self._observations is None:
             raise RuntimeError("call envs.reset() before envs.step(actions)")
-        actions = torch.as_tensor(actions).detach()
+        actions = torch.as_tensor(actions).detach().clone()  # a trainer may use its tensor again
         if actions.shape != (self.num_envs,) or actions.is_floating_point():
             shape, kind = tuple(actions.shape), str(actions.dtype).removeprefix("torch.")
             raise ValueError(f"actions must be {self.num_envs} integers, [N], not {kind} of shape {shape}")

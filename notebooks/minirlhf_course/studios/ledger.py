@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         """Tables of logits and of values, each entry drawn; see `Common` for common."""
         generator = torch.Generator().manual_seed(seed)
         table = _table(self.size, ACTIONS, 0.5, generator)
-        policy = CategoricalPolicy(nn.Identity(), Common(table.weight) if common else table)
+        policy = CategoricalPolicy(nn.Identity(), Common(table.weight.detach()) if common else table)
         return Networks(policy, ValueNetwork(nn.Identity(), _table(self.size, 1, 1.0, generator)))
 
 
@@ -87,9 +87,9 @@ class Common(nn.Module):
     So one step's update moves the ratios of others, and some of them the wrong way.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight, self.common = weight, nn.Parameter(torch.zeros(ACTIONS))
+        self.weight, self.common = nn.Parameter(weight), nn.Parameter(torch.zeros(ACTIONS))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.t() + FASTER * self.common

@@ -173,7 +173,13 @@ def networks(size: int, seed: int = 0, *, shared: bool = False, hidden: int = 16
 
 
 def probe(
-    task: Task, trainer: Trainer, settings: dict[str, Any], *, num_envs: int = 16, values: bool = True, shared: bool = False
+    task: Task,
+    trainer: Trainer,
+    settings: dict[str, Any],
+    *,
+    num_envs: int = 16,
+    values: bool = True,
+    shared: bool = False,
 ) -> Failure | None:
     """Train on a probe and ask its questions; without a value network only those about the policy."""
     size = task.make().size

@@ -130,7 +130,7 @@ class Session:
 
     def after_step(self, observations: Tensor, actions: Tensor, step: Step) -> None:
         if self._watched:
-            self._current().played.append(Played(observations, actions, step))
+            self._current().played.append(Played(observations, actions, Step(*(x.clone() for x in step))))
 
     def evaluate(self) -> None:
         assert self._judge is not None
@@ -141,14 +141,21 @@ class Session:
     # As the optimizers' hook.
 
     def on_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        own = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
+        groups = optimizer.param_groups
+        own = {p: group for group in groups for p in group["params"] if p in self._names}
         if not own or not self._watched:
             return
-        gradients = {self._names[p]: p.grad.detach().clone() for p in own if p.grad is not None}
+        count = sum(p in own for group in groups for p in group["params"])
+        gradients = {
+            # Of a loss, whether the optimizer is to lower one or to raise an objective.
+            self._names[p]: (-1 if group.get("maximize") else 1) * p.grad.detach().clone()
+            for p, group in own.items()
+            if p.grad is not None
+        }
         weights = {name: p.detach().clone() for p, name in self._names.items()}
         if not self.run.iterations:
             self.run.iterations.append(Iteration())
-        self.run.iterations[-1].updates.append(Update(gradients, weights, len(own) > len(set(own))))
+        self.run.iterations[-1].updates.append(Update(gradients, weights, count > len(own)))
 
     def _current(self) -> Iteration:
         """The iteration that steps belong to: a new one once there were updates."""

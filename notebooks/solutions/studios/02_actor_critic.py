@@ -21,7 +21,7 @@ def my_actor_critic(
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr, eps=1e-5)
     value_optimizer = torch.optim.Adam(values.parameters(), lr=value_lr, eps=1e-5)
     now = envs.reset()
-    I = torch.ones(envs.num_envs)  # gamma^t, t from the start of each environment's episode
+    I = torch.ones(envs.num_envs)  # noqa: E741 (Sutton's name): gamma^t, t from the start of each one's episode
     log = []
 
     while envs.steps < total_steps:
@@ -37,7 +37,7 @@ def my_actor_critic(
             steps.append(step)
             now = step.observations
             if weigh_by_gamma_t:
-                I = torch.where(step.terminated | step.truncated, 1.0, gamma * I)
+                I = torch.where(step.terminated | step.truncated, 1.0, gamma * I)  # noqa: E741
         observations, actions, factors = torch.stack(observations), torch.stack(actions), torch.stack(factors)  # [n, N]
 
         # R + gamma R' + ... + gamma^k v: v where the episode was cut, by a time limit or by the last of the n steps;

@@ -1,4 +1,4 @@
-"""Trainers for the studio `actor_critic`: right ones in the styles of other courses, and bugs planted in the solution."""
+"""Trainers for the studio `actor_critic`: right ones in the styles of others, and bugs planted in the solution."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ BUGS = [
             (CUT, "pass"),
             (
                 OVER,
-                "if t > 0:\n                    following = torch.where(steps[t - 1].terminated | steps[t - 1].truncated, 0.0, following)",
+                "if t > 0:\n                    before = steps[t - 1].terminated | steps[t - 1].truncated\n"
+                "                    following = torch.where(before, 0.0, following)",
             ),
         ],
     ),
@@ -212,7 +213,8 @@ BUGS = [
         [
             (
                 LOSS,
-                "white = (targets - targets.mean()) / (targets.std(correction=0) + 1e-8)\n        value_loss = 0.5 * (v - white).square().mean()",
+                "white = (targets - targets.mean()) / (targets.std(correction=0) + 1e-8)\n"
+                "        value_loss = 0.5 * (v - white).square().mean()",
             )
         ],
     ),
@@ -248,7 +250,9 @@ BUGS = [
         [
             (
                 TARGET,
-                "following = torch.where(steps[t].terminated, 0.0, values(steps[t].next_observations))\n                "
+                "following = values(steps[t].next_observations)\n                "
+                + OVER
+                + "\n                "
                 + TARGET,
             )
         ],
@@ -259,7 +263,8 @@ BUGS = [
         [
             (
                 "        observations, actions, factors, steps = [], [], [], []\n",
-                "        observations, actions, factors, steps = [], [], [], []\n        I = torch.ones(envs.num_envs)\n",
+                "        observations, actions, factors, steps = [], [], [], []\n"
+                "        I = torch.ones(envs.num_envs)\n",
             )
         ],
     ),
