@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from pathlib import Path
@@ -76,10 +75,15 @@ def test_ran_untouched_to_its_end(path, notebook, studio):
 
 @pytest.mark.slow
 def test_passes_with_the_solution_pasted_in(path, notebook, studio):
+    """CartPole on three seeds too; the package's curves beside it are cut short, to save time."""
     text = (NOTEBOOKS / "solutions" / "studios" / f"{path.stem}.py").read_text(encoding="utf-8")
-    ast.parse(text)
     next(cell for cell in notebook.cells if cell.source == studio.stub).source = text
+    for cell in notebook.cells:
+        if "jupyter" in cell.metadata:
+            cell.source = re.sub(r"total_steps=\d+_000", "total_steps=6_000", cell.source)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(path.parent)}}).execute()
     (check,) = (cell for cell in notebook.cells if cell.source == studio.check_line)
     shown = [output.data["text/plain"] for output in check.outputs if "text/html" in output.get("data", {})]
-    assert any(text.startswith(f"{studio.name}: passed") for text in shown), shown
+    (table,) = (text for text in shown if text.startswith(f"{studio.name}: "))
+    assert table.startswith(f"{studio.name}: passed") and "not run" not in table and "CartPole" in table, table
+    assert [output for output in outputs(notebook) if "image/png" in output.get("data", {})]

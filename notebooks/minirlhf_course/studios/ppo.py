@@ -88,7 +88,7 @@ def _shape_problem(run: Run, updates: int) -> str:
             return "envs.reset() is for the very beginning: ended episodes begin again by themselves."
         if len(iteration.updates) != updates:
             return (
-                f"{where} takes {len(iteration.updates)} steps of an optimizer; {updates} are epochs times minibatches, "
+                f"{where} takes {len(iteration.updates)} steps of an optimizer; {updates} is epochs times minibatches, "
                 "with one optimizer for both networks."
             )
     if len(run.iterations) != 2:

@@ -86,13 +86,12 @@ def test_what_is_no_function_is_refused(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_solution_passes_cartpole_too(name):
-    marks = studio(name).mark(solution(name))
-    assert marks.passed, marks.message
-    assert {row.status for row in marks.rows} == {"passed"}
+def test_the_solution_has_every_property(name):
+    """All but CartPole, which tests/notebooks/test_studios.py plays."""
+    marks = studio(name).mark(solution(name), last=False)
+    assert marks.passed and not marks.runs(name), marks.message
+    assert [row.status for row in marks.rows] == ["passed"] * (len(marks.rows) - 1) + ["not run"]
     assert "another order" not in marks.message, "the solution draws as the specification says"
-    for rows in marks.notes.runs.values():
-        assert len(rows) == 3 and all(len(seed) > 5 for seed in rows)
 
 
 @pytest.mark.slow
