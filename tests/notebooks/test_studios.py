@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,17 @@ def test_ran_untouched_to_its_end(path, notebook, studio):
     images = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
     assert images and all(len(image.metadata["image/png"]["alt"]) > 20 for image in images)
     assert path.stat().st_size <= LARGEST
+
+
+def test_names_no_machine_and_is_clean(path, notebook, tmp_path):
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    folders = "|".join(("work", "root", "home", "Users", "tmp", "opt", "mnt", "usr"))
+    assert not re.search(rf"(?<![\w.\]/-])/(?:{folders})/[\w.-]+|0x[0-9a-f]{{8,}}", nbformat.writes(notebook))
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    command = [sys.executable, str(NOTEBOOKS / "execute.py"), "--clean", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and copy.read_bytes() == path.read_bytes(), "run `make notebooks`"
 
 
 @pytest.mark.slow
