@@ -208,7 +208,7 @@ def _probe(index: int) -> Property:
     task = TASKS[index]
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
-        return probe(task, trainer, {**PROBE, "total_steps": 16 * 400})
+        return probe(task, trainer, {**PROBE, "total_steps": 16 * 250})
 
     return Property(task.title, fails, task.look, task.bugs)
 

@@ -178,7 +178,7 @@ def _probe(index: int) -> Property:
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
         for shared in (False, True) if index == 4 else (False,):
-            failure = probe(task, trainer, {**PROBE, "total_steps": 16 * 8 * 40}, shared=shared)
+            failure = probe(task, trainer, {**PROBE, "total_steps": 16 * 8 * 25}, shared=shared)
             if failure:
                 return replace(failure, case=f"{failure.case}\n({'one trunk' if shared else 'two trunks'})")
         return None

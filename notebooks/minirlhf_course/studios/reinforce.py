@@ -240,7 +240,7 @@ def _probe(index: int) -> Property:
     of_values = task.questions[0].of_values
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
-        settings = {**PROBE, "total_steps": 16 * 120 * task.make().length}
+        settings = {**PROBE, "total_steps": 16 * 80 * task.make().length}
         for values in (True,) if of_values else (True, False):
             failure = probe(task, trainer, settings, values=values)
             if failure:

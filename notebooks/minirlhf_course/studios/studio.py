@@ -25,7 +25,6 @@ MUSEUM = {
     10: "reward stored a step early",
     11: "argmax for sampling",
     12: "done and next_done swapped",
-    21: "a done mask that favours one method",
     22: "termination treated as truncation",
     25: "a dead critic: values as numbers, without a gradient",
     26: "advantages that run across the end of an episode",

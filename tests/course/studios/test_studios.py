@@ -117,7 +117,7 @@ def test_most_bugs_are_named_and_most_of_the_museum_is_here():
     rows = [row for name in NAMES for row in CORPUS[name].BUGS]
     named = [row for row in rows if row[1] is not None]
     assert len(rows) >= 16 and len(named) >= NAMED * len(rows)
-    assert {row[0] for row in rows} - {"-"} <= set(MUSEUM)
+    assert {1, 3, 4, 5, 6, 7, 10, 11, 12, 22, 25, 26, 28} <= {row[0] for row in rows} - {"-"} <= set(MUSEUM)
 
 
 def test_a_bug_fails_its_probe_too_and_nothing_is_run_after_a_trainer_that_raises():
