@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 OLDEST_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/triton==\1/p' pyproject.toml)
-LESSONS := $(sort $(wildcard notebooks/*.ipynb))
+LESSONS := $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/studios/*.ipynb))
 NOTEBOOKS := $(if $(LESSONS),--nbval-lax --nbval-current-env $(LESSONS))
 # One process a core, four at most; the cells of a lesson, and the tests of a file, stay together.
 BESIDE := -n logical --maxprocesses 4 --dist loadscope

@@ -1,6 +1,6 @@
-"""Run the lessons from top to bottom, in place, and leave nothing in them that names a machine or a moment.
+"""Run the lessons and studios from top to bottom, in place, and leave nothing in them that names a machine or a moment.
 
-    python notebooks/execute.py                       every lesson
+    python notebooks/execute.py                       every lesson and studio
     python notebooks/execute.py notebooks/01_*.ipynb  some of them
     python notebooks/execute.py --clean               clean only, run nothing
 
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("lessons", nargs="*", type=Path, help="notebooks; left out: all of them")
     parser.add_argument("--clean", action="store_true", help="clean only, run nothing")
     options = parser.parse_args()
-    lessons = options.lessons or sorted(HERE.glob("[0-9]*.ipynb"))
+    lessons = options.lessons or sorted(HERE.glob("[0-9]*.ipynb")) + sorted((HERE / "studios").glob("[0-9]*.ipynb"))
     for path in lessons:
         try:
             execute(path, run=not options.clean)

@@ -140,8 +140,9 @@ def test_make_lab_opens_the_first_lesson_and_make_test_runs_them_all():
 
     assert "jupyter lab  notebooks/00_map_and_setup.ipynb" in dry("lab")
     assert "notebooks/execute.py" in dry("notebooks")
-    lessons = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.ipynb"))
-    assert f"--nbval-lax --nbval-current-env {' '.join(lessons)}" in dry("test")
+    found = [sorted((ROOT / folder).glob("*.ipynb")) for folder in ("notebooks", "notebooks/studios")]
+    notebooks = [str(path.relative_to(ROOT)) for paths in found for path in paths]
+    assert f"--nbval-lax --nbval-current-env {' '.join(notebooks)}" in dry("test")
 
 
 @pytest.mark.parametrize("page", PAGES)
