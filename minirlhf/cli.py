@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -106,8 +106,8 @@ class LabelConfig(Settings, option=""):
     """K, answers per prompt: 2 to 9."""
     temperature: Positive = 1.0
     """Sampling temperature."""
-    labeler: str = field(default_factory=getpass.getuser)
-    """Your name, written with every ranking."""
+    labeler: str | None = None
+    """Your name, written with every ranking; default: your user name."""
     seed: Seed = 0
     """Chooses prompts and answers; the same seed goes on where you stopped."""
 
@@ -204,7 +204,7 @@ def _label(arguments: list[str]) -> None:
     from minirlhf.labeling import RankingFile, label_in_terminal
     from minirlhf.pipeline.label import items_to_rank
 
-    file = RankingFile(config.out, config.labeler)
+    file = RankingFile(config.out, _user() if config.labeler is None else config.labeler)
     items = items_to_rank(
         config.run,
         data=config.data,
@@ -217,7 +217,15 @@ def _label(arguments: list[str]) -> None:
     done = label_in_terminal(file, items)
     print(f"{done} of {len(items)} ranked in {config.out}")
     if done:
-        print(f"train on them: minirlhf round --run {config.run} --comparisons {config.out} --out {config.run}-next")
+        following = ["--run", config.run, "--comparisons", config.out, "--out", f"{config.run}-next"]
+        print("train on them: minirlhf round " + shlex.join(map(str, following)))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a container's user may have no name
+        return ""
 
 
 def _round(arguments: list[str]) -> None:

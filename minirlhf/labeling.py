@@ -7,20 +7,24 @@ Each row is a comparison as data folders hold them, with the labeler's name and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from minirlhf.data import read_rankings
 from minirlhf.errors import UserError
 
 MOST_ANSWERS = 9  # one key each
+ROW = b'{"prompt": '  # how every row that is written here begins
+LOCK_SECONDS = 30.0  # a ranking takes milliseconds: after this the holder hangs, and so would this process
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ class RankingFile:
             raise UserError(f"{path}: is a folder; give a file for the rankings")
         if path.suffix == ".gz":
             raise UserError(f"{path}: rankings are appended to a plain file; leave out .gz")
-        self.path, self.labeler = path, labeler
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # The file itself, whatever link or folder it was named from: each has one lock.
+        self.path, self.labeler = path.resolve(), labeler
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            self._mend()
             self._ranked()
 
     def append(self, item: Item, ranking: Sequence[int]) -> bool:
@@ -77,15 +81,14 @@ class RankingFile:
             Whether it was written: False if this labeler has ranked the item before.
 
         Raises:
-            ValueError: not one place from 1 to K per response.
+            ValueError: not one whole number from 1 to K per response.
         """
         count = len(item.responses)
-        if len(ranking) != count or not all(1 <= place <= count for place in ranking):
+        if len(ranking) != count or not all(type(place) is int and 1 <= place <= count for place in ranking):
             raise ValueError(f"{tuple(ranking)}: expected {count} places from 1 to {count}")
         row = {"prompt": item.prompt, "responses": list(item.responses), "ranking": list(ranking)}
         row |= {"labeler": self.labeler, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         with self._locked():
-            self._mend()
             if item in self._ranked():
                 return False
             with self.path.open("ab") as file:
@@ -94,21 +97,31 @@ class RankingFile:
                 os.fsync(file.fileno())
         return True
 
-    def undo(self) -> Item | None:
-        """Take this labeler's last ranking out of the file and return what it ranked; None if there is none."""
+    def undo(self, items: Collection[Item]) -> Item | None:
+        """Take this labeler's last ranking of one of the items out of the file.
+
+        Args:
+            items: what can be ranked again now; a ranking of anything else stays.
+
+        Returns:
+            What it ranked; None if there is no such ranking.
+        """
         with self._locked():
-            self._mend()
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+            if not self._ranked() & set(items):
+                return None
+            lines = self.path.read_bytes().splitlines(keepends=True)
             for index in reversed(range(len(lines))):
                 row = json.loads(lines[index]) if lines[index].strip() else {}
-                if row.get("labeler") == self.labeler:
+                item = Item(row.get("prompt", ""), tuple(row.get("responses", ())))
+                if row.get("labeler") == self.labeler and item in items:
                     aside = self.path.with_name(self.path.name + ".partial")
                     with aside.open("wb") as file:
                         file.write(b"".join(lines[:index] + lines[index + 1 :]))
                         file.flush()
                         os.fsync(file.fileno())
+                    shutil.copymode(self.path, aside)
                     os.replace(aside, self.path)
-                    return Item(row["prompt"], tuple(row["responses"]))
+                    return item
         return None
 
     def left(self, items: Iterable[Item]) -> list[Item]:
@@ -117,27 +130,43 @@ class RankingFile:
             ranked = self._ranked()
         return [item for item in items if item not in ranked]
 
-    def _locked(self) -> FileLock:
-        return FileLock(self.path.with_name(self.path.name + ".lock"))
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the file, whose last line has an end."""
+        lock = self.path.with_name(self.path.name + ".lock")
+        try:
+            held = FileLock(lock).acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process has held it for {LOCK_SECONDS:.0f} seconds ({lock})"
+            ) from None
+        with held:
+            self._mend()
+            yield
 
     def _ranked(self) -> set[Item]:
         rows = read_rankings(self.path) if self.path.is_file() and self.path.stat().st_size else []
         return {Item(row.prompt, row.responses) for row in rows if row.labeler == self.labeler}
 
     def _mend(self) -> None:
-        """Deal with a last line without an end: a whole row from an editor, or a part that a power failure left."""
+        """Deal with a last line without an end: a whole row from an editor, or a part that a power failure left.
+
+        A part of anything but a row written here stays, for the reader to refuse: the file is not ours to cut.
+        """
         if not self.path.is_file():
             return
         with self.path.open("r+b") as file:
             content = file.read()
             start = content.rfind(b"\n") + 1
-            if start == len(content):
+            part = content[start:]
+            if not part:
                 return
             try:
-                json.loads(content[start:])
+                json.loads(part)
                 file.write(b"\n")
             except ValueError:
-                file.truncate(start)
+                if part[: len(ROW)] == ROW[: len(part)]:
+                    file.truncate(start)
 
 
 def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
@@ -212,10 +241,11 @@ def label_in_terminal(file: RankingFile, items: Sequence[Item], ask: Callable[[s
         item = waiting[0]
         print(f"\n{len(items) - len(waiting) + 1} of {len(items)}   {visible(item.prompt)}")
         for number, response in enumerate(item.responses, 1):
-            print(f"  {number}  {visible(response)}")
+            print(f"  {number}  {visible(response)}".replace("\n", "\n       "))  # a second line is no second answer
         try:
             typed = ask("> ").strip().lower()
         except EOFError:
+            print()
             break
         if typed == "q":
             break
@@ -224,11 +254,11 @@ def label_in_terminal(file: RankingFile, items: Sequence[Item], ask: Callable[[s
             if len(waiting) == 1:
                 print("(this is the last one left)")
         elif typed == "u":
-            undone = file.undo()
+            undone = file.undo(items)
             if undone is None:
                 print("(nothing to take back)")
-            elif undone in items:
-                waiting.insert(0, undone)
+            else:
+                waiting = [undone, *(item for item in waiting if item != undone)]
         else:
             try:
                 ranking = parse_ranking(typed, len(item.responses))

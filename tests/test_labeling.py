@@ -12,12 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirlhf.data import read_rankings
+from minirlhf.data import Prompt, read_folder, read_rankings
 from minirlhf.errors import DataError, UserError
 from minirlhf.labeling import Item, RankingFile, label_in_terminal, parse_ranking, visible
+from minirlhf.pipeline.inputs import _add_rankings
 
 ITEMS = [Item(f"prompt {i}", ("one", "two", "three")) for i in range(4)]
 
@@ -89,12 +91,13 @@ def test_an_item_is_ranked_once_by_each_labeler(file: RankingFile) -> None:
 def test_undo_takes_back_only_the_labelers_own_last(file: RankingFile) -> None:
     other = RankingFile(file.path, "grace")
     assert file.append(ITEMS[0], (1, 2, 3)) and file.append(ITEMS[1], (1, 2, 3)) and other.append(ITEMS[1], (1, 1, 1))
-    assert file.undo() == ITEMS[1]
+    assert file.undo(ITEMS) == ITEMS[1]
     assert [(row["prompt"], row["labeler"]) for row in rows(file.path)] == [("prompt 0", "ada"), ("prompt 1", "grace")]
-    assert file.undo() == ITEMS[0] and file.undo() is None
+    assert file.undo(ITEMS[1:]) is None, "what can't be ranked again now stays"
+    assert file.undo(ITEMS) == ITEMS[0] and file.undo(ITEMS) is None
 
 
-@pytest.mark.parametrize("ranking", [(1, 2), (0, 1, 2), (1, 2, 4)])
+@pytest.mark.parametrize("ranking", [(1, 2), (0, 1, 2), (1, 2, 4), (1, 2, 2.5), (True, 2, 3)])
 def test_a_ranking_that_is_none_is_not_written(file: RankingFile, ranking: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="3 places from 1 to 3"):
         file.append(ITEMS[0], ranking)
@@ -109,6 +112,44 @@ def test_a_line_cut_by_a_power_failure_is_dropped_and_a_whole_one_kept(file: Ran
     assert file.path.read_bytes() == whole
     file.path.write_bytes(whole.rstrip(b"\n"))
     assert again.append(ITEMS[1], (1, 2, 3)) and len(rows(file.path)) == 2
+
+
+@pytest.mark.parametrize("text", ["my thesis", '{\n  "a": 1\n}', '{"prompt": "a"}\n{"name": 1', "\ufeff{"])
+def test_a_file_of_something_else_is_refused_as_it_was(tmp_path: Path, text: str) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"other.txt:\d: "):
+        RankingFile(other, "ada")
+    assert other.read_text(encoding="utf-8") == text
+
+
+def test_a_line_cut_within_a_character_is_dropped_by_whoever_looks_next(file: RankingFile) -> None:
+    file.append(Item("où ?", ("là", "ici")), (1, 2))
+    whole = file.path.read_bytes()
+    for cut in range(1, len(whole) - 2):
+        file.path.write_bytes(whole + whole[:cut])
+        assert file.left(ITEMS) == ITEMS and file.path.read_bytes() == whole
+
+
+def test_a_link_and_another_folder_lead_to_the_same_file(
+    tmp_path: Path, file: RankingFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.jsonl").symlink_to(file.path)
+    linked = RankingFile(tmp_path / "link.jsonl", "ada")
+    assert linked.append(ITEMS[0], (1, 2, 3)) and linked.undo(ITEMS) == ITEMS[0] and file.left(ITEMS) == ITEMS
+    assert (tmp_path / "link.jsonl").is_symlink()
+    monkeypatch.chdir(tmp_path)
+    relative = RankingFile(Path("mine.jsonl"), "ada")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert relative.append(ITEMS[0], (1, 2, 3)) and len(rows(file.path)) == 1
+
+
+def test_a_process_that_never_lets_go_is_named(file: RankingFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirlhf.labeling.LOCK_SECONDS", 0.1)
+    with FileLock(file.path.with_name("mine.jsonl.lock")), pytest.raises(UserError, match="another process"):
+        file.append(ITEMS[0], (1, 2, 3))
+    assert file.append(ITEMS[0], (1, 2, 3))
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -141,6 +182,45 @@ def test_an_answer_cannot_steer_the_terminal(file: RankingFile, capsys: pytest.C
     shown = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\u202e"} & set(shown) and "\\x1b[2J" in shown
     assert visible("äöü ✓ 漢字") == "äöü ✓ 漢字"
+
+
+def test_taking_back_asks_only_what_was_taken_back(file: RankingFile, capsys: pytest.CaptureFixture) -> None:
+    RankingFile(file.path, "ada").append(Item("of the last round", ("one", "two")), (1, 2))
+    assert label_in_terminal(file, ITEMS[:1], typist("u", "1 2 3")) == 1
+    assert "nothing to take back" in capsys.readouterr().out
+    assert [row["prompt"] for row in rows(file.path)] == ["of the last round", "prompt 0"]
+
+
+def test_the_second_line_of_an_answer_is_no_second_answer(file: RankingFile, capsys: pytest.CaptureFixture) -> None:
+    label_in_terminal(file, [Item("p", ("one\n  2  false", "two"))], typist())
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("  2")] == ["  2  two"]
+
+
+def test_held_out_prompts_and_a_file_that_is_given_twice_add_nothing(
+    file: RankingFile, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = read_folder(tiny_folder)
+    held = Item("asked at the end alone", ("one", "two"))
+    folder.heldout_prompts.append(Prompt(held.prompt))
+    assert file.append(ITEMS[0], (1, 2, 3)) and file.append(held, (1, 2)) and file.append(ITEMS[1], (1, 1, 1))
+    before = list(folder.comparisons)
+    monkeypatch.chdir(file.path.parent)
+    _add_rankings(folder, (file.path, Path("mine.jsonl")))  # the last round's, and the same with more rows
+    assert [row.prompt for row in folder.comparisons[len(before) :]] == ["prompt 0"]
+    assert [note.split(": ")[-1] for note in folder.notes] == [
+        "1 of 3 rows state no preference (all answers tied) and were left out",
+        "1 of 3 rows are of held-out prompts and were left out",
+    ]
+
+
+def test_a_user_without_a_name_is_asked_for_one(tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    label = ["label", "--run", str(tmp_path), "--out", str(tmp_path / "x.jsonl")]
+    assert "give --labeler NAME" in refused(label)
+    assert "not a run" in refused([*label, "--labeler", "ada"])
 
 
 LABELER = """

@@ -125,6 +125,35 @@ def test_what_is_refused(run: Path, rankings: Path, tmp_path: Path, refused, fas
     assert "not a run" in refused([*label, str(tmp_path)])
 
 
+def test_a_round_needs_the_data_of_the_last_one(run: Path, rankings: Path, tmp_path: Path, refused) -> None:
+    data, copy = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(read_config(run).data, data)
+    shutil.copytree(run, copy)
+    settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(settings | {"data": str(data)}), encoding="utf-8")
+    with (data / "prompts.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "one more"}\n')
+    command = ["round", "--comparisons", str(rankings), "--run", str(copy), "--out", str(tmp_path / "next")]
+    assert f"{copy}: was trained with another {data / 'prompts.jsonl'}" in refused(command)
+    assert not (tmp_path / "next").exists()
+
+
+def test_run_does_not_go_on_with_a_round(run: Path, following: Path, fast_run, refused) -> None:
+    before = {step: weights(following / step) for step in ("base", "reward_model", "ppo")}
+    assert f"a round after {run.resolve()}" in refused(fast_run(following, *ROOM))
+    assert {step: weights(following / step) for step in before} == before
+
+
+def test_a_run_from_before_this_setting_is_recognised(run: Path, tmp_path: Path, fast_run) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    del settings["comparisons"], settings["previous"]
+    (out / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    report = (out / "report.json").read_bytes()
+    assert main(fast_run(out, *ROOM)) == 0 and (out / "report.json").read_bytes() == report
+
+
 def test_the_answers_do_not_depend_on_torch_s_own_seed(run: Path) -> None:
     first = items_to_rank(run, prompts=3)
     torch.manual_seed(1)

@@ -106,8 +106,9 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
 def _add_rankings(folder: DataFolder, files: Sequence[Path]) -> None:
     """Add files of rankings to the comparisons. A person may tie all answers; such a row teaches nothing."""
-    held = {row.prompt for row in folder.heldout_comparisons}
-    for file in files:
+    held = {row.prompt for row in folder.heldout_comparisons} | {row.text for row in folder.heldout_prompts}
+    # A round's file may be the last round's with more rows: each file counts once.
+    for file in {file.resolve(): file for file in files}.values():
         rows = read_rankings(file)
         used = [row for row in rows if len(set(row.scores)) > 1 and row.prompt not in held]
         for count, what in (

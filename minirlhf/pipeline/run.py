@@ -22,7 +22,7 @@ from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
 from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, locked, read_report
 from minirlhf.pipeline.inputs import find_data, load_inputs
-from minirlhf.pipeline.settings import changed_settings, check_context, settings_of
+from minirlhf.pipeline.settings import changed_settings, check_context, check_previous, settings_of
 from minirlhf.pipeline.steps import train_step
 
 BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
@@ -63,6 +63,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     out, device, data = config.out, find_device(config.device), find_data(config)
     settings = settings_of(config, data)
     changed = changed_settings(out, settings)
+    if config.previous is not None:
+        check_previous(config.previous, settings)
     left = [step for step in STEPS if not (out / step).is_dir()]
     for step in [step for step in STEPS if step not in left]:
         verify_model(out / step, required=True)

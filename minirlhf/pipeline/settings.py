@@ -38,6 +38,25 @@ def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
     return settings
 
 
+def check_previous(previous: Path, settings: dict[str, Any]) -> None:
+    """A round keeps models, a tokenizer and held-out prompts that came from the data of the last one.
+
+    Args:
+        previous: folder of the last round.
+        settings: of this round, made by `settings_of`.
+
+    Raises:
+        CheckpointError: the previous folder is not a run, or its data has changed.
+    """
+    differences = _differences(read_settings(previous).get(DATA_SUMS), settings[DATA_SUMS], DATA_SUMS)
+    if differences:
+        name = min(differences)
+        raise CheckpointError(
+            f"{previous}: was trained with {_said(name, settings, *differences[name])}; a round needs the data of the "
+            "last one: put it back, and give new rankings with --comparisons"
+        )
+
+
 def _sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
@@ -71,7 +90,12 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in (MADE_WORLD, LOCK) for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = read_settings(out)
+    old_settings = {"comparisons": {}} | read_settings(out)  # a run from before this setting had none
+    if old_settings.get("previous") is not None and settings["previous"] is None:
+        raise CheckpointError(
+            f"{out}: a round after {old_settings['previous']}; continue it with the minirlhf round that began it, or "
+            "choose another --out"
+        )
     differences = _differences(old_settings, settings)
     standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
     stands = [name for name, folders in standing.items() if folders]
@@ -140,6 +164,8 @@ def _begun(out: Path, step: str) -> Path | None:
 def _said(name: str, settings: dict[str, Any], old: Any, new: Any) -> str:
     if name == DATA_SUMS or name.startswith(f"{DATA_SUMS}."):
         return f"{_article(old, new)} {Path(settings['data']) / name.removeprefix(f'{DATA_SUMS}.')}"
+    if name.startswith("previous_sha256."):
+        return f"{_article(old, new)} {Path(settings['previous']) / name.removeprefix('previous_sha256.')}"
     if name.startswith("comparisons."):
         return f"{_article(old, new)} {name.removeprefix('comparisons.')}"
     return f"{name} = {old}, not {new}"

@@ -67,6 +67,23 @@ def test_two_widgets_on_one_file_double_nothing(file: RankingFile) -> None:
     assert "another window" in two.message and two.item["number"] == 1 and len(rows(file.path)) == 1
 
 
+def test_takes_back_nothing_that_is_not_on_the_page(file: RankingFile) -> None:
+    Ranking(file, ITEMS[:1]).receive({"do": "rank", "number": 0, "ranking": [1, 2, 3]})
+    later = Ranking(file, ITEMS[1:])
+    later.receive({"do": "undo"})
+    assert later.message == "Nothing to take back." and len(rows(file.path)) == 1
+
+
+@pytest.mark.parametrize("asked", ["rank", "skip", "undo"])
+def test_a_file_that_was_spoiled_is_reported_to_the_page(file: RankingFile, asked: str) -> None:
+    widget, sent = Ranking(file, ITEMS), []
+    file.path.write_text("not a ranking\n")
+    widget.send = sent.append
+    widget._answer(None, {"do": asked, "number": 0, "ranking": [1, 2, 3]}, None)
+    assert "mine.jsonl:1: not valid JSON" in widget.message and widget.item["number"] == 0 and sent == [{}]
+    assert file.path.read_text() == "not a ranking\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_person_ranks_with_keys_and_mouse_and_the_kernel_dies(tmp_path: Path, open_in_lab) -> None:

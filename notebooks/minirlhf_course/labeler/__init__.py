@@ -18,6 +18,7 @@ from typing import Any
 import anywidget
 import traitlets
 
+from minirlhf.errors import UserError
 from minirlhf.labeling import Item, RankingFile
 
 
@@ -58,9 +59,15 @@ class Ranking(anywidget.AnyWidget):
 
     def receive(self, content: dict[str, Any]) -> None:
         """Do what the page asks: rank, skip or undo. What is about an item that has left the page is not done."""
+        try:
+            self._do(content)
+        except (UserError, ValueError, OSError) as error:  # the page must hear of it
+            self._show(f"The file of rankings can't be used: {error}")
+
+    def _do(self, content: dict[str, Any]) -> None:
         asked, current = content.get("do"), self.item.get("number")
         if asked == "undo":
-            undone = self.file.undo()
+            undone = self.file.undo(self.items)
             self._refresh(first=undone)
             self._show("Took back your last ranking." if undone else "Nothing to take back.")
         elif current is not None and content.get("number") == current:
@@ -71,7 +78,7 @@ class Ranking(anywidget.AnyWidget):
             elif asked == "rank":
                 try:
                     written = self.file.append(item, content["ranking"])
-                except (ValueError, KeyError, TypeError, OSError) as error:
+                except (UserError, ValueError, KeyError, TypeError, OSError) as error:
                     self._show(f"Not saved: {error}")
                     return
                 self._refresh()

@@ -34,6 +34,7 @@ function render({ model, el }) {
   const head = make("div", "head");
   head.append(bar, count);
   const prompt = make("p", "prompt");
+  prompt.setAttribute("aria-live", "polite");
   const list = make("ol", "answers");
   const save = button("Save (Enter)", "Save this ranking", () => rank());
   const skip = button("Skip (S)", "Skip this prompt", () => send({ do: "skip" }));
@@ -60,11 +61,12 @@ function render({ model, el }) {
   }
 
   function send(message) {
-    model.send({ ...message, number: current().number });
     clearTimeout(waiting);
     waiting = setTimeout(() => {
-      said.textContent = "The kernel does not answer: this was not saved. Restart it and run the cell again.";
+      said.textContent = "The kernel does not answer: this is not saved yet. If it is busy with another cell, wait; " +
+        "if it has died, restart it and run the cell again.";
     }, WAIT);
+    model.send({ ...message, number: current().number });
   }
 
   function rank() {
@@ -116,7 +118,8 @@ function render({ model, el }) {
     bar.max = model.get("total");
     bar.value = model.get("done");
     count.textContent = `${model.get("done")} of ${model.get("total")}`;
-    prompt.textContent = answers.length ? current().prompt : "All are ranked. Thank you!";
+    const asked = answers.length ? current().prompt : "All are ranked. Thank you!";
+    if (prompt.textContent !== asked) prompt.textContent = asked; // a screen reader reads what changes
     list.replaceChildren();
     const numbers = answers.length ? places() : [];
     order.forEach((answer, at) => {
