@@ -119,6 +119,10 @@ def test_what_is_refused(run: Path, rankings: Path, tmp_path: Path, refused, fas
     shutil.copytree(run, unfinished)
     shutil.rmtree(unfinished / "ppo")
     assert "ppo is not finished" in refused([*common, str(unfinished), "--out", str(tmp_path / "b")])
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps(rows(rankings)[0] | {"responses": ["so on " * 200, "x", "y"]}) + "\n")
+    said = refused(["round", "--comparisons", str(long), "--run", str(run), "--out", str(tmp_path / "b")])
+    assert f"{long}:1: prompt and response takes" in said and "the context holds 256" in said
     label = ["label", "--out", str(tmp_path / "x.jsonl"), "--run"]
     assert "from 2 to 9" in refused([*label, str(run), "--answers", "1"])
     assert "no finished policy 'best'" in refused([*label, str(run), "--policy", "best"])

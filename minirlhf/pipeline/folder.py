@@ -138,7 +138,14 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
         raise UserError("--comparisons: give at least one file of new rankings, such as one written by minirlhf label")
     if out.resolve() == run.resolve():
         raise UserError(f"--out {out}: is the run itself; give the folder of the next round")
-    return replace(config, out=out, previous=run, comparisons=(*config.comparisons, *comparisons))
+    from transformers import AutoConfig
+
+    # What is too long for the models that are kept is refused by its line, before any training.
+    limit = getattr(AutoConfig.from_pretrained(run / "base"), "max_position_embeddings", None)
+    context = config.context_length or limit
+    return replace(
+        config, out=out, previous=run, comparisons=(*config.comparisons, *comparisons), context_length=context
+    )
 
 
 def read_report(run: Path) -> dict[str, Any]:
