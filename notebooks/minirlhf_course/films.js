@@ -35,7 +35,6 @@ function screen(parent, film, drawn) {
     pole.setAttribute("transform", `rotate(${(film.theta[at] / 1000) * (180 / Math.PI)} 0 ${-height})`);
     pole.setAttribute("stroke", over && film.failed ? drawn.down : drawn.up);
     state.textContent = over ? film.end : `step ${at}`;
-    state.style.color = over && film.failed ? drawn.down : drawn.ink;
   };
 }
 
