@@ -90,6 +90,14 @@ function render({ model, el }) {
     at = Number(slider.value);
     pause();
   });
+  root.addEventListener("keydown", (event) => event.stopPropagation());
+  slider.addEventListener("keydown", (event) => { // in JupyterLab the slider's own keys do nothing
+    const to = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, Home: 0, End: end }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    at = Math.max(0, Math.min(end, Math.floor(to)));
+    pause();
+  });
   draw();
   return () => cancelAnimationFrame(frame);
 }
