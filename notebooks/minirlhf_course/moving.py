@@ -67,6 +67,7 @@ def moving(draw: Callable[..., Figure], caption: str, *, dpi: int = 110, colours
             options=options,
             value=start,
             description=label,
+            tooltip=label,
             style={"description_width": "14em"},
             layout={"width": "min(100%, 44em)"},
         )

@@ -49,16 +49,17 @@ def test_the_arrow_keys_move_a_picture(tmp_path: Path, open_in_lab) -> None:
         page, cell, state = lab.page, lab.cells.nth(0), lab.cells.nth(1)
         cell.locator(".cm-content").click()
         page.keyboard.press("Control+Enter")
+        hint = cell.get_by_text("Move a slider")
         images, moved = cell.locator("img"), cell.locator("img.widget-image")
-        expect(cell.get_by_text("Move a slider")).to_be_visible(timeout=60_000)
-        expect(cell.get_by_text("slope of the line")).to_be_visible()
+        expect(hint).to_be_visible(timeout=60_000)
+        expect(cell.locator(".widget-label", has_text="slope of the line")).to_be_visible()
         assert [image.is_visible() for image in images.all()].count(True) == 1
         static = images.first.get_attribute("src")
 
         cell.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
         expect(moved).to_be_visible(timeout=30_000)
-        expect(cell.get_by_text("Move a slider")).to_be_hidden()
+        expect(hint).to_be_hidden()
         expect(cell.locator(".widget-readout")).to_have_text("3")
         assert images.first.get_attribute("src") == static
         page.screenshot(path=tmp_path / "moved.png")
