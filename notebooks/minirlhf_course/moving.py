@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Slider", "moving"]
 
 HINT = "Move a slider (with the mouse, or Tab and the arrow keys): the picture with your values appears here."
+TOOLTIP = "the picture above, drawn with the values of the sliders"
 
 
 class Slider(NamedTuple):
@@ -73,19 +74,19 @@ def moving(draw: Callable[..., Figure], caption: str, *, dpi: int = 110, colours
         )
     show(draw(**{name: row.value for name, row in rows.items()}), caption, dpi, colours)
 
-    hint = ipywidgets.Label(HINT)
-    picture = ipywidgets.Image(
-        tooltip="the picture above, drawn with the values of the sliders", layout={"display": "none"}
-    )
+    box = ipywidgets.VBox([*rows.values(), ipywidgets.Label(HINT)])
 
     def redraw(_: Any) -> None:
         with style():
             stream = io.BytesIO()  # not `to_png`: choosing few colours takes longer than drawing
             figure = draw(**{name: row.value for name, row in rows.items()})
             figure.savefig(stream, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
-        picture.value = stream.getvalue()
-        hint.layout.display, picture.layout.display = "none", "block"
+        if isinstance(box.children[-1], ipywidgets.Image):
+            box.children[-1].value = stream.getvalue()
+        else:  # in the hint's place; not before, for the page can not show an image without bytes
+            picture = ipywidgets.Image(value=stream.getvalue(), tooltip=TOOLTIP)
+            box.children = [*rows.values(), picture]
 
     for row in rows.values():
         row.observe(redraw, names="value")
-    importlib.import_module("IPython.display").display(ipywidgets.VBox([*rows.values(), hint, picture]))
+    importlib.import_module("IPython.display").display(box)

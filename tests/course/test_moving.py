@@ -9,7 +9,7 @@ import IPython.display
 import ipywidgets
 import pytest
 from minirlhf_course import plotting
-from minirlhf_course.moving import Slider, moving
+from minirlhf_course.moving import HINT, Slider, moving
 from PIL import Image
 
 SIGNS = {"a good action": 1.0, "a bad action": -1.0}
@@ -58,7 +58,8 @@ def test_the_first_picture_is_shown_once_and_beneath_it_the_sliders(stage: Stage
     assert static.alt == "What to see."
     assert [slider.description for slider in stage.sliders] == ["slope", "action"]
     assert [slider.label for slider in stage.sliders] == ["2", "a bad action"]
-    assert stage.picture.layout.display == "none" and not stage.picture.value  # not the same picture twice
+    assert not stage.widgets(ipywidgets.Image)  # not the same picture twice
+    assert [label.value for label in stage.widgets(ipywidgets.Label)] == [HINT]
 
 
 def test_a_change_draws_one_picture_with_that_value_and_leaves_the_first_one_alone(stage: Stage) -> None:
@@ -72,7 +73,7 @@ def test_a_change_draws_one_picture_with_that_value_and_leaves_the_first_one_alo
     assert len(stage.drawn) == 2
     sign.label = "a bad action"
     assert stage.drawn[2:] == [{"slope": 3, "sign": -1.0}]
-    assert stage.picture.layout.display == "block" and bytes(stage.picture.value) != first
+    assert bytes(stage.picture.value) != first and not stage.widgets(ipywidgets.Label)
     assert len(stage.shown) == 3 and stage.shown[0].data == static
     sizes = {Image.open(io.BytesIO(png)).size for png in (static, first, bytes(stage.picture.value))}
     assert len(sizes) == 1, "the picture beneath the sliders is as large as the one above"
