@@ -16,6 +16,7 @@ Cells below may give a name another meaning, and the reader may come back to the
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Slider", "moving"]
 
 HINT = "Move a slider (with the mouse, or Tab and the arrow keys): the picture with your values appears here."
-TOOLTIP = "the picture above, drawn with the values of the sliders"
+ALT = "the picture above, drawn with the values of the sliders"
 
 
 class Slider(NamedTuple):
@@ -74,19 +75,16 @@ def moving(draw: Callable[..., Figure], caption: str, *, dpi: int = 110, colours
         )
     show(draw(**{name: row.value for name, row in rows.items()}), caption, dpi, colours)
 
-    box = ipywidgets.VBox([*rows.values(), ipywidgets.Label(HINT)])
+    picture = ipywidgets.HTML(HINT)
 
     def redraw(_: Any) -> None:
         with style():
             stream = io.BytesIO()  # not `to_png`: choosing few colours takes longer than drawing
             figure = draw(**{name: row.value for name, row in rows.items()})
             figure.savefig(stream, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
-        if isinstance(box.children[-1], ipywidgets.Image):
-            box.children[-1].value = stream.getvalue()
-        else:  # in the hint's place; not before, for the page can not show an image without bytes
-            picture = ipywidgets.Image(value=stream.getvalue(), tooltip=TOOLTIP)
-            box.children = [*rows.values(), picture]
+        drawn = base64.b64encode(stream.getvalue()).decode()
+        picture.value = f'<img class="minirlhf-moved" alt="{ALT}" src="data:image/png;base64,{drawn}">'
 
     for row in rows.values():
         row.observe(redraw, names="value")
-    importlib.import_module("IPython.display").display(box)
+    importlib.import_module("IPython.display").display(ipywidgets.VBox([*rows.values(), picture]))

@@ -1,4 +1,4 @@
-"""A picture that moves: the stored lesson keeps the picture and its caption, not the sliders."""
+"""A picture that moves: the stored lesson keeps the picture alone, and in JupyterLab the keyboard moves it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 EXECUTE = Path(__file__).resolve().parents[2] / "notebooks" / "execute.py"
 CELL = """
@@ -36,3 +37,33 @@ def test_the_stored_lesson_keeps_the_picture_and_its_caption_alone(tmp_path: Pat
     subprocess.run([sys.executable, EXECUTE, path], check=True, capture_output=True)
     picture, caption = nbformat.read(path, as_version=4).cells[0].outputs
     assert picture.data["image/png"] and caption.data["text/markdown"] == "*What to see: a line.*"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_arrow_keys_move_a_picture(tmp_path: Path, open_in_lab) -> None:
+    from playwright.sync_api import expect
+
+    stored(tmp_path, CELL, "drawn")
+    with open_in_lab("moves.ipynb") as lab:
+        page, cell, state = lab.page, lab.cells.nth(0), lab.cells.nth(1)
+        cell.locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+        hint = cell.get_by_text("Move a slider")
+        images, moved = cell.locator("img"), cell.locator("img.minirlhf-moved")
+        expect(hint).to_be_visible(timeout=60_000)
+        expect(cell.locator(".widget-label", has_text="slope of the line")).to_be_visible()
+        assert [image.is_visible() for image in images.all()].count(True) == 1
+        static = images.first.get_attribute("src")
+
+        cell.locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        expect(moved).to_be_visible(timeout=30_000)
+        expect(hint).to_be_hidden()
+        expect(cell.locator(".widget-readout")).to_have_text("3")
+        assert images.first.get_attribute("src") == static
+        page.screenshot(path=tmp_path / "moved.png")
+
+        state.locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+        expect(state.locator(".jp-OutputArea-output")).to_contain_text("[2, 3]")
