@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,29 @@ def test_ran_untouched_to_its_end(path, notebook, studio):
     assert path.stat().st_size <= LARGEST
 
 
+def test_names_no_machine_and_is_clean(path, notebook, tmp_path):
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    folders = "|".join(("work", "root", "home", "Users", "tmp", "opt", "mnt", "usr"))
+    assert not re.search(rf"(?<![\w.\]/-])/(?:{folders})/[\w.-]+|0x[0-9a-f]{{8,}}", nbformat.writes(notebook))
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    command = [sys.executable, str(NOTEBOOKS / "execute.py"), "--clean", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and copy.read_bytes() == path.read_bytes(), "run `make notebooks`"
+
+
 @pytest.mark.slow
 def test_passes_with_the_solution_pasted_in(path, notebook, studio):
+    """CartPole on three seeds too; the package's curves beside it are cut short, to save time."""
     text = (NOTEBOOKS / "solutions" / "studios" / f"{path.stem}.py").read_text(encoding="utf-8")
-    ast.parse(text)
     next(cell for cell in notebook.cells if cell.source == studio.stub).source = text
+    for cell in notebook.cells:
+        if "jupyter" in cell.metadata:
+            cell.source = re.sub(r"total_steps=\d+_000", "total_steps=6_000", cell.source)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(path.parent)}}).execute()
     (check,) = (cell for cell in notebook.cells if cell.source == studio.check_line)
     shown = [output.data["text/plain"] for output in check.outputs if "text/html" in output.get("data", {})]
-    assert any(text.startswith(f"{studio.name}: passed") for text in shown), shown
+    (table,) = (text for text in shown if text.startswith(f"{studio.name}: "))
+    assert table.startswith(f"{studio.name}: passed") and "not run" not in table, table
+    assert "CartPole" in table or studio.name == "rlhf", table
+    assert [output for output in outputs(notebook) if "image/png" in output.get("data", {})]

@@ -14,7 +14,7 @@ from minirlhf_course.studios.mistakes import DEAD, DETACH, EARLY, KEPT, whitened
 from minirlhf_course.studios.probes import TASKS, draws, probe
 from minirlhf_course.studios.referee import average_gradient, cartpole_runs, fixed_length, same_as_package
 from minirlhf_course.studios.session import Run, Trainer, Update, watch
-from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
+from minirlhf_course.studios.studio import Failure, Notes, Property, Studio, log_problem
 from minirlhf_course.studios.targets import GAMMA, KNOWN, MOVING, TARGETS, right_targets, right_weights
 
 SETTINGS: dict[str, Any] = {
@@ -68,14 +68,10 @@ def keeps_its_shape(trainer: Trainer, notes: Notes) -> Failure | None:
 
 
 def _shape_problem(run: Run, n: int, total_steps: int) -> str:
-    if run.fault:
-        return run.fault
-    if not any(iteration.of("policy") for iteration in run.iterations):
-        return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
+    if run.problem:
+        return run.problem
     for number, iteration in enumerate(run.iterations):
-        if any(not bool(x.isfinite().all()) for update in iteration.updates for x in update.gradients.values()):
-            return f"In iteration {number + 1} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
-        if len(iteration.played) != n or not iteration.updates:
+        if len(iteration.played) != n:
             return f"Iteration {number + 1} plays {len(iteration.played)} steps per environment, not {n}."
         if iteration.resets != ([0] if number == 0 else []):
             return "envs.reset() is for the very beginning: ended episodes begin again by themselves."
@@ -91,27 +87,15 @@ def _shape_problem(run: Run, n: int, total_steps: int) -> str:
 def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
     for n, total_steps in SIZES:
         run = _watched(trainer, n, total_steps)
-        problem = run.fault or _log_problem(run, n)
+        right = []
+        for number, iteration in enumerate(run.iterations if not run.problem else [], 1):
+            batch = batch_of(iteration, iteration.updates[0].weights)
+            loss = 0.5 * (batch.v - right_targets(batch, GAMMA)).square().mean()
+            right.append({"env_steps": [4.0 * n * number], "value_loss": [float(loss)]})
+        problem = run.problem or log_problem(run.log, right)
         if problem:
             return Failure(problem)
     return None
-
-
-def _log_problem(run: Run, n: int) -> str:
-    log = run.log
-    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
-        return "What it returns is not a list with a dict per iteration."
-    if len(log) != len(run.iterations):
-        return f"It returns {len(log)} rows of its log, and made {len(run.iterations)} iterations."
-    for number, (row, iteration) in enumerate(zip(log, run.iterations, strict=True)):
-        batch = batch_of(iteration, iteration.updates[0].weights)
-        loss = 0.5 * (batch.v - right_targets(batch, GAMMA)).square().mean()
-        for key, right in {"env_steps": 4.0 * n * (number + 1), "value_loss": float(loss)}.items():
-            if key not in row:
-                return f"The rows of its log have no {key!r}."
-            if abs(float(row[key]) - right) > 1e-4 * max(1.0, abs(right)):
-                return f"Row {number} of its log says {key} {float(row[key]):g}; it is {right:g}."
-    return ""
 
 
 def _times(run: Run) -> list[Tensor]:
@@ -133,12 +117,10 @@ def actor_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     for n, total_steps in SIZES:
         for by_gamma_t in (False, True):
             run = _watched(trainer, n, total_steps, by_gamma_t)
-            if run.fault:
-                return Failure(run.fault)
+            if run.problem:
+                return Failure(run.problem)
             for number, (iteration, times) in enumerate(zip(run.iterations, _times(run), strict=True)):
                 batch = batch_of(iteration, iteration.updates[0].weights)
-                if not iteration.of("policy"):
-                    return Failure(f"In iteration {number + 1} no update has a gradient of the policy.")
                 update = iteration.of("policy")[0]
                 got, right = weights_of(update, batch), right_weights(batch, times, by_gamma_t)
                 assert got is not None
@@ -164,8 +146,8 @@ def critic_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     seen = []
     for n, total_steps in SIZES:
         run = _watched(trainer, n, total_steps)
-        if run.fault:
-            return Failure(run.fault)
+        if run.problem:
+            return Failure(run.problem)
         for number, iteration in enumerate(run.iterations):
             where = f"iteration {number + 1}, n={n}, gamma {GAMMA}"
             if not iteration.of("values"):
@@ -226,7 +208,7 @@ def _probe(index: int) -> Property:
     task = TASKS[index]
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
-        return probe(task, trainer, {**PROBE, "total_steps": 16 * 400})
+        return probe(task, trainer, {**PROBE, "total_steps": 16 * 250})
 
     return Property(task.title, fails, task.look, task.bugs)
 

@@ -47,12 +47,30 @@ class Run:
     """A trainer's run; `fault` says why it did not come to its end, in words."""
 
     models: Trio
+    batches: int
+    """How many it was given."""
     steps: list[Step] = field(default_factory=list)
     log: Any = None
     fault: str | None = None
     blocks: list[Tensor] = field(default_factory=list)
     moved: bool = False
     """Whether the reference's weights have changed."""
+
+    @property
+    def problem(self) -> str:
+        """Why there is nothing to look at: what it raised, or a batch that it learned nothing from; else ""."""
+        if self.fault:
+            return self.fault
+        if not any(step.of("policy") for step in self.steps):
+            return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
+        if len(self.steps) < self.batches:
+            return f"It samples {len(self.steps)} times, and was given {self.batches} batches."
+        for number, step in enumerate(self.steps, 1):
+            if any(not bool(x.isfinite().all()) for update in step.updates for x in update.gradients.values()):
+                return f"In batch {number} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
+            if not step.of("policy"):
+                return f"In batch {number} no update has a gradient of the policy."
+        return ""
 
 
 def score_of(prompt: str, response: str) -> float:
@@ -101,7 +119,7 @@ class Dictation:
     """Watches one run; see `watch`."""
 
     def __init__(self, models: Trio, config: RLHFConfig, answers: Answers | None, seed: int, garbage: bool) -> None:
-        self.run = Run(models)
+        self.run = Run(models, config.steps)
         self._config, self._answers = config, answers
         self._random = torch.Generator().manual_seed(seed)
         self._garbage = torch.Generator().manual_seed(seed) if garbage else None

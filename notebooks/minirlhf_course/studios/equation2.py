@@ -91,8 +91,8 @@ def _within_prompts(run: Run, step: Step) -> set[int]:
 def only_answers_learn(trainer: Trainer, notes: Notes) -> Failure | None:
     """No gradient anywhere but before the tokens that count."""
     run = watch(trainer, BASE)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     earlier: set[int] = set()
     for number, step in enumerate(run.steps, 1):
         for update in step.updates:
@@ -125,8 +125,8 @@ def kl_is_charged(trainer: Trainer, notes: Notes) -> Failure | None:
     """Where V is 0 and nothing is discounted or whitened, differences of the weights are the rewards."""
     config = replace(PLAIN, value_lr=0.0)
     run = watch(trainer, config, models=trio(values=0.0))
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     seen: list[tuple[Tensor, Text]] = []
     failing: tuple[Step, Text, Tensor, Tensor] | None = None
     for step in run.steps:
@@ -173,8 +173,8 @@ def exact_on_average(trainer: Trainer, notes: Notes) -> Failure | None:
         PLAIN, steps=1, batch_size=27, minibatch_size=27, temperature=1.0, max_response_tokens=3, max_grad_norm=math.inf
     )
     run = watch(trainer, config, models=models, answers=answers, texts=["why"] * 27)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     step = run.steps[0]
     update = step.updates[0]
     text = text_of(run, step, update, config, config.beta)
@@ -206,8 +206,8 @@ def advantages_are_right(trainer: Trainer, notes: Notes) -> Failure | None:
     for whiten in (False, True):
         config = replace(BASE, whiten_advantages=whiten)
         run = watch(trainer, config, seed=1)
-        if run.fault:
-            return Failure(run.fault)
+        if run.problem:
+            return Failure(run.problem)
         seen: list[tuple[Tensor, Text]] = []
         failing: tuple[Step, Text, Tensor, Tensor] | None = None
         for step in run.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from minirlhf_course.studios.advantages import ADVANTAGES, clip_weights, gae
 from minirlhf_course.studios.ledger import Batch, batch_of, errors_of, parallel, weights_of
 from minirlhf_course.studios.mistakes import DEAD, DETACH, whitened
 from minirlhf_course.studios.session import Iteration, Run, Trainer, Update, watch
-from minirlhf_course.studios.studio import Failure, Notes
+from minirlhf_course.studios.studio import Failure, Notes, log_problem
 
 GAMMA, LAM, CLIP = 0.5, 0.8, 0.2
 N, T = 4, 6
@@ -51,8 +52,8 @@ def logprobs_of(update: Update, batch: Batch) -> Tensor:
 
 def critic_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     run = watched(trainer, **FAST)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     seen: list[tuple[Tensor, Batch, Batch]] = []
     failing: tuple[Batch, Tensor, Tensor, str] | None = None
     for number, iteration in enumerate(run.iterations):
@@ -102,7 +103,7 @@ def _coefficients(trainer: Trainer) -> Failure | None:
     runs = [
         watched(trainer, **FAST, value_coef=c1, entropy_coef=c2) for c1, c2 in ((0.5, 0.0), (0.25, 0.0), (0.5, 0.1))
     ]
-    fault = next((run.fault for run in runs if run.fault), None)
+    fault = next((run.problem for run in runs if run.problem), None)
     if fault:
         return Failure(fault)
     plain, half, bonus = (run.iterations[0].updates[0] for run in runs)
@@ -144,8 +145,8 @@ def _coefficients(trainer: Trainer) -> Failure | None:
 
 def covers_its_minibatches(trainer: Trainer, notes: Notes) -> Failure | None:
     run = watched(trainer, minibatch_size=7)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     iteration, parts = run.iterations[0], parts_of(7)
     batch = batch_of(iteration, iteration.updates[0].weights)
     everything = sorted(batch.states.flatten().tolist())
@@ -189,28 +190,17 @@ def _together(part: list[int], batch: Batch) -> bool:
 
 def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
     run = watched(trainer, **FAST)
-    if run.fault:
-        return Failure(run.fault)
-    log = run.log
-    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
-        return Failure("What it returns is not a list with a dict per iteration.")
-    if len(log) != len(run.iterations):
-        return Failure(f"It returns {len(log)} rows of its log, and made {len(run.iterations)} iterations.")
-    for number, (row, iteration) in enumerate(zip(log, run.iterations, strict=True)):
-        missing = [key for key in ("env_steps", *FIRST, "clip_fraction", "approx_kl") if key not in row]
-        if missing:
-            return Failure(f"The rows of its log have no {missing[0]!r}.")
-        for key in FIRST:
-            if not abs(float(row[key])) <= 1e-4:
-                return Failure(
-                    f"Row {number} of its log says {key} {float(row[key]):g}; nothing has moved yet, so it is 0.", OLD
-                )
+    if run.problem:
+        return Failure(run.problem)
+    problem = log_problem(run.log, [{key: [0.0] for key in FIRST} for _ in run.iterations])
+    if problem:
+        return Failure(f"{problem} No weight has moved yet.", OLD if "says" in problem else "")
+    right: list[dict[str, Sequence[float]]] = []
+    for number, iteration in enumerate(run.iterations, 1):
         clips, kl = _measured(iteration)
-        right = {"env_steps": ((number + 1.0) * N * T,), "clip_fraction": clips, "approx_kl": (kl,)}
-        for key, allowed in right.items():
-            if all(abs(float(row[key]) - x) > 1e-3 * max(1.0, abs(x)) for x in allowed):
-                return Failure(f"Row {number} of its log says {key} {float(row[key]):g}; it is {allowed[0]:.4g}.")
-    return None
+        right.append({"env_steps": [float(number * N * T)], "clip_fraction": clips, "approx_kl": [kl]})
+    problem = log_problem(run.log, right, 1e-3)
+    return Failure(problem) if problem else None
 
 
 FIRST = ("first_ratio_error", "first_clip_fraction")

@@ -59,14 +59,14 @@ HINTS = (
 def keeps_its_shape(trainer: Trainer, notes: Notes) -> Failure | None:
     for size in (N * T, 7):
         run = watched(trainer, minibatch_size=size)
-        problem = run.fault or _shape_problem(run, SETTINGS["epochs"] * parts_of(size))
+        problem = run.problem or _shape_problem(run, SETTINGS["epochs"] * parts_of(size))
         if problem:
             return Failure(f"{problem}\n{N} environments, rollout_steps={T}, minibatch_size={size}, epochs=3.")
     task = TASKS[4]
     shared = networks(task.make().size, shared=True)
     run = watch(trainer, lambda n: task.make(), shared, {**SETTINGS, "total_steps": 24}, num_envs=N)
-    if run.fault:
-        return Failure(f"{run.fault}\nCalled with networks that share their trunk.")
+    if run.problem:
+        return Failure(f"{run.problem}\nCalled with networks that share their trunk.")
     if any(update.twice for iteration in run.iterations for update in iteration.updates):
         return Failure("Called with networks that share their trunk.", TWICE)
     return None
@@ -76,19 +76,15 @@ TWICE = "The optimizer has the parameters of a shared trunk twice, and moves the
 
 
 def _shape_problem(run: Run, updates: int) -> str:
-    if not any(iteration.of("policy") for iteration in run.iterations):
-        return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
     for number, iteration in enumerate(run.iterations):
         where = f"Iteration {number + 1}"
-        if any(not bool(x.isfinite().all()) for update in iteration.updates for x in update.gradients.values()):
-            return f"In iteration {number + 1} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
-        if len(iteration.played) != T or not iteration.updates:
+        if len(iteration.played) != T:
             return f"{where} plays {len(iteration.played)} steps per environment, and rollout_steps is {T}."
         if iteration.resets != ([0] if number == 0 else []):
             return "envs.reset() is for the very beginning: ended episodes begin again by themselves."
         if len(iteration.updates) != updates:
             return (
-                f"{where} takes {len(iteration.updates)} steps of an optimizer; {updates} are epochs times minibatches, "
+                f"{where} takes {len(iteration.updates)} steps of an optimizer; {updates} is epochs times minibatches, "
                 "with one optimizer for both networks."
             )
     if len(run.iterations) != 2:
@@ -99,8 +95,8 @@ def _shape_problem(run: Run, updates: int) -> str:
 def advantages_are_right(trainer: Trainer, notes: Notes) -> Failure | None:
     """The first gradient of each iteration, whose ratios are 1."""
     run = watched(trainer, **FAST)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     failing: tuple[Batch, Tensor, Tensor, str] | None = None
     seen: list[tuple[Tensor, Batch]] = []
     kept = True
@@ -140,8 +136,8 @@ def _advantage_name(seen: list[tuple[Tensor, Batch]]) -> str:
 def clip_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     """The gradients of later epochs, from the ratios that the weights have then."""
     run = watched(trainer, **FAST)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     seen = []
     failing: tuple[Batch, Tensor, Tensor, Tensor, int] | None = None
     for iteration in run.iterations:
@@ -182,7 +178,7 @@ def _probe(index: int) -> Property:
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
         for shared in (False, True) if index == 4 else (False,):
-            failure = probe(task, trainer, {**PROBE, "total_steps": 16 * 8 * 40}, shared=shared)
+            failure = probe(task, trainer, {**PROBE, "total_steps": 16 * 8 * 25}, shared=shared)
             if failure:
                 return replace(failure, case=f"{failure.case}\n({'one trunk' if shared else 'two trunks'})")
         return None

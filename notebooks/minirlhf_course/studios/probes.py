@@ -192,8 +192,8 @@ def probe(
         watched=False,
         without_values=not values,
     )
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     return answers(task, run)
 
 

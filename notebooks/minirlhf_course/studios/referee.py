@@ -82,8 +82,8 @@ def average_gradient(
         num_envs=episodes,
         without_values=not values,
     )
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     got = -run.iterations[0].of("policy")[0].gradients["policy.head.weight"].double().t()
     exact = problem.policy_gradient(theta)
     cosine = float((got * exact).sum() / (got.norm() * exact.norm()))
@@ -173,8 +173,8 @@ def same_as_package(
         num_envs=num_envs,
         without_values=without_values,
     )
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     first = [row.actions for row in run.iterations[0].played]
     if not all(bool((x == y).all()) for x, y in zip(first, played, strict=False)):
         remark = "You draw in another order than the specification says, so step-for-step equality was not looked at."

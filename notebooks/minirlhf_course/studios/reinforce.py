@@ -29,7 +29,7 @@ from minirlhf_course.studios.mistakes import (
 from minirlhf_course.studios.probes import TASKS, draws, probe
 from minirlhf_course.studios.referee import average_gradient, cartpole_runs, same_as_package
 from minirlhf_course.studios.session import Run, Trainer, Update, watch
-from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
+from minirlhf_course.studios.studio import Failure, Notes, Property, Studio, log_problem
 from minirlhf_course.tiny import chain
 
 SETTINGS: dict[str, Any] = {
@@ -90,19 +90,13 @@ def keeps_its_shape(trainer: Trainer, notes: Notes) -> Failure | None:
 
 
 def _shape_problem(run: Run) -> str:
-    if run.fault:
-        return run.fault
-    if not any(iteration.of("policy") for iteration in run.iterations):
-        return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
+    if run.problem:
+        return run.problem
     played = 0
     for number, iteration in enumerate(run.iterations):
         if played >= 40:
             return f"It begins iteration {number + 1} although envs.steps is {played}, and total_steps 40."
         played += 4 * len(iteration.played)
-        if any(not bool(x.isfinite().all()) for update in iteration.updates for x in update.gradients.values()):
-            return f"In iteration {number + 1} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
-        if not iteration.updates:
-            return "It plays on after the last update, and learns nothing from that."
         if 0 not in iteration.resets:
             return f"Iteration {number + 1} does not begin with envs.reset(), so an episode has no beginning."
         batch = batch_of(iteration, iteration.updates[0].weights, first_episodes=True)
@@ -116,27 +110,14 @@ def _shape_problem(run: Run) -> str:
     return ""
 
 
-def _log_problem(run: Run) -> str:
-    log, count = run.log, len(run.iterations)
-    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
-        return "What it returns is not a list with a dict per iteration."
-    if len(log) != count:
-        return f"It returns {len(log)} rows of its log, and made {count} iterations."
-    steps = 0
-    for number, (row, iteration) in enumerate(zip(log, run.iterations, strict=True)):
+def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
+    run = _watched(trainer, baseline=True)
+    right, steps = [], 0
+    for iteration in run.iterations if not run.problem else []:
         steps += 4 * len(iteration.played)
         batch = batch_of(iteration, iteration.updates[0].weights, first_episodes=True)
-        right = {"env_steps": float(steps), "episode_return": float(counted(batch).sum(1).mean())}
-        for key, expected in right.items():
-            if key not in row:
-                return f"The rows of its log have no {key!r}."
-            if abs(float(row[key]) - expected) > 1e-4 * max(1.0, abs(expected)):
-                return f"Row {number} of its log says {key} {float(row[key]):g}; it is {expected:g}."
-    return ""
-
-
-def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
-    problem = _log_problem(_watched(trainer, baseline=True))
+        right.append({"env_steps": [float(steps)], "episode_return": [float(counted(batch).sum(1).mean())]})
+    problem = run.problem or log_problem(run.log, right)
     return Failure(problem) if problem else None
 
 
@@ -146,8 +127,8 @@ def _policy_weights(trainer: Trainer, baseline: bool) -> Failure | None:
     kept = early = True
     for by_gamma_t in (False, True):
         run = _watched(trainer, baseline, by_gamma_t)
-        if run.fault:
-            return Failure(run.fault)
+        if run.problem:
+            return Failure(run.problem)
         for number, (iteration, batch) in enumerate(zip(run.iterations, _batches(run, baseline), strict=True)):
             update = iteration.of("policy")[0]
             got, right = weights_of(update, batch), right_weights(batch, SETTINGS["gamma"], by_gamma_t, baseline)
@@ -181,8 +162,8 @@ def weighs_by_advantage(trainer: Trainer, notes: Notes) -> Failure | None:
 
 def baseline_learns(trainer: Trainer, notes: Notes) -> Failure | None:
     run = _watched(trainer, baseline=True)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     wanted = SETTINGS["value_updates"]
     for number, (iteration, batch) in enumerate(zip(run.iterations, _batches(run, True), strict=True)):
         updates = iteration.of("values")
@@ -259,7 +240,7 @@ def _probe(index: int) -> Property:
     of_values = task.questions[0].of_values
 
     def fails(trainer: Trainer, notes: Notes) -> Failure | None:
-        settings = {**PROBE, "total_steps": 16 * 120 * task.make().length}
+        settings = {**PROBE, "total_steps": 16 * 80 * task.make().length}
         for values in (True,) if of_values else (True, False):
             failure = probe(task, trainer, settings, values=values)
             if failure:

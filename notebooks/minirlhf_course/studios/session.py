@@ -75,11 +75,28 @@ class Run:
     """
 
     networks: Networks
+    watched: bool = True
     iterations: list[Iteration] = field(default_factory=list)
     log: Any = None
     fault: str | None = None
     steps: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def problem(self) -> str:
+        """Why there is nothing to look at: what it raised, or an iteration that plays or learns nothing; else ""."""
+        if self.fault or not self.watched:
+            return self.fault or ""
+        if not any(iteration.of("policy") for iteration in self.iterations):
+            return "No optimizer of torch.optim has taken a step with a gradient of the policy that it was given."
+        for number, iteration in enumerate(self.iterations, 1):
+            if not iteration.played or not iteration.updates:
+                return f"Iteration {number} {'learns' if iteration.updates else 'plays'} and does nothing else."
+            if any(not bool(x.isfinite().all()) for update in iteration.updates for x in update.gradients.values()):
+                return f"In iteration {number} a gradient is NaN or infinite: look for 0 / 0, or the log of 0."
+            if not iteration.of("policy"):
+                return f"In iteration {number} no update has a gradient of the policy."
+        return ""
 
 
 class Enough(BaseException):
@@ -99,7 +116,7 @@ class Session:
         every: int,
         target: float | None,
     ) -> None:
-        self.run = Run(networks)
+        self.run = Run(networks, watched)
         self._limit, self._watched = limit, watched
         self._judge, self._every, self._next, self._target = judge, every, every, target
         self._names: dict[nn.Parameter, str] = {}

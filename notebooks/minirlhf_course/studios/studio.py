@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ MUSEUM = {
     12: "done and next_done swapped",
     14: "a chain of ifs falls through to the wrong KL",
     16: "both answers equal after truncation",
-    21: "a done mask that favours one method",
     22: "termination treated as truncation",
     23: "off-by-one between logits and tokens",
     24: "top-k left on while sampling",
@@ -204,6 +203,25 @@ def _explained(item: Property, failure: Failure) -> str:
         listed = "\n".join(f"  {number:>2}  {MUSEUM[number]}" for number in item.bugs)
         parts.append(f"Bugs of the museum with this symptom:\n{listed}")
     return "\n\n".join(parts)
+
+
+def log_problem(log: object, right: Sequence[Mapping[str, Sequence[float]]], tolerance: float = 1e-4) -> str:
+    """What is wrong with a log, in words, or "": for each iteration, by key, the numbers that may stand there."""
+    if not isinstance(log, list | tuple) or not all(isinstance(row, Mapping) for row in log):
+        return "What it returns is not a list with a dict per iteration."
+    if len(log) != len(right):
+        return f"It returns {len(log)} rows of its log, and made {len(right)} iterations."
+    for number, (row, allowed) in enumerate(zip(log, right, strict=True)):
+        for key, numbers in allowed.items():
+            if key not in row:
+                return f"The rows of its log have no {key!r}."
+            try:
+                got = float(row[key])
+            except (TypeError, ValueError):
+                return f"Row {number} of its log has {row[key]!r} for {key}, which is no number."
+            if not any(abs(got - x) <= tolerance * max(1.0, abs(x)) for x in numbers):
+                return f"Row {number} of its log says {key} {got:g}; it is {numbers[0]:.4g}."
+    return ""
 
 
 MARKS = {"passed": "✓", "failed": "✗", "not run": "·"}

@@ -32,8 +32,8 @@ from minirlhf_course.studios.studio import Failure, Notes
 def clip_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     """The gradients of later epochs, from the ratios that the weights have then."""
     run = watch(trainer, FAST)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     clip = FAST.clip_range or math.inf
     seen = []
     failing: tuple[Step, Text, Tensor, Tensor, Tensor, int] | None = None
@@ -63,8 +63,8 @@ def clip_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
 
 def critic_is_right(trainer: Trainer, notes: Notes) -> Failure | None:
     run = watch(trainer, FAST)
-    if run.fault:
-        return Failure(run.fault)
+    if run.problem:
+        return Failure(run.problem)
     clip = FAST.value_clip_range or math.inf
     seen: list[tuple[Tensor, Text, Text]] = []
     failing: tuple[Step, Text, Text, Tensor, Tensor, int] | None = None
@@ -146,8 +146,8 @@ def ptx_is_the_sum(trainer: Trainer, notes: Notes) -> Failure | None:
     plain = replace(BASE, steps=1, max_grad_norm=math.inf)
     without, reading = watch(trainer, plain), watch(trainer, replace(plain, ptx_coef=PTX))
     for run in (without, reading):
-        if run.fault:
-            return Failure(f"{run.fault}\nptx_coef={PTX if run is reading else 0}.")
+        if run.problem:
+            return Failure(f"{run.problem}\nptx_coef={PTX if run is reading else 0}.")
     updates = [run.steps[0].of("policy") for run in (without, reading)]
     if len(updates[1]) > len(updates[0]):
         return Failure(
