@@ -174,8 +174,8 @@ def _kl(change: Callable[[Text], Tensor]) -> Give:
 
 
 REWARDS: dict[str, Give] = {
-    "The KL changes nothing: it is in no reward. (A term of the loss that is made of constants has no gradient, "
-    "bug 2.)": _kl(lambda x: 0 * x.d),
+    "The KL changes nothing: it is in no reward, or the reference is the policy itself. (A term of the loss that is "
+    "made of constants has no gradient, bug 2.)": _kl(lambda x: 0 * x.d),
     "The KL has the wrong sign: leaving the reference is paid.": _kl(lambda x: -x.d),
     "beta is missing: the whole of d is charged.": _kl(lambda x: x.d / x.beta),
     "The KL is charged twice.": _kl(lambda x: 2 * x.d),

@@ -176,7 +176,10 @@ def covers_its_minibatches(trainer: Trainer, notes: Notes) -> Failure | None:
         )
     expected = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tensor_split(3)
     if [sorted(rows.tolist()) for rows in expected] != orders[0]:
-        notes.remarks.append("You draw minibatches in another order than the specification says.")
+        notes.remarks.append(
+            "You draw minibatches in another order than the specification says, so equality with train_rlhf was not "
+            "looked at."
+        )
     return None
 
 

@@ -9,19 +9,7 @@ from torch import nn
 from minirlhf.language.tokenization import decode
 
 
-def my_rlhf(
-    policy,
-    value_model,
-    reference,
-    reward,
-    tokenizer,
-    batches,
-    config,
-    *,
-    sample,
-    corpus,
-    generator,
-):
+def my_rlhf(policy, value_model, reference, reward, tokenizer, batches, config, *, sample, corpus, generator):
     policy_adam = torch.optim.Adam(policy.parameters(), config.lr, (0.9, 0.95), config.adam_eps)
     value_adam = torch.optim.Adam(value_model.parameters(), config.value_lr, (0.9, 0.95), config.adam_eps)
     beta = config.beta

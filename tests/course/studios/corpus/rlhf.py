@@ -344,7 +344,6 @@ WHITEN = """        if config.whiten_advantages:
             advantages = (advantages - mean) / (std + 1e-8)
 """
 FOLLOWING = "following = torch.where(counts[:, t], delta + config.gamma * config.lam * following, 0.0)"
-DELTA = "delta = rewards[:, t] + config.gamma * v_after - old_values[:, t]"
 RATIO = "ratio = (logprobs_of(policy, tokens, mask, T)[keep] - old_logprobs[rows][keep]).exp()"
 NEW = "logprobs_of(policy, tokens, mask, T)[keep]"
 MIN = "torch.minimum(ratio * A, clipped * A)"
@@ -362,6 +361,7 @@ def instead_of_rewards(term):
     return [(CHARGE, "rewards = 0 * d\n"), (LOSS, f"{LOSS} + beta * ({term}).mean()")]
 
 
+VALUES = "token_values(value_model, tokens, mask)[:, -T - 1 : -1]"
 OBJECTIVE = "                # The clipped objective, over the tokens that count.\n"
 READ = """                if config.ptx_coef > 0:
                     blocks = next(corpus)
@@ -370,113 +370,68 @@ READ = """                if config.ptx_coef > 0:
                     nn.functional.cross_entropy(said.flatten(0, 1), blocks[:, 1:].flatten()).backward()
                     policy_adam.step()
 """
-UNSUMMED = (FOLLOWING, "following = delta + config.gamma * config.lam * following")
+OWN_WHITE = "                A = (A - A.mean()) / A.std(correction=0) if config.whiten_advantages else A\n"
+ALL_COUNT = "ratio = (logprobs_of(policy, tokens, mask, T) - old_logprobs[rows]).exp()"
+BY_ANSWER = f"w = (1 / keep.sum(1, keepdim=True) * keep)[keep]\n                policy_loss = -(w * {MIN}).sum()"
+AT_ITS_END = "rewards = 0 * d\n        rewards[torch.arange(B), samples.lengths - 1] -= beta * d.sum(1)\n"
+EARLY = "\n        rewards = torch.cat([rewards[:, 1:], torch.zeros(B, 1)], 1) * counts"
+AFTER = "config.gamma * token_values(value_model, samples.tokens, samples.mask)[:, t - T].detach()"
+ALL_VALUES = "values_of(samples.tokens, samples.mask, T)"
+SUM_ON = (FOLLOWING, "following = delta + config.gamma * config.lam * following")
+BOTH = ADAM.replace("policy.parameters()", "[*policy.parameters(), *reference.parameters()]")
+
+
+def one(number, said, old, new):
+    return number, said, [(old, new)]
+
 
 BUGS = [
     (1, "targets are made of whitened advantages", [(WHITEN, ""), (RETURNS, WHITEN + RETURNS)]),
     (2, "KL changes nothing", instead_of_rewards(f"old_logprobs[rows][keep] - {REF_LOSS}.detach()")),
-    (3, "ratio is always 1", [(RATIO, f"new = {NEW}\n                ratio = (new - new.detach()).exp()")]),
-    (4, "max for min", [(MIN, "torch.maximum(ratio * A, clipped * A)")]),
-    (4, "smaller of the two losses", [("0.5 * torch.maximum(", "0.5 * torch.minimum(")]),
-    (5, "before multiplying by A", [(MIN, "(torch.minimum(ratio, clipped) * A)")]),
-    (6, "minus sign is missing", [(LOSS, LOSS.replace("-torch", "torch"))]),
-    (6, "KL has the wrong sign", [(CHARGE, "rewards = beta * d\n")]),
-    (6, "wrong sign (bug 6)", [("value_loss = 0.5 *", "value_loss = -0.5 *")]),
-    (7, "A = r - V", [(FOLLOWING, "following = torch.where(counts[:, t], rewards[:, t] - old_values[:, t], 0.0)")]),
-    (8, "padding leaks into the returns", [(D, "d = old_logprobs - ref_logprobs"), UNSUMMED]),
-    (
-        8,
-        "padding leaks into the sum",
-        [
-            (
-                "torch.where(counts, values_of(samples.tokens, samples.mask, T), 0.0)",
-                "values_of(samples.tokens, samples.mask, T)",
-            ),
-            UNSUMMED,
-        ],
-    ),
-    (9, "over the whole row, padding included", [(CHARGE, "rewards = -beta * d.mean(1, keepdim=True) * counts\n")]),
-    (9, "over all columns, padding included", [("kl = d.sum(1).mean().item()", "kl = d.mean().item()")]),
-    (
-        9,
-        "Padding counts in the loss",
-        [
-            (RATIO, "ratio = (logprobs_of(policy, tokens, mask, T) - old_logprobs[rows]).exp()"),
-            ("A, R, old_v = advantages[rows][keep],", "A, R, old_v = advantages[rows],"),
-        ],
-    ),
-    (10, "paid a token early", [(PAY, "rewards[torch.arange(B), (samples.lengths - 2).clamp(min=0)] += scores")]),
-    (
-        10,
-        "stored a token early",
-        [(PAY, PAY + "\n        rewards = torch.cat([rewards[:, 1:], torch.zeros(B, 1)], 1) * counts")],
-    ),
-    (14, "d^2 / 2", [(CHARGE, "rewards = -beta * d.square() / 2\n")]),
-    (14, "exp(-d) - 1 + d", [(CHARGE, "rewards = -beta * (torch.expm1(-d) + d)\n")]),
-    (14, "|d|", [(CHARGE, "rewards = -beta * d.abs()\n")]),
-    (16, "behind the answer's end", [("samples.responses()", "samples.response_tokens")]),
-    (23, "off by one", [(SLICE, "token_logits(model, tokens, mask)[:, -T:]")]),
-    (23, "off by one", [(SLICE, "token_logits(model, tokens, mask)[:, -T - 2 : -2]")]),
-    (24, "not those of sampling", [(" / config.temperature).log_softmax", ").log_softmax")]),
-    (28, "not those of sampling", [(").log_softmax(-1)", ").softmax(-1).log_softmax(-1)")]),
-    (
+    one(3, "ratio is always 1", RATIO, f"new = {NEW}\n                ratio = (new - new.detach()).exp()"),
+    one(4, "max for min", MIN, "torch.maximum(ratio * A, clipped * A)"),
+    one(4, "smaller of the two losses", "0.5 * torch.maximum(", "0.5 * torch.minimum("),
+    one(5, "before multiplying by A", MIN, "(torch.minimum(ratio, clipped) * A)"),
+    one(6, "minus sign is missing", LOSS, LOSS.replace("-torch", "torch")),
+    one(6, "KL has the wrong sign", CHARGE, "rewards = beta * d\n"),
+    one(6, "wrong sign (bug 6)", "value_loss = 0.5 *", "value_loss = -0.5 *"),
+    one(7, "A = r - V", FOLLOWING, "following = torch.where(counts[:, t], rewards[:, t] - old_values[:, t], 0.0)"),
+    (8, "padding leaks into the returns", [(D, "d = old_logprobs - ref_logprobs"), SUM_ON]),
+    (8, "padding leaks into the sum", [(f"torch.where(counts, {ALL_VALUES}, 0.0)", ALL_VALUES), SUM_ON]),
+    one(9, "over the whole row, padding included", CHARGE, "rewards = -beta * d.mean(1, keepdim=True) * counts\n"),
+    one(9, "over all columns, padding included", "kl = d.sum(1).mean().item()", "kl = d.mean().item()"),
+    (9, "Padding counts in the loss", [(RATIO, ALL_COUNT), ("= advantages[rows][keep],", "= advantages[rows],")]),
+    one(10, "paid a token early", PAY, "rewards[torch.arange(B), (samples.lengths - 2).clamp(min=0)] += scores"),
+    one(10, "stored a token early", PAY, PAY + EARLY),
+    one(14, "d^2 / 2", CHARGE, "rewards = -beta * d.square() / 2\n"),
+    one(14, "exp(-d) - 1 + d", CHARGE, "rewards = -beta * (torch.expm1(-d) + d)\n"),
+    one(14, "|d|", CHARGE, "rewards = -beta * d.abs()\n"),
+    one(16, "behind the answer's end", "samples.responses()", "samples.response_tokens"),
+    one(23, "off by one", SLICE, "token_logits(model, tokens, mask)[:, -T:]"),
+    one(23, "off by one", SLICE, "token_logits(model, tokens, mask)[:, -T - 2 : -2]"),
+    one(24, "not those of sampling", " / config.temperature).log_softmax", ").log_softmax"),
+    one(28, "not those of sampling", ").log_softmax(-1)", ").softmax(-1).log_softmax(-1)"),
+    one(
         25,
         "gets no gradient",
-        [("values_of(tokens, mask, T)[keep]", "values_of(tokens, mask, T)[keep].detach().requires_grad_()")],
+        "mask, T)[keep]\n                near",
+        "mask, T)[keep].detach().requires_grad_()\n                near",
     ),
     (30, "term of the loss, k3", instead_of_rewards(f"torch.expm1({REF_LOSS} - {NEW}) + {NEW} - {REF_LOSS}")),
     ("-", "term of the loss, d^2 / 2", instead_of_rewards(f"({NEW} - {REF_LOSS}).square() / 2")),
     ("-", "term of the loss, d itself", instead_of_rewards(f"{NEW} - {REF_LOSS}")),
-    (
-        "-",
-        "charged at its last token",
-        [(CHARGE, "rewards = 0 * d\n        rewards[torch.arange(B), samples.lengths - 1] -= beta * d.sum(1)\n")],
-    ),
-    ("-", "beta is missing", [(CHARGE, "rewards = -d\n")]),
-    ("-", "paid at the first token", [(PAY, "rewards[:, 0] += scores")]),
-    ("-", "paid in the last column", [(PAY, "rewards[:, -1] += scores * counts[:, -1]")]),
-    ("-", "not charged missing_eos_penalty", [(" - config.missing_eos_penalty * (~samples.ended).float()", "")]),
-    (
-        "-",
-        "Every answer weighs the same",
-        [
-            (
-                LOSS,
-                f"w = (1 / keep.sum(1, keepdim=True) * keep)[keep]\n                policy_loss = -(w * {MIN}).sum()",
-            )
-        ],
-    ),
-    (
-        "-",
-        "It is the SFT model, frozen",
-        [
-            (ADAM, ADAM.replace("policy.parameters()", "[*policy.parameters(), *reference.parameters()]")),
-            (LOSS, f"{LOSS} + 0.1 * ({NEW} - {REF_LOSS}).mean()"),
-        ],
-    ),
-    ("-", "KL changes nothing", [("    beta = config.beta\n", "    beta = config.beta\n    reference = policy\n")]),
-    ("-", "zero_grad() is missing", [(ZERO, "")]),
-    (
-        "-",
-        "one column to its left",
-        [
-            (
-                "token_values(value_model, tokens, mask)[:, -T - 1 : -1]",
-                "token_values(value_model, tokens, mask)[:, -T:]",
-            )
-        ],
-    ),
-    (
-        "-",
-        "After the last token V is 0",
-        [
-            (
-                "config.gamma * v_after",
-                "config.gamma * token_values(value_model, samples.tokens, samples.mask)[:, t - T].detach()",
-            )
-        ],
-    ),
-    ("-", "lambda is missing", [("config.gamma * config.lam * following", "config.gamma * following")]),
+    one("-", "charged at its last token", CHARGE, AT_ITS_END),
+    one("-", "beta is missing", CHARGE, "rewards = -d\n"),
+    one("-", "paid at the first token", PAY, "rewards[:, 0] += scores"),
+    one("-", "paid in the last column", PAY, "rewards[:, -1] += scores * counts[:, -1]"),
+    one("-", "missing_eos_penalty", " - config.missing_eos_penalty * (~samples.ended).float()", ""),
+    one("-", "Every answer weighs the same", LOSS, BY_ANSWER),
+    ("-", "SFT model, frozen", [(ADAM, BOTH), (LOSS, f"{LOSS} + 0.1 * ({NEW} - {REF_LOSS}).mean()")]),
+    one("-", "reference is the policy", "    beta = config.beta\n", "    beta, reference = config.beta, policy\n"),
+    one("-", "zero_grad() is missing", ZERO, ""),
+    one("-", "one column to its left", VALUES, "token_values(value_model, tokens, mask)[:, -T:]"),
+    one("-", "After the last token V is 0", "config.gamma * v_after", AFTER),
+    one("-", "lambda is missing", "config.gamma * config.lam * following", "config.gamma * following"),
     (
         "-",
         "from the first token on",
@@ -485,32 +440,21 @@ BUGS = [
             ("config.gamma * v_after", "config.gamma * (old_values[:, t + 1] if t + 1 < T else 0.0)"),
         ],
     ),
-    ("-", "are not whitened", [(WHITEN, "")]),
-    (
-        "-",
-        "whitened in each minibatch",
-        [
-            (WHITEN, ""),
-            (
-                OBJECTIVE,
-                "                A = (A - A.mean()) / A.std(correction=0) if config.whiten_advantages else A\n"
-                + OBJECTIVE,
-            ),
-        ],
-    ),
-    ("-", "clip never acts", [(MIN, "(ratio * A)")]),
-    ("-", "V is not clipped", [("torch.maximum((V - R).square(), (near - R).square())", "(V - R).square()")]),
-    ("-", "ptx_coef is missing", [(ADD, "policy_loss = policy_loss + reading")]),
-    ("-", "text is unlearned", [(ADD, ADD.replace("+", "-"))]),
-    ("-", "Only the text is left", [(ADD, "policy_loss = config.ptx_coef * reading")]),
+    one("-", "are not whitened", WHITEN, ""),
+    ("-", "whitened in each minibatch", [(WHITEN, ""), (OBJECTIVE, OWN_WHITE + OBJECTIVE)]),
+    one("-", "clip never acts", MIN, "(ratio * A)"),
+    one("-", "V is not clipped", "torch.maximum((V - R).square(), (near - R).square())", "(V - R).square()"),
+    one("-", "ptx_coef is missing", ADD, "policy_loss = policy_loss + reading"),
+    one("-", "text is unlearned", ADD, ADD.replace("+", "-")),
+    one("-", "Only the text is left", ADD, "policy_loss = config.ptx_coef * reading"),
     ("-", "not a step on each", [(ADD, "pass"), (OBJECTIVE, READ + OBJECTIVE)]),
-    ("-", "beta stays where it was", [(STEERED, "pass")]),
-    ("-", "wrong way", [(STEERED, STEERED.replace("1 + error", "1 - error"))]),
-    ("-", "charged config.beta in every batch", [(CHARGE, "rewards = -config.beta * d\n")]),
-    ("-", "nats per answer", [("max(kl / config.target_kl", "max(d[counts].mean().item() / config.target_kl")]),
-    ("-", None, [("torch.randperm(B, generator=generator)", "torch.arange(B)")]),
-    ("-", None, [(ADAM + " config.lr", ADAM + " config.value_lr")]),
-    ("-", None, [("for _ in range(config.epochs)", "for _ in range(config.epochs + 1)")]),
+    one("-", "beta stays where it was", STEERED, "pass"),
+    one("-", "wrong way", STEERED, STEERED.replace("1 + error", "1 - error")),
+    one("-", "charged config.beta in every batch", CHARGE, "rewards = -config.beta * d\n"),
+    one("-", "nats per answer", "max(kl / config.target_kl", "max(d[counts].mean().item() / config.target_kl"),
+    one("-", None, "torch.randperm(B, generator=generator)", "torch.arange(B)"),
+    one("-", None, f"{ADAM} config.lr", f"{ADAM} config.value_lr"),
+    one("-", None, "for _ in range(config.epochs)", "for _ in range(config.epochs + 1)"),
 ]
 """Museum's number or "-", what the marks must say (None: no cause is known, the first failed property says enough), and
 the edits of the solution that plant it."""
