@@ -12,7 +12,7 @@ from minirlhf_course.studios.dictation import score_of, watch
 from minirlhf_course.studios.equation2 import BASE
 from minirlhf_course.studios.given import run, token_logits, token_values
 from minirlhf_course.studios.ledger import parallel
-from minirlhf_course.studios.tables import PROMPTS, trio
+from minirlhf_course.studios.tables import PROMPTS
 from minirlhf_course.studios.text_losses import value_errors
 
 from minirlhf.kl import kl_rewards
@@ -50,7 +50,8 @@ def seen():
 
 def test_tables_answer_as_models_do(seen):
     found, step, text = seen
-    samples, models = step.samples, trio()
+    samples, models = step.samples, found.models
+    models.policy.head.weight.data.copy_(step.updates[0].weights["policy"])  # as they were when it sampled
     T = samples.response_mask.shape[1]
     logprobs = response_logprobs(
         models.policy, samples.tokens, samples.mask, samples.response_mask, temperature=BASE.temperature
@@ -64,7 +65,7 @@ def test_tables_answer_as_models_do(seen):
 
 
 def test_rewards_and_advantages_are_the_packages(seen):
-    found, step, text = seen
+    _, step, text = seen
     ref = torch.zeros_like(text.d)
     close(rewards(text), kl_rewards(text.score, text.d, ref, text.mask, 0.3))
     advantages, _ = package_gae(rewards(text), text.v, text.last, gamma=text.gamma, lam=text.lam, mask=text.mask)
