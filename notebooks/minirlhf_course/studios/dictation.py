@@ -90,7 +90,7 @@ def draw(models: Trio, texts: Sequence[str], config: RLHFConfig, generator: torc
             if len(row) == start or row[-1] != 1:
                 tokens = torch.tensor([row])
                 with torch.no_grad():
-                    logits = token_logits(models.policy, tokens, torch.ones_like(tokens))[0, -1]  # type: ignore[arg-type]
+                    logits = token_logits(models.policy, tokens, torch.ones_like(tokens))[0, -1]
                 row.append(int(torch.multinomial((logits / config.temperature).softmax(-1), 1, generator=generator)))
     return [row[start:] for row, start in zip(rows, starts, strict=True)]
 
@@ -108,7 +108,7 @@ def samples_of(
     width = tokens.shape[1]
     both, real = torch.cat([prompt_tokens, tokens], 1), torch.cat([prompt_mask, mask], 1)
     with torch.no_grad():
-        logits = token_logits(models.policy, both, real)[:, -width - 1 : -1]  # type: ignore[arg-type]
+        logits = token_logits(models.policy, both, real)[:, -width - 1 : -1]
     logprobs = (logits / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     logprobs = torch.where(mask, logprobs, 0.0 if garbage is None else 5.0)
     ended = torch.tensor([row[-1] == 1 for row in answers])

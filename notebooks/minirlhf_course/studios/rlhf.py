@@ -10,7 +10,7 @@ import torch
 
 from minirlhf.language.rlhf import RLHFConfig
 from minirlhf_course.studios.credit import gae, pairs_of, text_of, weights_of, whitened
-from minirlhf_course.studios.dictation import Run, Step, watch
+from minirlhf_course.studios.dictation import Run, watch
 from minirlhf_course.studios.equation2 import (
     BASE,
     FAST,
@@ -24,7 +24,14 @@ from minirlhf_course.studios.given import Trainer
 from minirlhf_course.studios.ledger import parallel
 from minirlhf_course.studios.studio import Failure, Notes, Property, Studio
 from minirlhf_course.studios.tables import trio
-from minirlhf_course.studios.text_losses import clip_is_right, critic_is_right, ptx_is_the_sum
+from minirlhf_course.studios.text_losses import (
+    clip_is_right,
+    critic_is_right,
+    drawn,
+    first_ratio_is_one,
+    log_shape,
+    ptx_is_the_sum,
+)
 from minirlhf_course.studios.text_probes import TASKS, equals_the_package, probe
 
 STUB = '''
@@ -116,36 +123,6 @@ def reference_stays(trainer: Trainer, notes: Notes) -> Failure | None:
     return None
 
 
-KEYS = ("score", "kl", "beta", "first_ratio_error", "first_clip_fraction")
-NOT_ONE = (
-    "The log-probs of the update are not those of sampling: the same temperature, the same columns (bug 23), "
-    "log_softmax of logits and not of probabilities (bug 28), no dropout; or the ratio was taken after a step."
-)
-
-
-def _log_shape(run: Run) -> str:
-    log = run.log
-    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
-        return "What it returns is not a list with a dict per batch."
-    if len(log) != len(run.steps):
-        return f"It returns {len(log)} rows of its log for {len(run.steps)} batches."
-    missing = [key for key in KEYS if any(key not in row for row in log)]
-    return f"The rows of its log have no {missing[0]!r}." if missing else ""
-
-
-def first_ratio_is_one(trainer: Trainer, notes: Notes) -> Failure | None:
-    run = watch(trainer, replace(FAST, minibatch_size=4))
-    problem = run.problem or _log_shape(run)
-    if problem:
-        return Failure(problem)
-    for number, row in enumerate(run.log):
-        for key in ("first_ratio_error", "first_clip_fraction"):
-            if not abs(float(row[key])) <= 1e-4:
-                case = f"Row {number} of its log says {key} {float(row[key]):.3g}; nothing has moved yet, so it is 0."
-                return Failure(f"{case}\ntemperature {FAST.temperature}, 8 answers in two minibatches.", NOT_ONE)
-    return None
-
-
 def covers_its_minibatches(trainer: Trainer, notes: Notes) -> Failure | None:
     config = replace(BASE, minibatch_size=3, epochs=3, lr=1e-6, value_lr=1e-6)  # nothing leaves the clip range
     run = watch(trainer, config)
@@ -154,13 +131,13 @@ def covers_its_minibatches(trainer: Trainer, notes: Notes) -> Failure | None:
     step = run.steps[0]
     orders: list[list[list[int]]] = []
     for epoch in range(3):
-        drawn = [_drawn(run, step, place) for place in range(3 * epoch, 3 * epoch + 3)]
-        sizes = [len(rows) for rows in drawn]
-        if sorted(row for rows in drawn for row in rows) != list(range(8)):
+        parts = [drawn(run, step, place) for place in range(3 * epoch, 3 * epoch + 3)]
+        sizes = [len(rows) for rows in parts]
+        if sorted(row for rows in parts for row in rows) != list(range(8)):
             return Failure(f"Epoch {epoch + 1}: its minibatches have {sizes} answers, and not each of the 8 once.")
         if max(sizes) - min(sizes) > 1:
             return Failure(f"The minibatches of epoch {epoch + 1} have {sizes} answers: equal parts are asked for.")
-        orders.append(drawn)
+        orders.append(parts)
     if orders[0] == orders[1] == orders[2]:
         return Failure("Every epoch has the same minibatches: draw a new order for each.")
     text = text_of(run, step, step.updates[0], config, config.beta)
@@ -183,18 +160,10 @@ def covers_its_minibatches(trainer: Trainer, notes: Notes) -> Failure | None:
     return None
 
 
-def _drawn(run: Run, step: Step, place: int) -> list[int]:
-    """The answers of a minibatch."""
-    update = step.of("policy")[place]
-    text = text_of(run, step, update, BASE, BASE.beta)
-    gradient = update.gradients["policy"].abs().sum(0)
-    return (gradient[text.rows] * text.mask).any(1).nonzero().flatten().tolist()
-
-
 def beta_is_steered(trainer: Trainer, notes: Notes) -> Failure | None:
     config = replace(PLAIN, steps=4, lr=0.05, target_kl=1.2, kl_horizon=20.0)
     run = watch(trainer, config, models=trio(values=0.0), seed=2)
-    problem = run.problem or _log_shape(run)
+    problem = run.problem or log_shape(run)
     if problem:
         return Failure(problem)
     beta, betas = config.beta, []
@@ -260,7 +229,7 @@ def garbage_changes_nothing(trainer: Trainer, notes: Notes) -> Failure | None:
                         f"Batch {number}, update {place}: with other tokens and numbers in padded slots the "
                         f"gradient of the {model} model changes by {share:.1%}."
                     )
-    logs = [_log_shape(run) for run in (clean, other)]
+    logs = [log_shape(run) for run in (clean, other)]
     if not any(logs):
         for row, again in zip(clean.log, other.log, strict=True):
             for key in ("score", "kl"):
@@ -274,7 +243,7 @@ def garbage_changes_nothing(trainer: Trainer, notes: Notes) -> Failure | None:
 
 def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
     run = watch(trainer, BASE)
-    problem = run.problem or _log_shape(run)
+    problem = run.problem or log_shape(run)
     if problem:
         return Failure(problem)
     for number, (row, step) in enumerate(zip(run.log, run.steps, strict=True)):
@@ -331,7 +300,7 @@ rlhf = Studio(
         Property(
             "in the first minibatch every ratio is 1, and nothing is clipped",
             first_ratio_is_one,
-            "which two log-probabilities the ratio is made of.",
+            "the two log-probabilities of the ratio: the same temperature and columns, before any step, no dropout.",
             (3, 23, 24, 28),
         ),
         Property(

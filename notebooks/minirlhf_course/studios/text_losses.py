@@ -1,4 +1,4 @@
-"""The losses of an RLHF trainer, read off its gradients on tables: the clip, the values, the text of PPO-ptx."""
+"""The update of an RLHF trainer, read off its gradients on tables: ratio, clip, values, the text of PPO-ptx."""
 
 from __future__ import annotations
 
@@ -27,6 +27,88 @@ from minirlhf_course.studios.given import Trainer
 from minirlhf_course.studios.ledger import parallel, scaled
 from minirlhf_course.studios.mistakes import DEAD
 from minirlhf_course.studios.studio import Failure, Notes
+
+# The first ratio -----------------------------------------------------------------------------------------------------
+
+KEYS = ("score", "kl", "beta", "first_ratio_error", "first_clip_fraction")
+RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
+    "The log-probs of the update are not those of sampling: logits are not divided by config.temperature.": (
+        lambda logits: logits.log_softmax(-1)
+    ),
+    "The log-probs of the update are not those of sampling: logits are multiplied by config.temperature.": (
+        lambda logits: (logits * FAST.temperature).log_softmax(-1)
+    ),
+    "Probabilities are taken for logits: the softmax is taken twice.": lambda logits: (
+        (logits / FAST.temperature).softmax(-1).log_softmax(-1)
+    ),
+    "Logits are taken for log-probabilities: log_softmax is missing.": lambda logits: logits / FAST.temperature,
+}
+"""What is wrong, and the log-probs that it gives."""
+
+
+def log_shape(run: Run) -> str:
+    """What is wrong with the form of a trainer's log; "" if nothing is."""
+    log = run.log
+    if not isinstance(log, list | tuple) or not all(isinstance(row, dict) for row in log):
+        return "What it returns is not a list with a dict per batch."
+    if len(log) != len(run.steps):
+        return f"It returns {len(log)} rows of its log for {len(run.steps)} batches."
+    for key in KEYS:
+        if any(key not in row for row in log):
+            return f"The rows of its log have no {key!r}."
+        if not all(_is_number(row[key]) for row in log):
+            return f"Its log's {key!r} is not a number in every row: {log[0][key]!r}."
+    return ""
+
+
+def _is_number(x: object) -> bool:
+    try:
+        return math.isfinite(float(x))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
+def first_ratio_is_one(trainer: Trainer, notes: Notes) -> Failure | None:
+    run = watch(trainer, replace(FAST, minibatch_size=4))
+    problem = run.problem or log_shape(run)
+    if problem:
+        return Failure(problem)
+    for number, row in enumerate(run.log):
+        for key in ("first_ratio_error", "first_clip_fraction"):
+            if not abs(float(row[key])) <= 1e-4:
+                said = float(row[key])
+                return Failure(
+                    f"Row {number} of its log says {key} {said:.3g}; nothing has moved yet, so it is 0.\n"
+                    f"temperature {FAST.temperature}, 8 answers in two minibatches.",
+                    _ratio_name(run, number, float(row["first_ratio_error"])),
+                )
+    return None
+
+
+def _ratio_name(run: Run, number: int, error: float) -> str:
+    step = run.steps[number]
+    update = step.of("policy")[0]
+    text = text_of(run, step, update, FAST, FAST.beta)
+    rows = drawn(run, step, 0)
+    mask, tokens, logits = text.mask[rows], text.tokens[rows], logits_of(update.weights["policy"], text.rows[rows])
+    old = (logits / FAST.temperature).log_softmax(-1)
+    for sentence, give in RATIOS.items():
+        moved = (give(logits) - old).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).expm1().abs()
+        if abs(float(moved[mask].max()) - error) < 1e-3 * max(1.0, error):
+            return sentence
+    return ""
+
+
+def drawn(run: Run, step: Step, place: int) -> list[int]:
+    """The answers of a minibatch: those that its gradient hears of."""
+    model = "value" if len(step.of("value")) > place else "policy"
+    update = step.of(model)[place]
+    text = text_of(run, step, update, BASE, BASE.beta)
+    size = update.gradients[model].abs().sum(0)
+    return (size[text.rows] * text.mask).any(1).nonzero().flatten().tolist()
+
+
+# The clip ------------------------------------------------------------------------------------------------------------
 
 
 def clip_is_right(trainer: Trainer, notes: Notes) -> Failure | None:

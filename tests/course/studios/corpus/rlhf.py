@@ -378,6 +378,7 @@ EARLY = "\n        rewards = torch.cat([rewards[:, 1:], torch.zeros(B, 1)], 1) *
 AFTER = "config.gamma * token_values(value_model, samples.tokens, samples.mask)[:, t - T].detach()"
 ALL_VALUES = "values_of(samples.tokens, samples.mask, T)"
 SUM_ON = (FOLLOWING, "following = delta + config.gamma * config.lam * following")
+BY_POSITION = f"torch.distributions.Categorical({SLICE} / config.temperature).logits"
 BOTH = ADAM.replace("policy.parameters()", "[*policy.parameters(), *reference.parameters()]")
 
 
@@ -409,8 +410,10 @@ BUGS = [
     one(16, "behind the answer's end", "samples.responses()", "samples.response_tokens"),
     one(23, "off by one", SLICE, "token_logits(model, tokens, mask)[:, -T:]"),
     one(23, "off by one", SLICE, "token_logits(model, tokens, mask)[:, -T - 2 : -2]"),
-    one(24, "not those of sampling", " / config.temperature).log_softmax", ").log_softmax"),
-    one(28, "not those of sampling", ").log_softmax(-1)", ").softmax(-1).log_softmax(-1)"),
+    one(24, "not divided by config.temperature", " / config.temperature).log_softmax", ").log_softmax"),
+    one("-", "softmax is taken twice", ").log_softmax(-1)", ").softmax(-1).log_softmax(-1)"),
+    one("-", "log_softmax is missing", ".log_softmax(-1)", ""),
+    one(28, "takes x for probabilities (bug 28)", f"({SLICE} / config.temperature).log_softmax(-1)", BY_POSITION),
     one(
         25,
         "gets no gradient",
