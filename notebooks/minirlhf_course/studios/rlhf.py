@@ -199,8 +199,6 @@ def _beta_name(run: Run, config: RLHFConfig, said: list[float], right: list[floa
         return "beta stays where it was."
     if abs(said[0] - right[1]) < 1e-4:
         return "The log says the beta of the next batch: log the one that was charged."
-    if (said[1] - said[0]) * (right[1] - right[0]) < 0:
-        return "beta is steered the wrong way: more KL than the target makes it larger."
     beta, tokens = config.beta, []
     for step in run.steps:
         tokens.append(beta)
@@ -208,6 +206,8 @@ def _beta_name(run: Run, config: RLHFConfig, said: list[float], right: list[floa
         beta *= 1 + min(max(float(text.d[text.mask].mean()) / 1.2 - 1, -0.2), 0.2) * 8 / 20.0
     if all(abs(x - y) < 1e-3 for x, y in zip(said, tokens, strict=True)):
         return "The KL is a mean over tokens: target_kl is in nats per answer (bug 9)."
+    if (said[1] - said[0]) * (right[1] - right[0]) < 0:
+        return "beta is steered the wrong way: more KL than the target makes it larger."
     return ""
 
 

@@ -105,7 +105,7 @@ TASKS = (
         0.9,
         "the policy's loss: its sign, the ratio, which log-prob is of which token, the optimizer's weights.",
         (3, 6, 23),
-        {"max_response_tokens": 1, "steps": 10},
+        {"max_response_tokens": 1},
     ),
     Task(
         "probe 3, reward for the first of five tokens",

@@ -66,7 +66,7 @@ def trl(policy, value_model, ref_policy, get_reward, processing_class, batches, 
 
             kl = logprobs - ref_logprobs
             rewards = (-kl_coef * kl).clone()
-            rewards[[torch.arange(len(rewards)), sequence_lengths]] += scores
+            rewards[torch.arange(len(rewards)), sequence_lengths] += scores
 
             lastgaelam, advantages_reversed = 0, []
             for t in reversed(range(responses.shape[1])):
