@@ -19,7 +19,11 @@ In a studio's notebook:
 | `referee` | the exact gradient, the package's own trainer, CartPole |
 | `probes` | five problems that a right trainer solves in seconds, and how actions are drawn |
 | `equation9` | the terms of PPO's loss, its minibatches, its log |
-| `reinforce`, `actor_critic`, `ppo` | one studio each: its stub, its properties, its likely mistakes |
+| `given` | what an RLHF trainer is given: logits, values, samples; and a run of it on any models |
+| `tables`, `dictation` | language models that are nothing but tables, and a trainer watched on them |
+| `credit`, `equation2`, `text_losses` | what each token of an answer is worth, and the terms of RLHF's objective |
+| `text_probes` | the five probes for text, and the package's own RLHF |
+| `reinforce`, `actor_critic`, `ppo`, `rlhf` | one studio each: its stub, its properties, its likely mistakes |
 
 Nothing here draws, and nothing of the package imports it.
 """

@@ -17,20 +17,29 @@ from minirlhf_course.checks.untouched import is_untouched
 
 MUSEUM = {
     1: "value targets from whitened advantages",
+    2: "KL term detached from the graph",
     3: "ratio always 1, so the clip never acts",
     4: "max for min in the clipped loss",
     5: "min taken before multiplying by A",
     6: "missing minus sign",
     7: "A = r - V in place of G - V",
+    8: "KL of padding leaks into returns",
+    9: "KL averaged over padding",
     10: "reward stored a step early",
     11: "argmax for sampling",
     12: "done and next_done swapped",
+    14: "a chain of ifs falls through to the wrong KL",
+    16: "both answers equal after truncation",
     22: "termination treated as truncation",
+    23: "off-by-one between logits and tokens",
+    24: "top-k left on while sampling",
     25: "a dead critic: values as numbers, without a gradient",
     26: "advantages that run across the end of an episode",
     28: "Categorical(logits) by position, taken for probabilities",
+    29: "position ids lost through an adapter's wrapper",
+    30: "k3 averaged as a loss where the sequence KL was meant",
 }
-"""The bugs that belong to control, by their number in the course's bug museum."""
+"""The bugs that a studio may meet, by their number in the course's bug museum."""
 
 
 @dataclass(frozen=True)
