@@ -138,7 +138,7 @@ def kl_is_charged(trainer: Trainer, notes: Notes) -> Failure | None:
             failing = failing or (step, text, got, right)
     if failing is None:
         return None
-    named = _first_that_gives(seen, {text: (lambda x, give=give: gae(x, give(x))) for text, give in REWARDS.items()})
+    named = _first_that_gives(seen, {text: _charged(give) for text, give in REWARDS.items()})
     named = named or _first_that_gives(seen, WEIGHTS) or _sign(seen, gae)
     named = named or _first_that_gives(seen, {MEANS: lambda x: gae(x) / x.mask.sum(1, keepdim=True)})
     step, text, got, right = failing
@@ -246,8 +246,17 @@ def _advantage_name(seen: list[tuple[Tensor, Text]], whiten: bool) -> str:
         }
     else:
         suspects["Advantages are whitened although whiten_advantages is False."] = lambda x: whitened(x.mask, gae(x))
-    suspects |= {name: (lambda x, give=give: _changed(x, give(x), whiten)) for name, give in ADVANTAGES.items()}
+    suspects |= {name: _given(give, whiten) for name, give in ADVANTAGES.items()}
     return _first_that_gives(seen, suspects) or _sign(seen, lambda x: _advantages(x, whiten))
+
+
+def _charged(give: Callable[[Text], Tensor]) -> Callable[[Text], Tensor]:
+    """The advantages that come of these rewards."""
+    return lambda text: gae(text, give(text))
+
+
+def _given(give: Callable[[Text], Tensor], whiten: bool) -> Callable[[Text], Tensor]:
+    return lambda text: _changed(text, give(text), whiten)
 
 
 def _changed(text: Text, advantages: Tensor, whiten: bool) -> Tensor:

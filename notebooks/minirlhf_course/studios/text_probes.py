@@ -211,6 +211,8 @@ def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
     )
     blocks = torch.randint(3, len(tokenizer()), (16, 8), generator=torch.Generator().manual_seed(0))
     reference = fresh(0)
+    ours: list[Any]
+    theirs: list[Any]
     ours, theirs = ([fresh(1), scalar_model_from(reference, 0).eval()] for _ in range(2))
     start = [[p.detach().clone() for p in model.parameters()] for model in ours]
 
@@ -218,7 +220,7 @@ def equals_the_package(trainer: Trainer, notes: Notes) -> Failure | None:
         return [early(text) + 0.1 * len(text.split()) for text in responses]
 
     recorder = Recorder("rlhf", progress=False)
-    parts = (reference, reward, tokenizer(), PROMPTS, config)
+    parts: list[Any] = [reference, reward, tokenizer(), PROMPTS, config]
     train_rlhf(*theirs, *parts, corpus_blocks=blocks, seed=4, recorder=recorder)
     try:
         run(trainer, *ours, *parts, corpus_blocks=blocks, seed=4)
