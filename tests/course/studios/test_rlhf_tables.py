@@ -18,6 +18,7 @@ from minirlhf_course.studios.text_losses import value_errors
 from minirlhf.kl import kl_rewards
 from minirlhf.language.models import clone, response_logprobs, scalar_model_from
 from minirlhf.language.rlhf import train_rlhf
+from minirlhf.language.tokenization import decode
 from minirlhf.losses import value_loss
 from minirlhf.returns import gae as package_gae
 from minirlhf.returns import whiten
@@ -141,7 +142,7 @@ def test_a_run_on_models_begins_with_the_packages_answers():
 
     def asks(policy, value_model, reference, reward, tokenizer, batches, config, *, sample, corpus, generator):
         for texts in batches:
-            reward(texts, tokenizer.batch_decode(sample(policy, texts).responses()))
+            reward(texts, decode(tokenizer, sample(policy, texts).responses()))
 
     value = scalar_model_from(reference, 0).eval()
     models = (clone(reference), value, reference, reward, text_probes.tokenizer(), text_probes.PROMPTS, config)
