@@ -180,7 +180,7 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
         The place of each answer, 1 the best.
 
     Raises:
-        ValueError: an answer is missing, named twice, or not there; the message says which.
+        ValueError: an answer is missing, named twice, or not there, or ties with nothing; the message says which.
 
     Example:
         >>> parse_ranking("2 1=3 4", 4), parse_ranking("21=34", 4), parse_ranking("1=2", 2)
@@ -195,11 +195,13 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
     ):
         if wrong:
             raise ValueError(f"{wrong[0]} {what}; type the {count} numbers, best first, with = between ties")
+    if typed.strip(" ,")[-1] == "=" or typed.strip(" ,")[0] == "=":
+        raise ValueError("a tie is between two answers: 2=3 says that answers 2 and 3 tie")
     groups: list[list[int]] = []
     tied = False
     for character in typed:
         if character == "=":
-            tied = bool(groups)
+            tied = True
         elif character in known:
             if not tied:
                 groups.append([])

@@ -73,8 +73,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     inputs = load_inputs(config, data)
     for note in inputs.folder.notes:
         print(note, file=sys.stderr)
-    if "base" not in left or config.previous is not None:
-        check_context(config.previous or out, inputs.context_length)
+    if "base" not in left:
+        check_context(out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
     for name in ("report.html", "report.json"):
