@@ -29,6 +29,8 @@ T = TypeVar("T")
 HELDOUT_FRACTION = 0.1
 COMMON_TIES = 20  # this many rows with all scores equal are the judge's habit, not a mistake
 LARGEST_SCORE = 1e30  # fits float32 with room to spare; NaN and infinity fail the comparison too
+LONGEST_ROW = 2**25
+"""Bytes. A few MB of gzip can hold a line of many GB, so a line is never read beyond this."""
 DIALOGUE_MARK = "\n\nAssistant:"
 
 
@@ -207,8 +209,10 @@ def _json_lines(file: Path) -> Iterator[_Row]:
     number = 0
     try:
         with opener(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW + 1), b""), 1):
                 where = f"{file}:{number}"
+                if len(line) > LONGEST_ROW:
+                    raise DataError(f"{where}: longer than {LONGEST_ROW:,} bytes; a row is a JSON object on one line")
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:

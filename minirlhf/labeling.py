@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,8 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from minirlhf.checkpoints import partial, replace
 from minirlhf.data import read_rankings
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, visible
 
 MOST_ANSWERS = 9  # one key each
 ROW = b'{"prompt": '  # how every row that is written here begins
@@ -114,13 +114,11 @@ class RankingFile:
                 row = json.loads(lines[index]) if lines[index].strip() else {}
                 item = Item(row.get("prompt", ""), tuple(row.get("responses", ())))
                 if row.get("labeler") == self.labeler and item in items:
-                    aside = self.path.with_name(self.path.name + ".partial")
-                    with aside.open("wb") as file:
+                    aside = partial(self.path)
+                    with aside.open("xb") as file:
                         file.write(b"".join(lines[:index] + lines[index + 1 :]))
-                        file.flush()
-                        os.fsync(file.fileno())
                     shutil.copymode(self.path, aside)
-                    os.replace(aside, self.path)
+                    replace(aside, self.path)
                     return item
         return None
 
@@ -211,19 +209,6 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
     for group in groups:
         places |= dict.fromkeys(group, len(places) + 1)
     return tuple(places[k] for k in range(1, count + 1))
-
-
-def visible(text: str) -> str:
-    """The text with its control characters spelled out, so that an answer can't move the cursor or clear the screen.
-
-    Example:
-        >>> visible("two\\nlines \\x1b[2J")
-        'two\\nlines \\\\x1b[2J'
-    """
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
-        for c in text
-    )
 
 
 def label_in_terminal(file: RankingFile, items: Sequence[Item], ask: Callable[[str], str] = input) -> int:

@@ -67,7 +67,7 @@ def delete(folder: Path, *names: str) -> None:
 
 def put(file: Path, content: str | None) -> None:
     """Write a file anew, or take it away."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(exist_ok=True, parents=True)
     file.unlink() if content is None else file.write_text(content)
 
 
@@ -508,6 +508,44 @@ def test_a_step_that_fails_beside_another_is_reported(unfinished: Path, fast_run
     said = background.finish(fast_run(unfinished), threads=2, code=2)
     assert "damaged training state" in said and "ppo stopped with exit code 2" in said
     assert not (unfinished / "report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the child in /proc")
+def test_a_child_that_is_killed_stops_the_run_at_once(unfinished: Path, fast_run, background) -> None:
+    process = background.start(fast_run(unfinished, "--rlhf.steps", "100000"), threads=2)
+    files = [unfinished / f"{step}.partial" / "metrics.jsonl" for step in ("ppo", "ppo_ptx")]
+    background.wait_for(process, lambda: all(map(count, files)))
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert os.sched_getaffinity(int(child)) == os.sched_getaffinity(0)  # that of the shell, as taskset leaves it
+    os.kill(int(child), signal.SIGKILL)
+    assert process.wait(timeout=20) == 2
+    said = background.log.read_text()
+    assert "the process that trained ppo was ended by SIGKILL" in said and "Traceback" not in said
+    assert said.count("minirlhf: error") == 1 and not (unfinished / "report.json").exists()
+
+
+def test_what_a_run_leaves_half_written_is_its_own_to_remove(finished: Path, run: Path, fast_run, refused) -> None:
+    outside = run.parent / "outside"
+    outside.write_text("mine")
+    (run / "report.json.partial").symlink_to(outside)
+    (run / "answers.json.partial").write_text("half")
+    delete(run, "report.json")
+    assert main(fast_run(run)) == 0
+    assert outside.read_text() == "mine" and not list(run.glob("*.partial"))
+    delete(run, "ppo_ptx")
+    (run / "elsewhere").mkdir()
+    (run / "ppo_ptx.partial").symlink_to(run / "elsewhere")
+    assert "ppo_ptx.partial: must be a folder or not exist" in refused(fast_run(run))
+    assert not list((run / "elsewhere").iterdir())
+
+
+def test_a_run_ended_in_its_first_second_goes_on(finished: Path, fast_run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    put_aside = out / "config.json.partial"
+    put(put_aside, "{")
+    assert main(fast_run(out)) == 0
+    assert weights(out) == weights(finished) and not put_aside.exists()
 
 
 def test_small_world_is_judged_by_gold(fast_run, tmp_path: Path) -> None:

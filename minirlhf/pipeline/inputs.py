@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
-from minirlhf.language.models import load_causal_model
+from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model
 from minirlhf.language.tokenization import (
@@ -55,6 +56,8 @@ def find_data(config: RunConfig) -> Path:
         return DEFAULT_DATA
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
     made = config.out / MADE_WORLD
+    for unfinished in config.out.glob(f".{MADE_WORLD}.*.part"):  # of a run that was ended while it wrote the folder
+        shutil.rmtree(unfinished)
     if not made.is_dir():
         try:
             find_world(DEFAULT_WORLD).write(made, seed=0)
@@ -124,15 +127,13 @@ def _add_rankings(folder: DataFolder, files: Sequence[Path]) -> None:
 
 def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
     """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tested."""
-    from transformers import AutoConfig
-
     try:
         tokenizer = load_tokenizer(name)
         if check:
             check_model(load_causal_model(name, tokenizer))
     except CheckpointError as error:
         raise CheckpointError(f"--model {str(error) if name in str(error) else f'{name}: {error}'}") from None
-    return tokenizer, getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+    return tokenizer, context_in(name)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:
