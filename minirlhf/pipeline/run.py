@@ -127,5 +127,6 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
     }
     report["answers_sha256"] = hashlib.sha256((out / "answers.json").read_bytes()).hexdigest()
-    write_json(out / "report.json", sealed(report))
+    report = sealed(report)
+    write_json(out / "report.json", report)
     return report

@@ -99,14 +99,12 @@ def changed_machine(out: Path, now: dict[str, Any]) -> list[str]:
     for step in STEPS:
         file = out / step / SUMMARY
         before = json.loads(file.read_text(encoding="utf-8")).get("made_with", {}) if file.is_file() else {}
-        halved = (
-            ("threads",) if step in ("ppo", "ppo_ptx") else ()
-        )  # two that train side by side have half of them each
+        halved = ("threads",) if step in ("ppo", "ppo_ptx") else ()  # side by side, each has half
         differ = [name for name, value in before.items() if now.get(name) != value and name not in halved]
         if differ:
             then, today = (", ".join(f"{name} {kind.get(name)}" for name in differ) for kind in (before, now))
             notes.append(
-                f"{out / step}: was trained with {then}; what follows uses {today}, and may differ in its last bits"
+                f"{out / step}: trained with {then}; the rest will be with {today}, so its last bits may differ"
             )
     return notes
 
