@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from minirlhf.errors import UserError
 from minirlhf.failures import end_quietly, say
-from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings
+from minirlhf.settings import Count, NotNegative, Seed, Settings, Temperature
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ChatConfig(Settings, option=""):
     """Folder of a finished run."""
     prompt: tuple[str, ...] = ()
     """Answer these and exit instead of asking."""
-    temperature: Positive = 0.7
+    temperature: Temperature = 0.7
     """Sampling temperature; lower is safer."""
     greedy: bool = False
     """Always take the most likely token."""
@@ -78,7 +78,7 @@ class EvaluateConfig(Settings, option=""):
     """A policy of the run (base, sft, ppo, ppo_ptx) or the folder of a causal model with the same vocabulary."""
     prompts: Count | None = None
     """Held-out prompts to answer; default, here and below: as in the run's evaluation."""
-    temperature: Positive | None = None
+    temperature: Temperature | None = None
     """Sampling temperature."""
     max_response_tokens: Count | None = None
     """Maximum tokens per answer."""
@@ -104,7 +104,7 @@ class LabelConfig(Settings, option=""):
     """Prompts to rank answers for."""
     answers: Count = 4
     """K, answers per prompt: 2 to 9."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature."""
     labeler: str | None = None
     """Your name, written with every ranking; default: your user name."""

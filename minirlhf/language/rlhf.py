@@ -36,7 +36,16 @@ from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, sc
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
-from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, PositiveOrInf, PPOSettings
+from minirlhf.settings import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveOrInf,
+    PPOSettings,
+    Temperature,
+)
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -82,7 +91,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     """Values are clipped to within this distance of the old ones; None for no clipping."""
     gamma: Fraction = 1.0
     """Discount (InstructGPT: none)."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; log-probs are of the same tempered distribution."""
     max_response_tokens: Count = 40
     """Maximum tokens per answer."""

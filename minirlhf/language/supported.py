@@ -25,8 +25,11 @@ def check_model(model: PreTrainedModel) -> None:
         model: in eval mode.
 
     Raises:
-        CheckpointError: it can't; the message says what failed.
+        CheckpointError: it can't, or a weight is not finite; the message says what failed.
     """
+    broken = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{type(model).__name__}: its weight {broken[0]} is NaN or infinite; save it again")
     scalar = empty_scalar(model)
     name, vocabulary = type(model).__name__, model.get_input_embeddings().num_embeddings
     tokens = torch.arange(6)[None].repeat(2, 1) % vocabulary

@@ -24,6 +24,7 @@ from minirlhf.language.tokenization import (
     tokenizer_from_file,
     train_tokenizer,
 )
+from minirlhf.pipeline.audit import audit
 from minirlhf.pipeline.judges import gold_judge
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
@@ -87,6 +88,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     else:
         tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
 
+    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
     longest = block_length = config.base.block_length
     room = max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
     for what, where, length in _sequences(folder, tokenizer, room):
