@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minirlhf import parallel
 from minirlhf.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def save_model(
 ) -> None:
     """Save a model and its tokenizer atomically as one folder.
 
+    With several processes all call it, rank 0 writes, and all return when the folder is complete.
+
     Args:
         folder: must be empty or not exist yet.
         model: any transformers model; saved as safetensors.
@@ -71,7 +74,33 @@ def save_model(
             f"{folder}: not saved, the model has a peft adapter: merge it first (model.merge_and_unload()), or "
             "save the adapter alone with model.save_pretrained"
         )
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    state = whole_state(model)
+    if parallel.rank() == 0:
+        _write_model(folder, model, state, tokenizer, aside, summary)
+    parallel.barrier()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict, gathered in rank 0 if the model is sharded. Tied tensors stay tied."""
+    gathered: dict[int, Tensor] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        place = parallel.local(value).data_ptr()
+        if place not in gathered or not place:
+            gathered[place] = parallel.for_rank_zero(value)
+        state[name] = gathered[place]
+    return state
+
+
+def _write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    aside: Path | None,
+    summary: dict[str, Any] | Callable[[], dict[str, Any]] | None,
+) -> None:
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken or not math.isfinite(getattr(model.config, "score_offset", 0.0)):
         what = broken[0] if broken else "score_offset"
         raise TrainingError(
@@ -81,7 +110,7 @@ def save_model(
     if aside is None:
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=state)
     tokenizer.save_pretrained(aside)
     if summary is not None:
         write_json(aside / SUMMARY, summary() if callable(summary) else summary)

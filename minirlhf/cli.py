@@ -6,6 +6,7 @@ A user error prints one message and exits with code 2. Heavy imports are deferre
 from __future__ import annotations
 
 import getpass
+import os
 import shlex
 import signal
 import sys
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from minirlhf.errors import UserError
 from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings
@@ -143,37 +144,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"minirlhf: error: unknown command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if _several() and command not in ("run", "round"):
+        _say(f"error: {command} is for one process; start it without torchrun")
+        return 2
     try:
         COMMANDS[command](rest)
     except UserError as error:
-        print(f"minirlhf: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
         if package == "minirlhf":
             raise
-        print(f'minirlhf: error: {package} is not installed: pip install "minirlhf[run]"', file=sys.stderr)
+        _say(f'error: {package} is not installed: pip install "minirlhf[run]"')
         return 2
     except (OSError, ValueError) as error:
         # A full disk, missing permissions, a value that only a library rejects. The message says where it was raised,
         # for bug reports.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
-        print(f"minirlhf: error: {' '.join(str(error).split())} ({where})", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())} ({where})")
         return 2
     except KeyboardInterrupt:
-        print("\nminirlhf: stopped; run the same command again to continue", file=sys.stderr)
+        _say("stopped; run the same command again to continue", before="\n")
         return 128 + signal.SIGINT
     return 0
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun sets it
+
+
+def _say(message: str, before: str = "") -> None:
+    """Print why the command ends. Of several processes that fail, one says so."""
+    if _several():
+        from minirlhf import parallel
+
+        if not parallel.speaks():
+            return
+    print(f"{before}minirlhf: {message}", file=sys.stderr)
 
 
 def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
     import tyro
 
-    prog = f"minirlhf {command}"
-    if default is None:
-        return tyro.cli(cls, prog=prog, args=arguments)
-    return tyro.cli(cls, prog=prog, args=arguments, default=default)
+    prints = not _several() or os.environ.get("RANK") == "0"
+    options: dict[str, Any] = {"prog": f"minirlhf {command}", "args": arguments, "console_outputs": prints}
+    return tyro.cli(cls, **options, **({} if default is None else {"default": default}))
 
 
 def _run(arguments: list[str]) -> None:
@@ -185,11 +202,15 @@ def _run(arguments: list[str]) -> None:
 
 
 def _run_to_report(config: RunConfig, command: str, began: float) -> None:
+    from minirlhf import parallel
     from minirlhf.pipeline import run_pipeline
-    from minirlhf.pipeline.folder import locked
+    from minirlhf.pipeline.folder import find_device, locked
     from minirlhf.report import summary_table, write_report
 
-    run_pipeline(config, command=command, began=began)
+    with parallel.joined(find_device(config.device), shard=config.shard):
+        run_pipeline(config, command=command, began=began)
+        if parallel.rank() > 0:
+            return
     page = config.out / "report.html"
     with locked(config.out):
         if not page.is_file():  # an existing page shows these measurements

@@ -6,6 +6,7 @@ folder with the final name is finished, and a finished step is never repeated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from minirlhf import parallel
 from minirlhf.checkpoints import SUMMARY, verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
@@ -34,7 +36,8 @@ def run_pipeline(
 ) -> dict[str, Any]:
     """Run or resume the whole pipeline, except for the report page, which `minirlhf.report.write_report` draws.
 
-    A page that shows other measurements is removed.
+    A page that shows other measurements is removed. With several processes (see `minirlhf.parallel`) all call it, and
+    rank 0 alone locks the folder and measures the finished models.
 
     Args:
         config: all settings.
@@ -43,7 +46,7 @@ def run_pipeline(
         began: when the command began, by `time.monotonic`, so that imports count too; default: now.
 
     Returns:
-        The measurements, as report.json holds them.
+        The measurements, as report.json holds them; in the other processes an empty dictionary.
 
     Raises:
         DataError: malformed data; raised before any training.
@@ -54,13 +57,18 @@ def run_pipeline(
     began = time.monotonic() if began is None else began
     if config.out.exists() and not config.out.is_dir():
         raise CheckpointError(f"--out {config.out}: is a file; give the folder of a run, or a new one")
-    with locked(config.out):
+    with locked(config.out) if parallel.rank() == 0 else contextlib.nullcontext():
+        parallel.barrier()  # until rank 0 holds the folder
         return _run(config, command, progress, began)
 
 
 def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[str, Any]:
     hide_loading_bars()
-    out, device, data = config.out, find_device(config.device), find_data(config)
+    out, device = config.out, find_device(config.device)
+    if parallel.rank() == 0:
+        find_data(config)  # which may write it
+    parallel.barrier()
+    data = find_data(config)
     settings = settings_of(config, data)
     changed = changed_settings(out, settings)
     if config.previous is not None:
@@ -71,20 +79,22 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)
-    for note in inputs.folder.notes:
+    for note in inputs.folder.notes if parallel.rank() == 0 else ():
         print(note, file=sys.stderr)
     if "base" not in left or config.previous is not None:
         check_context(config.previous or out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
-    for name in ("report.html", "report.json"):
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", settings)
+    parallel.barrier()  # until all have read the folder
+    if parallel.rank() == 0:
+        for name in ("report.html", "report.json"):
+            (out / name).unlink(missing_ok=True)
+        write_json(out / "config.json", settings)
 
     # Two small models at a time use two cores far better than one model with two threads. A step left over from a
     # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
-    apart = config.side_by_side and device.type == "cpu" and threads > 1
+    apart = config.side_by_side and device.type == "cpu" and threads > 1 and parallel.size() == 1
     prepared = time.monotonic() - began
     for step in [step for step in left if step not in BESIDE]:
         train_step(step, config, inputs, progress=progress)
@@ -96,6 +106,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         for step in [step for step in left if step in BESIDE]:
             train_step(step, config, inputs, progress=progress)
     torch.set_num_threads(threads)
+    if parallel.rank() > 0:
+        return {}
 
     began = time.monotonic()
     evaluator = Evaluator(out, inputs.folder, config.base.block_length, config.evaluation, config.seed, device)
@@ -115,7 +127,12 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "data": data.name,
         "command": command,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "machine": {
+            "device": str(device),
+            "processes": parallel.size(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
     }
     write_json(out / "report.json", report)
     return report
