@@ -1,7 +1,7 @@
 """How far does this code go? Seconds, memory and share of the machine's speed of a PPO step, as it grows.
 
     .venv/bin/python benchmarks/scaling.py             five minutes on two quiet cores
-    .venv/bin/python benchmarks/scaling.py --plot      only draw docs/scaling.svg from the table
+    .venv/bin/python benchmarks/scaling.py --plot      only the picture and the table of docs/scaling.md
 
 From one middle size (BASE) the width, the answers per step and the length of an answer are varied, one at a time. Each
 point is measured with one process that uses two threads and with two processes of one thread each (`torchrun
@@ -40,6 +40,8 @@ from tables import ROOT, Row, write_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
 PICTURE = ROOT / "docs" / "scaling.svg"
+PAGE = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
 LAYERS, HEAD, STEPS = 4, 24, 3
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(2045))]
 
@@ -194,10 +196,32 @@ def run(point: Point) -> Row:
     return row
 
 
-def read() -> list[Row]:
+def read() -> tuple[str, list[Row]]:
+    """The table's first line (machine, versions, date and command) and its rows."""
     with open(RESULTS, newline="", encoding="utf-8") as file:
-        file.readline()  # machine, versions, date and command
-        return list(csv.DictReader(file))
+        return file.readline().removeprefix("# ").strip(), list(csv.DictReader(file))
+
+
+def write_page(stamp: str, rows: list[Row]) -> None:
+    """Put the picture and the series over the width into docs/scaling.md."""
+    names = {ways: way for way, ways in WAYS.items()}
+    lines = [
+        "![Seconds per PPO step against width, answers per step and tokens per answer, for one process and two, and "
+        "the share of the matrix-product peak against width](scaling.svg)",
+        "",
+        f"{BASE.batch} answers of {BASE.answer_tokens} tokens per step, a Llama of {LAYERS} layers.",
+        f"Measured on: {stamp}.",
+        "",
+        "| width | with | seconds per step | most memory of a process, MiB | GFLOP/s | share of the product's peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["varied"] == "width"):
+        way = names[int(row["processes"]), int(row["threads"])]
+        numbers = f"{float(row['seconds']):.3g} | {float(row['memory_mib']):.0f} | {float(row['gflops']):.0f}"
+        lines.append(f"| {row['width']} | {way} | {numbers} | {100 * float(row['share']):.0f} % |")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}{chr(10).join(lines)}\n{END}{after}", encoding="utf-8")
 
 
 def draw(rows: list[Row]) -> None:
@@ -253,7 +277,9 @@ def main() -> None:
             rows.append({"varied": varied} | known[point])
             print(", ".join(f"{key} {value:.4g}" for key, value in known[point].items()), flush=True)
         write_table(RESULTS, rows)
-    draw(read())
+    stamp, rows = read()
+    draw(rows)
+    write_page(stamp, rows)
 
 
 if __name__ == "__main__":
