@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,8 +26,6 @@ from minirlhf.errors import TrainingError, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", list[int], Tensor)
-TIMEOUT = timedelta(minutes=10)
-"""The longest wait for the others. A process that ends is noticed at once; this is for one that stands still."""
 
 
 class _Joined(NamedTuple):
@@ -60,7 +57,7 @@ def joined(device: torch.device, *, shard: bool = False) -> Iterator[None]:
         yield
         return
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(dist.rendezvous("env://"))
         _joined = _Joined(rank, size, store)
         if device.type == "cuda":
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -70,7 +67,7 @@ def joined(device: torch.device, *, shard: bool = False) -> Iterator[None]:
                 raise UserError(f"each process needs its own GPU: torchrun --nproc-per-node {gpus}, or --device cpu")
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         if shard:
             _joined = _joined._replace(mesh=dist.device_mesh.init_device_mesh(device.type, (size,)))
         yield
@@ -105,11 +102,7 @@ def speaks() -> bool:
 
 def agreed(value: bool) -> bool:
     """What rank 0 says."""
-    if _joined is None:
-        return value
-    said = torch.tensor(int(value))
-    dist.broadcast(said, src=0)
-    return bool(said)
+    return value if _joined is None else bool(sum_over_ranks(torch.tensor(int(value and rank() == 0))))
 
 
 def barrier() -> None:
@@ -152,11 +145,12 @@ def even(groups: list[T], filler: T) -> list[tuple[T, float]]:
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Sum the gradients over the processes, clip them to a norm, and return the norm before clipping."""
     parameters = list(parameters)
-    if _joined is not None and _joined.mesh is None:  # those of a sharded model were summed in its backward
+    if _joined is not None:
+        own = [p for p in parameters if not hasattr(p, "full_tensor")]  # the others were summed in the backward
         # A parameter without a gradient anywhere keeps None, so that no optimizer decays it.
-        used = sum_over_ranks(torch.tensor([int(p.grad is not None) for p in parameters])).tolist()
+        used = sum_over_ranks(torch.tensor([int(p.grad is not None) for p in own])).tolist()
         works = []
-        for parameter in [p for p, count in zip(parameters, used, strict=True) if count]:
+        for parameter in [p for p, count in zip(own, used, strict=True) if count]:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             works.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in works:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,15 +20,14 @@ LONGEST = 30  # seconds in which everything has ended after one process was kill
 SMALL = ("--base.steps", "6", "--sft.epochs", "0.2", "--rlhf.steps", "2", "--rlhf.batch-size", "5")
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+STORES = []  # as long as the processes that meet in them
 
 
 def start(count: int, *command: str) -> list[subprocess.Popen]:
     """The processes that torchrun would start, without its own (which takes as long to import torch as they do)."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "WORLD_SIZE": str(count)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environments = [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [subprocess.Popen([sys.executable, *command], env=each, **pipes) for each in environments]
@@ -137,7 +135,7 @@ def test_torchrun_runs_the_whole_pipeline(fast_run, tmp_path) -> None:
     from minirlhf.cli import main
 
     command = fast_run(tmp_path / "run", *SMALL)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "minirlhf"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minirlhf"]
     done = subprocess.run([sys.executable, *torchrun, *command, "--shard"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == 1 and done.stderr.count("base: 100%") == 1
