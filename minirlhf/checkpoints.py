@@ -85,11 +85,32 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}
     state = model.state_dict()
     for name, value in state.items():
-        place = parallel.local(value).data_ptr()
+        place = place_of(value)
         if place not in gathered or not place:
-            gathered[place] = parallel.for_rank_zero(value)
+            gathered[place] = for_rank_zero(value)
         state[name] = gathered[place]
     return state
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where a tensor, or this process's part of it, is in memory: the same for tied ones, 0 for an empty one."""
+    return int((tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr())
+
+
+def for_rank_zero(tensor: Tensor) -> Tensor:
+    """A tensor to be saved. If it is sharded: whole, on the CPU of rank 0 (no GPU has room for all), empty elsewhere."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return parallel.whole(tensor).cpu() if parallel.rank() == 0 else parallel.whole(tensor).new_empty(0)
+
+
+def laid_out_as(like: Tensor, full: Tensor) -> Tensor:
+    """A whole tensor, or this process's part of it if ``like`` is sharded."""
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _write_model(

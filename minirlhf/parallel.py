@@ -74,8 +74,7 @@ def joined(device: torch.device, *, shard: bool = False) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        message = "another process of this run ended or stood still; run the same command again to continue"
-        raise TrainingError(message) from error
+        raise TrainingError("another process of this run ended; run the same command again to continue") from error
     dist.destroy_process_group()
     _joined = None
 
@@ -94,10 +93,9 @@ def speaks() -> bool:
     """Whether this process says what went wrong: of several that fail, the first."""
     if _joined is None:  # a wrong option, which every process sees
         return os.environ.get("RANK", "0") == "0"
-    try:
+    with contextlib.suppress(RuntimeError):  # if torchrun, which keeps the store, has ended
         return bool(_joined.store.add("failed", 1) == 1)
-    except RuntimeError:  # torchrun, which keeps the store, has ended
-        return True
+    return True
 
 
 def agreed(value: bool) -> bool:
@@ -145,8 +143,8 @@ def even(groups: list[T], filler: T) -> list[tuple[T, float]]:
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Sum the gradients over the processes, clip them to a norm, and return the norm before clipping."""
     parameters = list(parameters)
-    if _joined is not None:
-        own = [p for p in parameters if not hasattr(p, "full_tensor")]  # the others were summed in the backward
+    own = [p for p in parameters if not hasattr(p, "full_tensor")]  # the others were summed in the backward
+    if _joined is not None and own:
         # A parameter without a gradient anywhere keeps None, so that no optimizer decays it.
         used = sum_over_ranks(torch.tensor([int(p.grad is not None) for p in own])).tolist()
         works = []
@@ -159,16 +157,12 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 
 def shard(*models: nn.Module) -> None:
-    """Split models over the processes, in place, where that was asked for: after the last copy, before the optimizer.
+    """Split models over the processes, in place, where that was asked for: after the last copy, before the optimizer."""
+    if _joined is None or _joined.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    Raises:
-        UserError: a model has an adapter.
-    """
-    for model in models if _joined is not None and _joined.mesh is not None else ():
-        if hasattr(model, "_compute"):  # it is
-            continue
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
+    for model in [model for model in models if not hasattr(model, "_compute")]:  # those that are not yet
         if hasattr(model, "peft_config"):
             raise UserError("--shard: not for adapters, whose gradients and moments are small; leave it out")
         layers = getattr(model, "_no_split_modules", None) or ()
@@ -199,27 +193,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor, gathered; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def for_rank_zero(tensor: Tensor) -> Tensor:
-    """`whole`, but a sharded tensor goes to rank 0's CPU alone: no GPU has room for all; elsewhere it is empty."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    return whole(tensor).cpu() if rank() == 0 else whole(tensor).new_empty(0)
-
-
-def laid_out_as(like: Tensor, full: Tensor) -> Tensor:
-    """A whole tensor, or this process's part of it if ``like`` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

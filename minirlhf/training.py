@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import parallel
-from minirlhf.checkpoints import STATE, load_state, save_state, write_text
+from minirlhf.checkpoints import STATE, for_rank_zero, laid_out_as, load_state, place_of, save_state, write_text
 from minirlhf.errors import CheckpointError, TrainingError, require_installed
 
 Metrics = dict[str, float]
@@ -229,11 +229,11 @@ class Recorder:
         tensors: dict[str, Tensor] = {}
         for name, model in self._models.items():
             for key, value in _own_tensors(model).items():
-                tensors[f"model/{name}/{key}"] = parallel.for_rank_zero(value)
+                tensors[f"model/{name}/{key}"] = for_rank_zero(value)
         for name, optimizer in self._optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 for key, value in moments.items():
-                    tensors[f"optimizer/{name}/{index}/{key}"] = parallel.for_rank_zero(value)
+                    tensors[f"optimizer/{name}/{index}/{key}"] = for_rank_zero(value)
         if self._writes:
             if not _all_finite(tensors.values()):
                 raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
@@ -257,7 +257,7 @@ class Recorder:
                 raise CheckpointError(f"{path}: belongs to another model ({wrong[0]} of {name} doesn't fit); delete it")
             with torch.no_grad():
                 for key, value in own.items():
-                    value.copy_(parallel.laid_out_as(value, saved[key]))
+                    value.copy_(laid_out_as(value, saved[key]))
         for name, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -266,7 +266,7 @@ class Recorder:
                     _, _, index, moment = key.split("/")
                     parameter = parameters[int(index)]
                     like = parameter if value.shape == parameter.shape else value  # Adam's count of steps is a scalar
-                    state.setdefault(int(index), {})[moment] = parallel.laid_out_as(like, value)
+                    state.setdefault(int(index), {})[moment] = laid_out_as(like, value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for name, extra in self._extras.items():
             extra.load_state_dict(facts["extras"][name])
@@ -279,7 +279,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     own = {}
     for key, value in model.state_dict().items():
-        place = parallel.local(value).data_ptr()
+        place = place_of(value)
         if place not in seen or not place:  # an empty tensor has no place
             seen.add(place)
             own[key] = value
