@@ -98,7 +98,7 @@ def place_of(tensor: Tensor) -> int:
 
 
 def for_rank_zero(tensor: Tensor) -> Tensor:
-    """A tensor to be saved. If it is sharded: whole, on the CPU of rank 0 (no GPU has room for all), empty elsewhere."""
+    """A tensor to be saved: a sharded one whole on the CPU of rank 0 (no GPU has room for all), empty elsewhere."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     return parallel.whole(tensor).cpu() if parallel.rank() == 0 else parallel.whole(tensor).new_empty(0)

@@ -157,7 +157,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 
 def shard(*models: nn.Module) -> None:
-    """Split models over the processes, in place, where that was asked for: after the last copy, before the optimizer."""
+    """Split models over the processes in place, where that was asked for: after the last copy, before the optimizer."""
     if _joined is None or _joined.mesh is None:
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
