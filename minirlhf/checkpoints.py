@@ -104,7 +104,7 @@ def for_rank_zero(tensor: Tensor) -> Tensor:
     return parallel.whole(tensor).cpu() if parallel.rank() == 0 else parallel.whole(tensor).new_empty(0)
 
 
-def laid_out_as(like: Tensor, full: Tensor) -> Tensor:
+def laid_out_as(like: Any, full: Tensor) -> Tensor:
     """A whole tensor, or this process's part of it if ``like`` is sharded."""
     if not hasattr(like, "full_tensor"):
         return full

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from minirlhf.errors import UserError
 from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings
@@ -188,9 +188,10 @@ def _say(message: str, before: str = "") -> None:
 def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
     import tyro
 
-    prints = not _several() or os.environ.get("RANK") == "0"
-    options: dict[str, Any] = {"prog": f"minirlhf {command}", "args": arguments, "console_outputs": prints}
-    return tyro.cli(cls, **options, **({} if default is None else {"default": default}))
+    prog, prints = f"minirlhf {command}", not _several() or os.environ.get("RANK") == "0"
+    if default is None:
+        return tyro.cli(cls, prog=prog, args=arguments, console_outputs=prints)
+    return tyro.cli(cls, prog=prog, args=arguments, default=default, console_outputs=prints)
 
 
 def _run(arguments: list[str]) -> None:

@@ -156,9 +156,10 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
-def shard(*models: nn.Module) -> None:
+def shard(*models: Any) -> None:
     """Split models over the processes in place, where that was asked for: after the last copy, before the optimizer."""
-    if _joined is None or _joined.mesh is None:
+    mesh = None if _joined is None else _joined.mesh
+    if mesh is None:
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -167,14 +168,14 @@ def shard(*models: nn.Module) -> None:
             raise UserError("--shard: not for adapters, whose gradients and moments are small; leave it out")
         layers = getattr(model, "_no_split_modules", None) or ()
         for module in (*(m for m in model.modules() if type(m).__name__ in layers), model):
-            part = fully_shard(module, mesh=_joined.mesh, reshard_after_forward=True)
+            part = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             part.set_gradient_divide_factor(1.0)  # a sum, as everywhere
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
         model._compute = lambda compute: compute()
         register_fsdp_forward_method(model, "_compute")
 
 
-def within(model: nn.Module, compute: Callable[[], T]) -> T:
+def within(model: Any, compute: Callable[[], T]) -> T:
     """What ``compute`` returns, computed where a sharded model's weights outside its layers are gathered."""
     result: T = model._compute(compute) if hasattr(model, "_compute") else compute()
     return result

@@ -194,20 +194,22 @@ def sample_by_rank(
             own = sample(model, [prompts[i] for i in mine], generator=[generator[i] for i in mine], **options)
     longest = max(parallel.gather([0 if own is None else own.response_mask.shape[1]]))
 
-    def together(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        found = torch.zeros(len(prompts), *shape, dtype=dtype, device=model.device)
+    def together(name: str, width: int, dtype: torch.dtype = torch.long) -> Tensor:
+        found = torch.zeros(len(prompts), width, dtype=dtype, device=model.device)
         if own is not None:
-            part = getattr(own, name).to(dtype)
-            found[(mine, *(slice(length) for length in part.shape[1:]))] = part
+            part = getattr(own, name).to(dtype).view(len(mine), -1)
+            found[mine, : part.shape[1]] = part
         return parallel.sum_over_ranks(found)
 
-    response_mask = together("response_mask", torch.long, longest).bool()
+    prompt_tokens, prompt_mask = (part.to(model.device) for part in pad(prompts, options["pad_id"], side="left"))
+    response_mask = together("response_mask", longest).bool()
     return Samples(
-        *(part.to(model.device) for part in pad(prompts, options["pad_id"], side="left")),
-        together("response_tokens", torch.long, longest).where(response_mask, options["pad_id"]),
+        prompt_tokens,
+        prompt_mask,
+        together("response_tokens", longest).where(response_mask, options["pad_id"]),
         response_mask,
-        together("logprobs", torch.float32, longest),
-        together("ended", torch.long).bool(),
+        together("logprobs", longest, torch.float32),
+        together("ended", 1)[:, 0].bool(),
     )
 
 

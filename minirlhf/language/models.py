@@ -249,8 +249,12 @@ def response_logprobs(
     options: dict[str, Any] = {"temperature": temperature, "return_entropy": return_entropy}
 
     def fused() -> Any:  # the logits are never materialized
-        states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
-        return linear_token_logprobs(states, bare_head(model), targets, **options)
+        states, head = (
+            hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask)),
+            bare_head(model),
+        )
+        assert head is not None
+        return linear_token_logprobs(states, head, targets, **options)
 
     if bare_head(model) is None:
         out = token_logprobs(response_logits(model, tokens, mask, response_mask), targets, **options)

@@ -179,8 +179,8 @@ def train_reward_model(
         scorer, scores = RewardModelScorer(reward_model, tokenizer), torch.zeros(len(demonstrations))
         mine = parallel.my_rows(list(range(len(demonstrations))))
         with parallel.gathered(reward_model):
-            chosen = [demonstrations[i] for i in mine]
-            scores[mine] = scorer([row.prompt for row in chosen], [row.completion for row in chosen])
+            own = [demonstrations[i] for i in mine]
+            scores[mine] = scorer([row.prompt for row in own], [row.completion for row in own])
         scores = parallel.sum_over_ranks(scores)
         reward_model.config.score_offset = float(scores.mean()) + reward_model.config.score_offset
     return reward_model

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,9 @@ def trained(tmp_path_factory) -> dict[str, Path]:
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Of the tensors, each relative to its norm."""
-    assert one and one.keys() == other.keys()
-    return max(float((a - other[key]).norm() / a.norm().clamp(min=1e-12)) for key, a in one.items())
+    """Of the tensors, each relative to its norm; none is all zeros."""
+    assert one and one.keys() == other.keys() and all(bool(a.any()) for a in one.values())
+    return max(float((a - other[key]).norm() / a.norm()) for key, a in one.items())
 
 
 def weights(folder: Path, trainer: str) -> dict[str, torch.Tensor]:
@@ -104,30 +105,26 @@ def test_samples_metrics_and_files_are_those_of_one_process(trained, way) -> Non
             assert all(key.startswith("perf/") for key in also)
 
 
-@pytest.mark.parametrize(
-    ("before", "killed", "where", "after"),
-    [((2,), 1, "reward_model", (1,)), ((2, "--shard"), 0, "rlhf", (2,))],
-    ids=["two, then one", "two sharded, then two"],
-)
-def test_one_killed_process_ends_all_and_the_same_command_goes_on(
-    trained, tmp_path, before, killed, where, after
-) -> None:
-    """Whatever number of processes continues, the weights are those of an undisturbed run of one."""
-    running = start(before[0], str(WORKER), str(tmp_path), *before[1:])
-    while not (tmp_path / f"{where}.partial" / STATE).is_file():
-        assert running[0].poll() is None and running[1].poll() is None
-        time.sleep(0.01)
-    running[killed].send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    results = ended(running, timeout=LONGEST)
-    assert time.monotonic() - began < LONGEST
-    assert results[killed][0] == -signal.SIGKILL and results[1 - killed][0] == 1
-    assert "another process of this run ended" in results[1 - killed][2]
-    assert not (tmp_path / "rlhf").is_dir()
-    succeeded(start(after[0], str(WORKER), str(tmp_path), *after[1:]))
+def test_one_killed_process_ends_all_and_the_command_goes_on(trained, tmp_path) -> None:
+    """Two that shard, then two, then one: the weights are those of one undisturbed process.
+
+    `kill_ranks.py` does this at ten moments.
+    """
+    for where, killed, options in (("reward_model", 0, ["--shard"]), ("rlhf", 1, [])):
+        running = start(2, str(WORKER), str(tmp_path), *options)
+        while not (tmp_path / f"{where}.partial" / STATE).is_file():
+            assert running[0].poll() is None and running[1].poll() is None
+            time.sleep(0.01)
+        running[killed].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        results = ended(running, timeout=LONGEST)
+        assert time.monotonic() - began < LONGEST
+        assert results[killed][0] == -signal.SIGKILL and results[1 - killed][0] == 1
+        assert "another process of this run ended" in results[1 - killed][2]
+        assert not (tmp_path / where).is_dir()
+    succeeded(start(1, str(WORKER), str(tmp_path)))
     for trainer in TRAINERS:
-        tolerance = 1e-7 if "--shard" in before else 1e-8
-        assert largest_difference(weights(trained["one"], trainer), weights(tmp_path, trainer)) < tolerance
+        assert largest_difference(weights(trained["one"], trainer), weights(tmp_path, trainer)) < 1e-7
 
 
 def test_torchrun_runs_the_whole_pipeline(fast_run, tmp_path) -> None:
@@ -147,20 +144,13 @@ def test_torchrun_runs_the_whole_pipeline(fast_run, tmp_path) -> None:
     assert (tmp_path / "run" / "report.json").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("wrong", ["a row", "an option"])
-def test_an_error_is_said_once(fast_run, tiny_folder, tmp_path, wrong) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for file in tiny_folder.iterdir():
-        if file.is_file():
-            (data / file.name).write_bytes(file.read_bytes())
-    if wrong == "a row":
-        (data / "prompts.jsonl").write_text('{"prompt": 3}\n')
-    options = ["--rlhf.lr", "-1"] if wrong == "an option" else []
-    results = ended(start(2, "-m", "minirlhf", *fast_run(tmp_path / "run", *options, data=data)), timeout=120)
+def test_an_error_is_said_once(fast_run, tiny_folder, tmp_path) -> None:
+    data = shutil.copytree(tiny_folder, tmp_path / "data")
+    (data / "prompts.jsonl").write_text('{"prompt": 3}\n')
+    results = ended(start(2, "-m", "minirlhf", *fast_run(tmp_path / "run", data=data)), timeout=300)
     said = "".join(errors for _, _, errors in results)
-    assert [code for code, _, _ in results] == [2, 2] and said.count("minirlhf: error") == 1
-    assert ("prompts.jsonl:1" if wrong == "a row" else "--rlhf.lr") in said
+    assert [code for code, _, _ in results] == [2, 2]
+    assert said.count("minirlhf: error") == 1 and "prompts.jsonl:1" in said
     assert not (tmp_path / "run").exists()
 
 
