@@ -197,7 +197,7 @@ def sample_by_rank(
     def together(name: str, width: int, dtype: torch.dtype = torch.long) -> Tensor:
         found = torch.zeros(len(prompts), width, dtype=dtype, device=model.device)
         if own is not None:
-            part = getattr(own, name).to(dtype).view(len(mine), -1)
+            part = getattr(own, name).to(dtype).reshape(len(mine), -1)
             found[mine, : part.shape[1]] = part
         return parallel.sum_over_ranks(found)
 

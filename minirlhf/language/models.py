@@ -249,10 +249,8 @@ def response_logprobs(
     options: dict[str, Any] = {"temperature": temperature, "return_entropy": return_entropy}
 
     def fused() -> Any:  # the logits are never materialized
-        states, head = (
-            hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask)),
-            bare_head(model),
-        )
+        states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
+        head = bare_head(model)
         assert head is not None
         return linear_token_logprobs(states, head, targets, **options)
 
