@@ -113,12 +113,12 @@ def my_rows(rows: Rows) -> Rows:
     return rows if _joined is None else rows[_joined.rank :: _joined.size]
 
 
-def sum_over_ranks(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum (or what ``op`` says) of the processes' tensors, which have one shape."""
+def sum_over_ranks(tensor: Tensor, op: str = "SUM") -> Tensor:
+    """The sum (or MAX ...) of the processes' tensors, which have one shape."""
     if _joined is None:
         return tensor
     total = tensor.clone()
-    dist.all_reduce(total, op)
+    dist.all_reduce(total, getattr(dist.ReduceOp, op))
     return total
 
 
@@ -136,7 +136,7 @@ def even(groups: list[T], filler: T) -> list[tuple[T, float]]:
     weighted = [(group, 1.0) for group in groups]
     if _joined is None or _joined.mesh is None:
         return weighted
-    most = int(sum_over_ranks(torch.tensor(len(groups)), dist.ReduceOp.MAX))
+    most = int(sum_over_ranks(torch.tensor(len(groups)), "MAX"))
     return weighted + [(filler, 0.0)] * (most - len(groups))
 
 

@@ -46,7 +46,7 @@ def run_pipeline(
         began: when the command began, by `time.monotonic`, so that imports count too; default: now.
 
     Returns:
-        The measurements, as report.json holds them; in the other processes an empty dictionary.
+        The measurements, as report.json holds them. Rank 0 alone has them.
 
     Raises:
         DataError: malformed data; raised before any training.
