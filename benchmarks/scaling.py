@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/scaling.py --plot      only the picture and the table of docs/scaling.md
 
 From one middle size (BASE) the width, the answers per step and the length of an answer are varied, one at a time. Each
-point is measured with one process that uses two threads and with two processes of one thread each (`torchrun
---nproc-per-node 2`), so both have the same two cores; the width also with one thread. A point runs in processes of its
-own: one step to warm up, then the median of STEPS steps. Policy, value, reference and reward model are one Llama of
-LAYERS layers with random weights; all answers take their whole length; one epoch, two minibatches; float32.
+point is measured with one process that uses two threads and with two processes of one thread each (as `torchrun
+--nproc-per-node 2` starts them), so both have the same two cores. A point runs in processes of its own: one step to
+warm up, then the median of STEPS steps. Policy, value, reference and reward model are one Llama of LAYERS layers with
+random weights; all answers take their whole length; one epoch, two minibatches; float32.
 
 benchmarks/results/scaling.csv, a row a point:
 
@@ -50,15 +50,15 @@ class Point(NamedTuple):
     """One measurement."""
 
     width: int = 192
-    batch: int = 32
+    batch: int = 16
     answer_tokens: int = 40
     processes: int = 1
     threads: int = 2
 
 
 BASE = Point()
-SIZES = {"width": (96, 192, 384, 768), "batch": (8, 16, 32, 64, 128), "answer_tokens": (10, 20, 40, 80, 160)}
-WAYS = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes": (2, 1)}
+SIZES = {"width": (96, 192, 384, 768), "batch": (8, 16, 32, 64), "answer_tokens": (10, 20, 40, 80)}
+WAYS = {"one process, two threads": (1, 2), "two processes, one thread each": (2, 1)}
 
 
 def points() -> list[tuple[str, Point]]:
@@ -68,7 +68,6 @@ def points() -> list[tuple[str, Point]]:
         for varied, sizes in SIZES.items()
         for size in sizes
         for processes, threads in WAYS.values()
-        if varied == "width" or (processes, threads) != (1, 1)
     ]
 
 
@@ -226,6 +225,7 @@ def write_page(stamp: str, rows: list[Row]) -> None:
 
 def draw(rows: list[Row]) -> None:
     """docs/scaling.svg: what a step takes along each size, and which share of the machine it uses."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
     from minirlhf_course.plotting import curve, label_axes, panels, style
 
     names = {
@@ -233,7 +233,7 @@ def draw(rows: list[Row]) -> None:
         "batch": "answers per step",
         "answer_tokens": "tokens per answer",
     }
-    colours = {"one process, one thread": "#767b84", "one process, two threads": "#0072b2", "two processes": "#d55e00"}
+    colours = dict(zip(WAYS, ("#0072b2", "#d55e00"), strict=True))
     with style():
         figure, axes = panels(2, 2, width=4.6, height=3.0)
         for panel, varied in zip(axes.flat, (*SIZES, "width"), strict=True):
@@ -250,13 +250,15 @@ def draw(rows: list[Row]) -> None:
                     panel.plot(x, y, "o", color=colours[way], markersize=3.5)
             panel.set_xscale("log")
             panel.set_xticks(SIZES[varied], [str(size) for size in SIZES[varied]])
-            panel.minorticks_off()
             if shown == "seconds":
                 panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
                 label_axes(panel, names[varied], "seconds per PPO step")
             else:
                 panel.set_ylim(0, 100)
                 label_axes(panel, names[varied], "% of matrix-product peak")
+            panel.minorticks_off()
         axes[0, 0].legend()
         figure.savefig(PICTURE, format="svg", metadata={"Date": None})
     print(f"{PICTURE.relative_to(ROOT)}: drawn from {RESULTS.relative_to(ROOT)}")
