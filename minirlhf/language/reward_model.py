@@ -160,7 +160,9 @@ def train_reward_model(
             recorder.check_finite(part, f"comparisons {where}", "lower --reward-model.lr")
             part.backward()
             right, count = pairwise_accuracy(rewards.detach(), scores, mask)
-            totals += torch.tensor([float(part.detach()), weight * right, weight * count], dtype=torch.float64)
+            totals += torch.tensor(
+                [float(part.detach()), weight * float(right), weight * float(count)], dtype=torch.float64
+            )
         lr = config.lr * learning_rate_factor(step, total, config.warmup)
         set_learning_rate(optimizer, lr)
         norm = parallel.clip_grad_norm_(reward_model.parameters(), config.max_grad_norm)
