@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minirlhf import parallel
 from minirlhf.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def save_model(
 ) -> None:
     """Save a model and its tokenizer atomically as one folder.
 
+    With several processes all call it, rank 0 writes, and all return when the folder is complete.
+
     Args:
         folder: must be empty or not exist yet.
         model: any transformers model; saved as safetensors.
@@ -149,7 +152,54 @@ def save_model(
             f"{folder}: not saved, the model has a peft adapter: merge it first (model.merge_and_unload()), or "
             "save the adapter alone with model.save_pretrained"
         )
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    state = whole_state(model)
+    if parallel.rank() == 0:
+        _write_model(folder, model, state, tokenizer, aside, summary)
+    parallel.barrier()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict, gathered in rank 0 if the model is sharded. Tied tensors stay tied."""
+    gathered: dict[int, Tensor] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        place = place_of(value)
+        if place not in gathered or not place:
+            gathered[place] = for_rank_zero(value)
+        state[name] = gathered[place]
+    return state
+
+
+def place_of(tensor: Tensor) -> int:
+    """Where a tensor, or this process's part of it, is in memory: the same for tied ones, 0 for an empty one."""
+    return int((tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr())
+
+
+def for_rank_zero(tensor: Tensor) -> Tensor:
+    """A tensor to be saved: a sharded one whole on the CPU of rank 0 (no GPU has room for all), empty elsewhere."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return parallel.whole(tensor).cpu() if parallel.rank() == 0 else parallel.whole(tensor).new_empty(0)
+
+
+def laid_out_as(like: Any, full: Tensor) -> Tensor:
+    """A whole tensor, or this process's part of it if ``like`` is sharded."""
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    aside: Path | None,
+    summary: dict[str, Any] | Callable[[], dict[str, Any]] | None,
+) -> None:
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken or not math.isfinite(getattr(model.config, "score_offset", 0.0)):
         what = broken[0] if broken else "score_offset"
         raise TrainingError(
@@ -159,7 +209,7 @@ def save_model(
     if aside is None:
         aside = partial_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=state)
     tokenizer.save_pretrained(aside)
     if summary is not None:
         write_json(aside / SUMMARY, summary() if callable(summary) else summary)

@@ -6,6 +6,7 @@ A user error prints one message and exits with code 2. Heavy imports are deferre
 from __future__ import annotations
 
 import getpass
+import os
 import shlex
 import signal
 import sys
@@ -143,25 +144,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"minirlhf: error: unknown command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if _several() and command not in ("run", "round"):
+        _say(f"error: {command} is for one process; start it without torchrun")
+        return 2
     try:
         COMMANDS[command](rest)
     except KeyboardInterrupt:
-        print("\nminirlhf: stopped; run the same command again to continue", file=sys.stderr)
+        _say("stopped; run the same command again to continue", before="\n")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return end_quietly()
     except Exception as error:  # every other failure becomes one sentence; none is hidden
-        return say(error, arguments)
+        return say(error, arguments, aloud=_speaks())
     return 0
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun sets it
+
+
+def _speaks() -> bool:
+    """Whether this process says why the command ends: of several that fail, one does."""
+    if not _several():
+        return True
+    from minirlhf import parallel
+
+    return parallel.speaks()
+
+
+def _say(message: str, before: str = "") -> None:
+    if _speaks():
+        print(f"{before}minirlhf: {message}", file=sys.stderr)
 
 
 def _parse(cls: type[T], command: str, arguments: Sequence[str], default: T | None = None) -> T:
     import tyro
 
-    prog = f"minirlhf {command}"
+    prog, prints = f"minirlhf {command}", not _several() or os.environ.get("RANK") == "0"
     if default is None:
-        return tyro.cli(cls, prog=prog, args=arguments)
-    return tyro.cli(cls, prog=prog, args=arguments, default=default)
+        return tyro.cli(cls, prog=prog, args=arguments, console_outputs=prints)
+    return tyro.cli(cls, prog=prog, args=arguments, default=default, console_outputs=prints)
 
 
 def _run(arguments: list[str]) -> None:
@@ -173,11 +195,15 @@ def _run(arguments: list[str]) -> None:
 
 
 def _run_to_report(config: RunConfig, command: str, began: float) -> None:
+    from minirlhf import parallel
     from minirlhf.pipeline import run_pipeline
-    from minirlhf.pipeline.folder import locked
+    from minirlhf.pipeline.folder import find_device, locked
     from minirlhf.report import summary_table, write_report
 
-    run_pipeline(config, command=command, began=began)
+    with parallel.joined(find_device(config.device), shard=config.shard):
+        run_pipeline(config, command=command, began=began)
+        if parallel.rank() > 0:
+            return
     page = config.out / "report.html"
     with locked(config.out):
         if not page.is_file():  # an existing page shows these measurements

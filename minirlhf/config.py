@@ -18,7 +18,7 @@ from minirlhf.language.sft import SFTConfig
 from minirlhf.settings import NotNegative, Seed, Settings, whole
 
 PresetName = Literal["fast", "default"]
-UNSAVED = ("save_seconds", "tensorboard", "allow_shared_rows")
+UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 
 
@@ -46,6 +46,8 @@ class RunConfig(Settings, option=""):
     """cpu, cuda, or auto (cuda if available)."""
     save_seconds: NotNegative = 10.0
     """Seconds between saves of the training state."""
+    shard: bool = False
+    """With several processes (torchrun), split every model that is trained over them (FSDP2)."""
     tensorboard: bool = False
     """Also write TensorBoard events; needs the extra `tensorboard`."""
     allow_shared_rows: bool = False

@@ -21,12 +21,13 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NO_SPACE = ("no space left", "disk quota exceeded", "file too large")
 
 
-def say(error: Exception, arguments: Sequence[str] = ()) -> int:
+def say(error: Exception, arguments: Sequence[str] = (), *, aloud: bool = True) -> int:
     """Print one sentence about a failure to the standard error, and return the exit code.
 
     Args:
         error: what was raised.
         arguments: of the command, for the report of a bug.
+        aloud: whether to print; of several processes that fail, one does.
 
     Example:
         >>> say(UserError("--steps 0: give at least 1"))
@@ -34,6 +35,8 @@ def say(error: Exception, arguments: Sequence[str] = ()) -> int:
     """
     message = known(error)
     code = 2 if message is not None else 1
+    if not aloud:
+        return code
     if message is None:
         message = _unknown(error, arguments)
     print(f"minirlhf: error: {visible(' '.join(message.split()))}", file=sys.stderr)

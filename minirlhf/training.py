@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import STATE, load_state, save_state, write_text
+from minirlhf import parallel
+from minirlhf.checkpoints import STATE, for_rank_zero, laid_out_as, load_state, place_of, save_state, write_text
 from minirlhf.errors import CheckpointError, TrainingError, require_installed
 
 Metrics = dict[str, float]
@@ -36,7 +37,7 @@ class Recorder:
     """Runs a learner's steps, records its metrics, and lets a killed run resume.
 
     Without a folder it keeps the metrics in memory (for notebooks and small projects); with one it also writes
-    ``metrics.jsonl`` and, every few seconds, ``state.safetensors``.
+    ``metrics.jsonl`` and, every few seconds, ``state.safetensors``. Of several processes rank 0 writes and draws.
 
     Args:
         name: of the learner; labels the progress bar.
@@ -72,7 +73,8 @@ class Recorder:
         tensorboard: bool = False,
     ) -> None:
         self.name, self.folder, self.save_seconds = name, folder, save_seconds
-        self.show, self.progress, self.position = tuple(show), progress, position
+        self._writes = folder is not None and parallel.rank() == 0
+        self.show, self.progress, self.position = tuple(show), progress and parallel.rank() == 0, position
         self.history: list[Metrics] = []
         self.first_step = 0
         self.seconds = 0.0  # since the recorder was created, and in earlier sessions of this run; see `lap`
@@ -107,10 +109,13 @@ class Recorder:
             optimizer.register_step_pre_hook(self._check_gradient)
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = self.folder / STATE
         if state.is_file():
             self._load(state)
+        parallel.barrier()  # rank 0 changes the folder only when all have read it
+        if not self._writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         # Rows that were logged after the saved state will be logged again: drop them.
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
@@ -144,7 +149,7 @@ class Recorder:
                 step += 1
                 self._bar.update(min(total, step if done is None else done()) - self._bar.n)
                 now = time.monotonic()
-                if self.folder is not None and now - saved >= self.save_seconds and step < total:
+                if self.folder is not None and step < total and parallel.agreed(now - saved >= self.save_seconds):
                     self._save(step)
                     saved = now
         finally:
@@ -164,7 +169,8 @@ class Recorder:
         if self._bar is not None:
             shown = {key.split("/")[-1]: f"{row[key]:.3g}" for key in self.show if key in row}
             self._bar.set_postfix(shown, refresh=False)
-        if self.folder is not None:
+        if self._writes:
+            assert self.folder is not None
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
             if self._tensorboard:
@@ -191,7 +197,7 @@ class Recorder:
     def _check_gradient(self, optimizer: torch.optim.Optimizer, arguments: object, keywords: object) -> None:
         """Check each optimizer step's gradient: a finite loss can have a gradient that is not finite."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))  # much faster than checking each number
+        norm = float(parallel.whole(torch.nn.utils.get_total_norm(gradients)))  # much faster than checking each number
         if not math.isfinite(norm):
             raise self._failure(f"the gradient's norm is {norm}")
 
@@ -222,15 +228,18 @@ class Recorder:
         assert self.folder is not None
         tensors: dict[str, Tensor] = {}
         for name, model in self._models.items():
-            tensors |= {f"model/{name}/{key}": value for key, value in _own_tensors(model).items()}
+            for key, value in _own_tensors(model).items():
+                tensors[f"model/{name}/{key}"] = for_rank_zero(value)
         for name, optimizer in self._optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{name}/{index}/{key}": value for key, value in moments.items()}
-        if not _all_finite(tensors.values()):
-            raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
-        extras = {name: extra.state_dict() for name, extra in self._extras.items()}
-        facts = {"name": self.name, "step": step, "seconds": self.lap(), "extras": extras}
-        save_state(self.folder / STATE, tensors, facts)
+                for key, value in moments.items():
+                    tensors[f"optimizer/{name}/{index}/{key}"] = for_rank_zero(value)
+        if self._writes:
+            if not _all_finite(tensors.values()):
+                raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
+            extras = {name: extra.state_dict() for name, extra in self._extras.items()}
+            facts = {"name": self.name, "step": step, "seconds": self.lap(), "extras": extras}
+            save_state(self.folder / STATE, tensors, facts)
         self._saved = step
 
     def _load(self, path: Path) -> None:
@@ -248,13 +257,16 @@ class Recorder:
                 raise CheckpointError(f"{path}: belongs to another model ({wrong[0]} of {name} doesn't fit); delete it")
             with torch.no_grad():
                 for key, value in own.items():
-                    value.copy_(saved[key])
+                    value.copy_(laid_out_as(value, saved[key]))
         for name, optimizer in self._optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for key, value in tensors.items():
                 if key.startswith(f"optimizer/{name}/"):
                     _, _, index, moment = key.split("/")
-                    state.setdefault(int(index), {})[moment] = value
+                    parameter = parameters[int(index)]
+                    like = parameter if value.shape == parameter.shape else value  # Adam's count of steps is a scalar
+                    state.setdefault(int(index), {})[moment] = laid_out_as(like, value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for name, extra in self._extras.items():
             extra.load_state_dict(facts["extras"][name])
@@ -267,8 +279,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     own = {}
     for key, value in model.state_dict().items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            seen.add(value.data_ptr())
+        place = place_of(value)
+        if place not in seen or not place:  # an empty tensor has no place
+            seen.add(place)
             own[key] = value
     return own
 

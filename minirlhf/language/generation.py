@@ -8,11 +8,12 @@ or top-p (transformers' ``generate`` applies top_k=50 by default, and then the r
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minirlhf import parallel
 from minirlhf.language.forward import decoder_for, without_adapter
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
@@ -171,6 +172,44 @@ def sample(
         response_mask[:, :longest],
         logprobs[:, :longest],
         ended,
+    )
+
+
+def sample_by_rank(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, generator: Sequence[torch.Generator], **options: Any
+) -> Samples:
+    """`sample`, where each of several processes answers its share of the prompts, and all get all answers.
+
+    Args:
+        model: the same in every process; sharded or not.
+        prompts: B rows of token ids, those of all processes.
+        generator: one per row, so that the answers don't depend on the number of processes.
+        options: the other arguments of `sample`.
+    """
+    if parallel.size() == 1:
+        return sample(model, prompts, generator=generator, **options)
+    mine, own = parallel.my_rows(list(range(len(prompts)))), None
+    with parallel.gathered(model):
+        if mine:  # there may be fewer prompts than processes
+            own = sample(model, [prompts[i] for i in mine], generator=[generator[i] for i in mine], **options)
+    longest = max(parallel.gather([0 if own is None else own.response_mask.shape[1]]))
+
+    def together(name: str, width: int, dtype: torch.dtype = torch.long) -> Tensor:
+        found = torch.zeros(len(prompts), width, dtype=dtype, device=model.device)
+        if own is not None:
+            part = getattr(own, name).to(dtype).reshape(len(mine), -1)
+            found[mine, : part.shape[1]] = part
+        return parallel.sum_over_ranks(found)
+
+    prompt_tokens, prompt_mask = (part.to(model.device) for part in pad(prompts, options["pad_id"], side="left"))
+    response_mask = together("response_mask", longest).bool()
+    return Samples(
+        prompt_tokens,
+        prompt_mask,
+        together("response_tokens", longest).where(response_mask, options["pad_id"]),
+        response_mask,
+        together("logprobs", longest, torch.float32),
+        together("ended", 1)[:, 0].bool(),
     )
 
 

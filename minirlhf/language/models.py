@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from minirlhf import parallel
 from minirlhf.errors import CheckpointError
 from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
 from minirlhf.losses import linear_token_logprobs, token_logprobs
@@ -283,12 +284,17 @@ def response_logprobs(
     """
     targets = tokens[:, -response_mask.shape[1] :][response_mask]  # [W]
     options: dict[str, Any] = {"temperature": temperature, "return_entropy": return_entropy}
-    head = bare_head(model)
-    if head is None:
+
+    def fused() -> Any:  # the logits are never materialized
+        states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
+        head = bare_head(model)
+        assert head is not None
+        return linear_token_logprobs(states, head, targets, **options)
+
+    if bare_head(model) is None:
         out = token_logprobs(response_logits(model, tokens, mask, response_mask), targets, **options)
     else:
-        states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
-        out = linear_token_logprobs(states, head, targets, **options)
+        out = parallel.within(model, fused)
     if return_entropy:
         return _spread(out[0], response_mask), _spread(out[1], response_mask)
     return _spread(out, response_mask)
@@ -315,12 +321,13 @@ def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: T
     With ``wanted`` [B, T] bool, True at some of the real tokens, the others are 0 too and may not be computed.
     """
     wanted = mask.bool() if wanted is None else wanted
-    return _spread(_head(model, hidden_states(model, tokens, mask, wanted)), wanted)
+    return _spread(_scalars(model, tokens, mask, wanted), wanted)
 
 
-def _head(model: PreTrainedModel, states: Tensor) -> Tensor:
+def _scalars(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
     _check_scalar(model)
-    return model.score(states).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+    scores = parallel.within(model, lambda: model.score(hidden_states(model, tokens, mask, wanted)))
+    return scores.squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
 
 
 def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -335,7 +342,7 @@ def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Ten
     last = torch.where(mask.bool(), columns, -1).amax(dim=1)
     if (last < 0).any():
         raise ValueError(f"row {int(last.argmin())} of {len(last)} has no real token, and so no score")
-    return _head(model, hidden_states(model, tokens, mask, columns == last[:, None]))
+    return _scalars(model, tokens, mask, columns == last[:, None])
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

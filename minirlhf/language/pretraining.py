@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
+from minirlhf import parallel
 from minirlhf.language.models import response_logprobs
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings, whole
 from minirlhf.training import (
@@ -70,10 +71,14 @@ def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
     return flat[: count * block_length].view(count, block_length)
 
 
-def language_model_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Mean negative log-likelihood per token of full blocks: [B, T] -> scalar, in nats."""
+def language_model_loss(model: PreTrainedModel, blocks: Tensor, count: int | None = None) -> Tensor:
+    """Mean negative log-likelihood per token of full blocks: [B, T] -> scalar, in nats.
+
+    ``count``: of the blocks in the whole optimizer step, if these are only some of them.
+    """
     everything = torch.ones_like(blocks, dtype=torch.bool)
-    return -response_logprobs(model, blocks, everything, everything[:, 1:]).mean()
+    logprobs = response_logprobs(model, blocks, everything, everything[:, 1:])
+    return -logprobs.sum() / ((len(blocks) if count is None else count) * logprobs.shape[1])
 
 
 def train_base(
@@ -100,19 +105,25 @@ def train_base(
         TrainingError: the loss became NaN or infinite.
     """
     recorder = recorder or Recorder("base")
+    parallel.shard(model)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
     model.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     for step in recorder.steps(config.steps):
         rows = epoch_batch(len(blocks), config.batch_size, step, seed, "base")
-        loss = language_model_loss(model, blocks[rows].to(model.device))
-        recorder.check_finite(loss, f"blocks {rows[:4]}...", "lower --base.lr")
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=model.device)
+        mine = parallel.my_rows(rows)
+        for chosen, weight in parallel.even([mine] if mine else [], rows[:1]):
+            part = weight * language_model_loss(model, blocks[chosen].to(model.device), len(rows))
+            recorder.check_finite(part, f"blocks {chosen[:4]}...", "lower --base.lr")
+            part.backward()
+            loss += part.detach()
         lr = config.lr * learning_rate_factor(step, config.steps, config.warmup)
         set_learning_rate(optimizer, lr)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = parallel.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
+        loss = parallel.sum_over_ranks(loss)
         recorder.log({"base/loss": loss, "base/grad_norm": norm, "base/lr": lr})
     return model.eval()
 

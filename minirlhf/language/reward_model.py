@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf import parallel
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError
 from minirlhf.language.forward import context_of
@@ -135,6 +136,7 @@ def train_reward_model(
     # 1 for each prompt that states a preference, else 0. The others add nothing to the loss or its denominator.
     ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
 
+    parallel.shard(reward_model)
     optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"reward_model": reward_model}, {"reward_model": optimizer})
     total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
@@ -143,25 +145,29 @@ def train_reward_model(
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
         optimizer.zero_grad()
         counted = max(1, sum(ranked[row] for row in batch))
-        loss, correct, pairs = 0.0, 0.0, 0.0
-        for group in micro_batches([sizes[row] for row in batch], config.micro_batch_tokens):
-            chosen = [batch[i] for i in group]
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, pairs ordered as the labeler did, pairs
+        mine = parallel.my_rows(batch)
+        groups = micro_batches([sizes[row] for row in mine], config.micro_batch_tokens)
+        for chosen, weight in parallel.even([[mine[i] for i in group] for group in groups], batch[:1]):
             rewards, scores, mask = _score_group(
                 reward_model,
                 [encoded[row] for row in chosen],
                 [comparisons[row] for row in chosen],
                 tokenizer,
             )
-            part = ranking_loss(rewards, scores, mask, denominator=counted)
+            part = weight * ranking_loss(rewards, scores, mask, denominator=counted)
             where = [comparisons[row].where or row for row in chosen[:3]]
             recorder.check_finite(part, f"comparisons {where}", "lower --reward-model.lr")
             part.backward()
             right, count = pairwise_accuracy(rewards.detach(), scores, mask)
-            loss, correct, pairs = loss + float(part.detach()), correct + float(right), pairs + float(count)
+            totals += torch.tensor(
+                [float(part.detach()), weight * float(right), weight * float(count)], dtype=torch.float64
+            )
         lr = config.lr * learning_rate_factor(step, total, config.warmup)
         set_learning_rate(optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), config.max_grad_norm)
+        norm = parallel.clip_grad_norm_(reward_model.parameters(), config.max_grad_norm)
         optimizer.step()
+        loss, correct, pairs = parallel.sum_over_ranks(totals).tolist()
         recorder.log(
             {
                 "reward_model/loss": loss,
@@ -172,8 +178,12 @@ def train_reward_model(
         )
     reward_model.eval()
     if demonstrations:
-        scorer = RewardModelScorer(reward_model, tokenizer)
-        scores = scorer([row.prompt for row in demonstrations], [row.completion for row in demonstrations])
+        scorer, scores = RewardModelScorer(reward_model, tokenizer), torch.zeros(len(demonstrations))
+        mine = parallel.my_rows(list(range(len(demonstrations))))
+        with parallel.gathered(reward_model):
+            own = [demonstrations[i] for i in mine]
+            scores[mine] = scorer([row.prompt for row in own], [row.completion for row in own])
+        scores = parallel.sum_over_ranks(scores)
         reward_model.config.score_offset = float(scores.mean()) + reward_model.config.score_offset
     return reward_model
 

@@ -7,7 +7,7 @@ predicts the return at every token; the reference is the SFT model, frozen; the 
 (prompts, responses) -> scores: a reward model, or a plain Python function.
 
 One step, in order:
-    1  sample answers and keep their log-probs             `sample`
+    1  sample answers and keep their log-probs             `sample_by_rank`
     2  score them, penalize the KL, estimate advantages    `_experience`
     3  a few epochs of clipped updates on minibatches      `_update`
     4  adapt beta, average the weights, log
@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from minirlhf import parallel
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
-from minirlhf.language.generation import Samples, end_ids, sample
+from minirlhf.language.generation import Samples, end_ids, sample_by_rank
 from minirlhf.language.models import clone, response_logprobs, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
@@ -125,8 +126,8 @@ class Learners:
     def step(self, max_grad_norm: float) -> dict[str, float]:
         """Clip the two gradients separately and take a step; returns the norms before clipping."""
         norms = {
-            "policy/grad_norm": float(nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)),
-            "value/grad_norm": float(nn.utils.clip_grad_norm_(self.value_model.parameters(), max_grad_norm)),
+            "policy/grad_norm": float(parallel.clip_grad_norm_(self.policy.parameters(), max_grad_norm)),
+            "value/grad_norm": float(parallel.clip_grad_norm_(self.value_model.parameters(), max_grad_norm)),
         }
         self.policy_optimizer.step()
         self.value_optimizer.step()
@@ -200,6 +201,8 @@ def train_rlhf(
     _check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
     encoded = encode_prompts(tokenizer, prompts)
+    average = clone(policy).eval() if config.ema_decay is not None else None
+    parallel.shard(policy, value_model, reference, *([average] if average is not None else []))
     learners = Learners(
         policy,
         value_model,
@@ -209,7 +212,6 @@ def train_rlhf(
     controller = FixedKLController(config.beta)
     if config.target_kl is not None:
         controller = AdaptiveKLController(config.beta, target=config.target_kl, horizon=config.kl_horizon)
-    average = clone(policy).eval() if config.ema_decay is not None else None
     models = {"policy": policy, "value": value_model} | ({"average": average} if average is not None else {})
     optimizers = {"policy": learners.policy_optimizer, "value": learners.value_optimizer}
     recorder.track(models, optimizers, {"kl": controller})
@@ -223,7 +225,7 @@ def train_rlhf(
         set_learning_rate(learners.value_optimizer, config.value_lr * factor)
 
         rows = epoch_batch(len(prompts), config.batch_size, step, seed, "rlhf/prompts")
-        samples = sample(
+        samples = sample_by_rank(
             policy,
             [encoded[row] for row in rows],
             max_new_tokens=config.max_response_tokens,
@@ -245,7 +247,7 @@ def train_rlhf(
             _average(average, policy, config.ema_decay)
         measured = _measure(experience, controller.beta)
         controller.update(kl=measured["objective/kl"], episodes=config.batch_size)
-        if monitor is not None:
+        if monitor is not None and parallel.rank() == 0:
             measured |= monitor(texts, responses, samples.ended.tolist())
         now = time.monotonic()
         recorder.log(
@@ -283,14 +285,20 @@ def _check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreT
 
 
 def _scores(reward: RewardFunction, prompts: list[str], responses: list[str], where: str) -> Tensor:
-    """The reward of each answer: [B] float32 on the CPU, all finite."""
-    scores = scores_tensor(reward(prompts, responses), len(prompts))
+    """The reward of each answer: [B] float32 on the CPU, all finite.
+
+    Each process scores its share: a reward model's forward takes as long as that of the other models.
+    """
+    scores, mine = torch.zeros(len(prompts)), parallel.my_rows(list(range(len(prompts))))
+    if mine:
+        own = reward([prompts[i] for i in mine], [responses[i] for i in mine])
+        scores[mine] = scores_tensor(own, len(mine))
     for i in (~scores.isfinite()).nonzero().flatten().tolist():
         raise TrainingError(
             f"{where}: the reward returned {float(scores[i])} for the prompt {prompts[i]!r} and the response "
             f"{responses[i]!r}; it must return finite numbers"
         )
-    return scores
+    return parallel.sum_over_ranks(scores)
 
 
 @torch.no_grad()
@@ -306,13 +314,15 @@ def _experience(
     shape = samples.response_mask.shape
     ref_logprobs = torch.zeros(shape, device=scores.device)
     values = torch.zeros(shape, device=scores.device)
-    for index in _groups(samples, torch.arange(len(scores)), config):
+    everything = torch.arange(len(scores))
+    for index, weight in parallel.even(_groups(samples, parallel.my_rows(everything), config), everything[:1]):
         part = samples.rows(index)
         width = part.response_mask.shape[1]
-        ref_logprobs[index, :width] = response_logprobs(
+        ref_logprobs[index, :width] += weight * response_logprobs(
             reference, part.tokens, part.mask, part.response_mask, config.temperature
         )
-        values[index, :width] = _response_values(value_model, part)
+        values[index, :width] += weight * _response_values(value_model, part)
+    ref_logprobs, values = parallel.sum_over_ranks(ref_logprobs), parallel.sum_over_ranks(values)
     rewards = kl_rewards(scores, samples.logprobs, ref_logprobs, samples.response_mask, beta)
     last = torch.zeros_like(samples.response_mask).scatter(1, samples.lengths[:, None] - 1, True)
     advantages, returns = gae(
@@ -367,26 +377,35 @@ def _update(
         learners.zero_grad()
         counted = float(experience.samples.response_mask[index].sum())
         parts = []
-        for group in _groups(experience.samples, index, config):
+        groups = _groups(experience.samples, parallel.my_rows(index), config)
+        for group, weight in parallel.even(groups, index[:1]):
             loss, metrics = _loss(learners, experience.rows(group), config, counted)
             recorder.check_finite(
                 loss, f"rows {group[:4].tolist()}... of the batch", "lower --rlhf.lr or raise --rlhf.beta"
             )
-            loss.backward()
-            parts.append({key: float(value) for key, value in metrics.items()})
-        row = _together(parts)
+            (weight * loss).backward()
+            parts.append({key: weight * float(value) for key, value in metrics.items()})
+        row = _together(parallel.gather(parts))
         if not rows:
             _check_first_ratio(row, learners.policy, recorder.name)
         if blocks is not None:
             # PPO-ptx: the pretraining gradient is added to PPO's before the one optimizer step.
-            ptx_loss = language_model_loss(learners.policy, blocks.to(learners.policy.device))
-            recorder.check_finite(ptx_loss, "corpus blocks of PPO-ptx", "lower --rlhf.ptx-coef")
-            (config.ptx_coef * ptx_loss).backward()
-            row["policy/ptx_loss"] = float(ptx_loss.detach())
+            row["policy/ptx_loss"] = _add_pretraining_gradient(learners.policy, blocks, config.ptx_coef, recorder)
         rows.append(row | learners.step(config.max_grad_norm))
     # No weight has changed before the first: unless the ratio is 1 and nothing is clipped, a log-prob is wrong.
     names = ("ratio_error", "approx_kl", "clip_fraction")
     return _together(rows, len(rows)) | {f"policy/first_{name}": rows[0][f"policy/{name}"] for name in names}
+
+
+def _add_pretraining_gradient(policy: PreTrainedModel, blocks: Tensor, coef: float, recorder: Recorder) -> float:
+    """Add ``coef`` times the gradient of the loss of some blocks [B, T] to the policy's; returns the loss."""
+    loss, mine = torch.zeros(()), parallel.my_rows(blocks)
+    for part, weight in parallel.even([mine] if len(mine) else [], blocks[:1]):
+        part_loss = weight * language_model_loss(policy, part.to(policy.device), len(blocks))
+        recorder.check_finite(part_loss, "corpus blocks of PPO-ptx", "lower --rlhf.ptx-coef")
+        (coef * part_loss).backward()
+        loss += part_loss.detach().cpu()
+    return float(parallel.sum_over_ranks(loss))
 
 
 def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: str) -> None:

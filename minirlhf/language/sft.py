@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minirlhf import parallel
 from minirlhf.data import Demonstration
 from minirlhf.language.models import pad, response_logprobs
 from minirlhf.language.tokenization import encode_prompts, encode_responses
@@ -81,6 +82,7 @@ def train_sft(
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     pad_id = tokenizer.pad_token_id
 
+    parallel.shard(model)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     recorder.track({"policy": model}, {"policy": optimizer})
     total = max(1, round(config.epochs * len(demonstrations) / config.batch_size))
@@ -90,8 +92,9 @@ def train_sft(
         counted = sum(len(completions[row]) for row in rows)
         optimizer.zero_grad()
         loss = torch.zeros(())
-        for group in micro_batches([lengths[row] for row in rows], config.micro_batch_tokens):
-            chosen = [rows[i] for i in group]
+        mine = parallel.my_rows(rows)
+        groups = micro_batches([lengths[row] for row in mine], config.micro_batch_tokens)
+        for chosen, weight in parallel.even([[mine[i] for i in group] for group in groups], rows[:1]):
             tokens, mask = pad([prompts[row] + completions[row] for row in chosen], pad_id)  # [b, L]
             starts = torch.tensor([len(prompts[row]) for row in chosen])
             kept = tokens.shape[1] - int(starts.min())  # columns that hold a completion's token in some row
@@ -99,13 +102,14 @@ def train_sft(
             logprobs = response_logprobs(
                 model, tokens.to(model.device), mask.to(model.device), target_mask
             )  # [b, kept]
-            part = sft_loss(logprobs, target_mask, denominator=counted)
+            part = weight * sft_loss(logprobs, target_mask, denominator=counted)
             recorder.check_finite(part, f"demonstrations {[demonstrations[r].where or r for r in chosen[:3]]}")
             part.backward()
             loss += part.detach().cpu()
         lr = config.lr * learning_rate_factor(step, total, config.warmup)
         set_learning_rate(optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = parallel.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
+        loss = parallel.sum_over_ranks(loss)
         recorder.log({"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": lr, "sft/epoch": step / total * config.epochs})
     return model.eval()

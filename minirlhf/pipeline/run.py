@@ -6,6 +6,7 @@ folder with the final name is finished, and a finished step is never repeated.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from minirlhf import parallel
 from minirlhf.checkpoints import STATE, SUMMARY, remove_partial, sealed, verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
@@ -40,7 +42,8 @@ def run_pipeline(
 ) -> dict[str, Any]:
     """Run or resume the whole pipeline, except for the report page, which `minirlhf.report.write_report` draws.
 
-    A page that shows other measurements is removed.
+    A page that shows other measurements is removed. With several processes (see `minirlhf.parallel`) all call it, and
+    rank 0 alone locks the folder and measures the finished models.
 
     Args:
         config: all settings.
@@ -49,7 +52,7 @@ def run_pipeline(
         began: when the command began, by `time.monotonic`, so that imports count too; default: now.
 
     Returns:
-        The measurements, as report.json holds them.
+        The measurements, as report.json holds them. Rank 0 alone has them.
 
     Raises:
         DataError: malformed data; raised before any training.
@@ -60,16 +63,22 @@ def run_pipeline(
     began = time.monotonic() if began is None else began
     if config.out.exists() and not config.out.is_dir():
         raise CheckpointError(f"--out {config.out}: is a file; give the folder of a run, or a new one")
-    with locked(config.out):
+    with locked(config.out) if parallel.rank() == 0 else contextlib.nullcontext():
+        parallel.barrier()  # until rank 0 holds the folder
         return _run(config, command, progress, began)
 
 
 def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[str, Any]:
     hide_loading_bars()
-    out, device, data = config.out, find_device(config.device), find_data(config)
+    out, device = config.out, find_device(config.device)
+    if parallel.rank() == 0:
+        find_data(config)  # which may write it
+    parallel.barrier()
+    data = find_data(config)
     settings = settings_of(config, data)
     changed = changed_settings(out, settings)
-    remove_partial(out)
+    if parallel.rank() == 0:
+        remove_partial(out)
     if config.previous is not None:
         check_previous(config.previous, settings)
     left = [step for step in STEPS if not (out / step).is_dir()]
@@ -79,20 +88,23 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)
-    for note in (*inputs.folder.notes, *changed_machine(out, made_with())):
+    notes = (*inputs.folder.notes, *changed_machine(out, made_with()))
+    for note in notes if parallel.rank() == 0 else ():
         print(note, file=sys.stderr)
     if "base" not in left:
         check_context(out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
-    for name in ("report.html", "report.json"):
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", sealed(settings))
+    parallel.barrier()  # until all have read the folder
+    if parallel.rank() == 0:
+        for name in ("report.html", "report.json"):
+            (out / name).unlink(missing_ok=True)
+        write_json(out / "config.json", sealed(settings))
 
     # Two small models at a time use two cores far better than one model with two threads. A step left over from a
     # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
-    apart = config.side_by_side and device.type == "cpu" and threads > 1
+    apart = config.side_by_side and device.type == "cpu" and threads > 1 and parallel.size() == 1
     prepared = time.monotonic() - began
     for step in [step for step in left if step not in BESIDE]:
         train_step(step, config, inputs, progress=progress)
@@ -104,6 +116,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         for step in [step for step in left if step in BESIDE]:
             train_step(step, config, inputs, progress=progress)
     torch.set_num_threads(threads)
+    if parallel.rank() > 0:
+        return {}
 
     began = time.monotonic()
     evaluator = Evaluator(out, inputs.folder, config.base.block_length, config.evaluation, config.seed, device)
@@ -124,7 +138,12 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "command": command,
         "versions": {name: value for name, value in made_with().items() if name != "threads"},
         "made_with": {step: summaries[step].get("made_with") for step in STEPS},
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "machine": {
+            "device": str(device),
+            "processes": parallel.size(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
     }
     report["answers_sha256"] = hashlib.sha256((out / "answers.json").read_bytes()).hexdigest()
     report = sealed(report)

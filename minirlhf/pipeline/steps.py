@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from minirlhf import parallel
 from minirlhf.checkpoints import partial_folder, save_model
 from minirlhf.config import RunConfig
 from minirlhf.language.models import clone, load_causal_model, tiny_llama
@@ -85,7 +86,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     if config.previous is not None and step in ("base", "sft"):
         recorder.track({}, {})  # creates the folder
         metrics = config.previous / step / "metrics.jsonl"
-        if metrics.is_file():
+        if metrics.is_file() and parallel.rank() == 0:
             shutil.copy(metrics, partial_folder(run / step))  # the report draws how the model was trained
         return load_policy(config.previous, step, device)
     if step == "base" and config.model is not None:

@@ -162,14 +162,16 @@ def _part(part: str, value: float) -> str:
 def facts(run: Run) -> str:
     """Seed, command, versions, seconds, and every setting."""
     report = run.report
-    machine = report["machine"]
+    machine, threads = report["machine"], f"{report['machine']['threads']} threads"
+    if machine.get("processes", 1) > 1:
+        threads = f"{machine['processes']} processes of {threads} each"
     rows = {
         "command": report["command"] or "called from Python",
         "preset": report["preset"],
         "seed": report["seed"],
         "data": report["data"],
         "size": f"{report['parameters']:,} parameters",
-        "machine": f"{machine['device']}, {machine['threads']} threads, {machine['platform']}",
+        "machine": f"{machine['device']}, {threads}, {machine['platform']}",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "time": times(report, 1),
     }
