@@ -16,6 +16,7 @@ __all__ = [
     "clipped_surrogate",
     "count_ranked_prompts",
     "entropy_from_logits",
+    "implicit_rewards",
     "linear_token_logprobs",
     "pairwise_accuracy",
     "policy_gradient_loss",
@@ -181,6 +182,7 @@ def ranking_loss(
     scores: Tensor,
     mask: Tensor | None = None,
     *,
+    label_smoothing: float = 0.0,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """The reward model's loss over all pairs of each prompt's K answers (Ouyang et al. 2022, equation 1).
@@ -192,6 +194,7 @@ def ranking_loss(
     Tied pairs are dropped, and a prompt's sum is divided by its remaining pairs: 1/C(K, 2) without ties, and a prompt
     with ties weighs as much as any other. A prompt with no pair left adds 0 and is not counted in the default
     denominator (`count_ranked_prompts`); for micro-batches pass the count of the whole optimizer step.
+    `label_smoothing` is the probability that a label is the wrong way round: that share of each pair counts turned.
     Raises ValueError if no pair is left at all and no denominator is given.
 
     >>> ranking_loss(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, 1.0]]))  # two pairs, one tie dropped
@@ -199,13 +202,34 @@ def ranking_loss(
     """
     differences, pairs = _ranked_pairs(rewards, scores, mask)
     # The where comes before logsigmoid: its gradient at a NaN under the mask would be 0 * NaN.
-    losses = torch.where(pairs, -F.logsigmoid(torch.where(pairs, differences, 0)), 0).sum((1, 2))
+    differences = torch.where(pairs, differences, 0)
+    losses = -F.logsigmoid(differences)
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-differences)
+    losses = torch.where(pairs, losses, 0).sum((1, 2))
     counts = pairs.sum((1, 2))
     if denominator is None:
         denominator = (counts > 0).sum()
         if not bool(denominator > 0):
             raise ValueError("every pair is tied or masked: there is nothing to learn from; drop these prompts")
     return (losses / counts.clamp(min=1)).sum() / denominator
+
+
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+    """The reward that a policy has by itself: beta * sum over counted tokens of (logprobs - ref_logprobs), [B].
+
+    The best policy under a reward and a KL penalty is pi_ref exp(r / beta) / Z, so the reward is beta log(pi / pi_ref)
+    plus beta log Z(prompt), which cancels in the difference of two answers to one prompt. DPO's loss is `ranking_loss`
+    of these rewards (Rafailov et al. 2023, equations 5 and 7).
+
+    logprobs, ref_logprobs and response_mask (True on the answer's tokens, EOS among them) [B, T].
+
+    >>> logprobs, ref = torch.tensor([[-1.0, -1.0, 7.0]]), torch.tensor([[-2.0, -1.5, 0.0]])
+    >>> implicit_rewards(logprobs, ref, torch.tensor([[True, True, False]]), beta=0.1)
+    tensor([0.1500])
+    """
+    _check_same_shape(logprobs, ref_logprobs, "logprobs and ref_logprobs")
+    return beta * (_counted(logprobs, response_mask) - _counted(ref_logprobs.detach(), response_mask)).sum(1)
 
 
 @torch.no_grad()

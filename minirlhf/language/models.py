@@ -362,3 +362,23 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tupl
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     columns = torch.arange(width)[None]
     return tokens, columns >= width - lengths if side == "left" else columns < lengths
+
+
+def pad_answers(rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad rows of prompt + answer for `response_logprobs`: tokens and mask [B, P + T], response_mask [B, T].
+
+    Args:
+        rows: token ids.
+        starts: where each row's answer begins.
+        pad_id: fills the end of shorter rows.
+
+    Example:
+        >>> tokens, mask, response_mask = pad_answers([[5, 6, 7], [8, 9]], [1, 1], pad_id=0)
+        >>> tokens.tolist(), response_mask.tolist()
+        ([[5, 6, 7], [8, 9, 0]], [[True, True], [True, False]])
+    """
+    tokens, mask = pad(rows, pad_id)
+    begins = torch.tensor(starts)
+    kept = tokens.shape[1] - int(begins.min())  # columns that hold an answer's token in some row
+    answers = mask & (torch.arange(tokens.shape[1]) >= begins[:, None])
+    return tokens, mask, answers[:, -kept:]

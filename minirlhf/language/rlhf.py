@@ -198,7 +198,7 @@ def train_rlhf(
     if config.ptx_coef > 0 and corpus_blocks is None:
         raise UserError("ptx_coef > 0 needs pretraining text: give corpus_blocks")
     judge = {"reward model": reward.model} if isinstance(reward, RewardModelScorer) else {}
-    _check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
+    check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
     encoded = encode_prompts(tokenizer, prompts)
     average = clone(policy).eval() if config.ema_decay is not None else None
@@ -265,7 +265,7 @@ def train_rlhf(
     return (average if average is not None else policy).eval()
 
 
-def _check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreTrainedModel]) -> None:
+def check_learners(learners: dict[str, PreTrainedModel], others: dict[str, PreTrainedModel]) -> None:
     """Check that each learner has trainable weights and shares none of them with another model.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 
 from minirlhf import parallel
 from minirlhf.data import Demonstration
-from minirlhf.language.models import pad, response_logprobs
+from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import sft_loss
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
@@ -95,13 +95,11 @@ def train_sft(
         mine = parallel.my_rows(rows)
         groups = micro_batches([lengths[row] for row in mine], config.micro_batch_tokens)
         for chosen, weight in parallel.even([[mine[i] for i in group] for group in groups], rows[:1]):
-            tokens, mask = pad([prompts[row] + completions[row] for row in chosen], pad_id)  # [b, L]
-            starts = torch.tensor([len(prompts[row]) for row in chosen])
-            kept = tokens.shape[1] - int(starts.min())  # columns that hold a completion's token in some row
-            target_mask = (mask & (torch.arange(tokens.shape[1]) >= starts[:, None]))[:, -kept:].to(model.device)
-            logprobs = response_logprobs(
-                model, tokens.to(model.device), mask.to(model.device), target_mask
-            )  # [b, kept]
+            padded = pad_answers(
+                [prompts[row] + completions[row] for row in chosen], [len(prompts[row]) for row in chosen], pad_id
+            )
+            tokens, mask, target_mask = (part.to(model.device) for part in padded)
+            logprobs = response_logprobs(model, tokens, mask, target_mask)  # [b, T]
             part = weight * sft_loss(logprobs, target_mask, denominator=counted)
             recorder.check_finite(part, f"demonstrations {[demonstrations[r].where or r for r in chosen[:3]]}")
             part.backward()

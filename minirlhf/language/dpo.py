@@ -1,0 +1,265 @@
+"""DPO: the policy is trained on rankings directly, without a reward model and without sampling (Rafailov et al. 2023).
+
+    r(x, y) = beta * log(pi(y|x) / pi_ref(y|x))                          the reward that the policy has by itself
+    loss    = -1/C(K,2) * sum over pairs (w, l) of log sigmoid(r(x, y_w) - r(x, y_l))
+
+It is step 2's loss with the policy's own reward in the model's place. As there, all K answers to a prompt go through
+the model once and all their pairs are one batch element. The reference's log-probs are computed once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.data import Comparison
+from minirlhf.language.generation import end_ids, sample
+from minirlhf.language.models import pad_answers, response_logprobs
+from minirlhf.language.reward_model import encode_comparisons
+from minirlhf.language.rlhf import Monitor, check_learners
+from minirlhf.language.tokenization import decode, encode_prompts
+from minirlhf.losses import count_ranked_prompts, implicit_rewards, pairwise_accuracy, ranking_loss, sft_loss
+from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, Settings
+from minirlhf.training import (
+    Recorder,
+    adamw,
+    epoch_batch,
+    generator_for,
+    learning_rate_factor,
+    micro_batches,
+    set_learning_rate,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DPOConfig(Settings, option="dpo"):
+    """Direct preference optimization."""
+
+    epochs: Positive = 1.0
+    """Passes over the comparisons."""
+    batch_size: Count = 8
+    """Prompts per step, each with all its answers."""
+    lr: NotNegative = 3e-4
+    """Peak learning rate (cosine decay to a tenth)."""
+    warmup: CountOrZero = 10
+    """Steps of linear warm-up."""
+    beta: Positive = 0.1
+    """Strength of the implicit KL penalty: the larger, the nearer the policy stays to the reference."""
+    label_smoothing: Fraction = 0.0
+    """Assumed probability that a label is the wrong way round (conservative DPO)."""
+    sft_coef: NotNegative = 0.0
+    """Weight of the SFT loss on the best answer, which keeps its probability from falling; 0 for plain DPO."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens per forward pass; affects memory, not results."""
+    measure_every: Count = 25
+    """Steps between two samples of answers, for the KL to the reference, the length and the monitor."""
+    measured_prompts: CountOrZero = 32
+    """Prompts that are answered then; 0 for none."""
+    max_response_tokens: Count = 40
+    """Maximum tokens per answer of these samples."""
+
+
+def train_dpo(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    comparisons: Sequence[Comparison],
+    config: DPOConfig,
+    *,
+    seed: int = 0,
+    recorder: Recorder | None = None,
+    monitor: Monitor | None = None,
+) -> PreTrainedModel:
+    """Train a policy on rankings, in place.
+
+    Args:
+        policy: starts as the SFT model.
+        reference: the SFT model, never changed.
+        tokenizer: of both.
+        comparisons: rankings of K >= 2 answers; equal scores are ties and are ignored.
+        config: the hyper-parameters.
+        seed: of the order of prompts and of the samples that are measured.
+        recorder: where progress and metrics go.
+        monitor: extra measurements of sampled answers, as in `train_rlhf`.
+
+    Returns:
+        The policy, in eval mode.
+
+    Raises:
+        UserError: policy and reference share trained weights.
+        TrainingError: the loss became NaN or infinite.
+
+    Example:
+        >>> train_dpo(clone(sft), sft, tokenizer, comparisons, DPOConfig())  # doctest: +SKIP
+    """
+    check_learners({"policy": policy}, {"reference": reference})
+    recorder = recorder or Recorder("dpo", show=("dpo/loss", "dpo/accuracy"))
+    encoded = encode_comparisons(tokenizer, comparisons)
+    starts = [len(prompt) for prompt in encode_prompts(tokenizer, [row.prompt for row in comparisons])]
+    sizes = [len(rows) * max(map(len, rows)) for rows in encoded]  # a prompt takes K rows of its longest answer
+    ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
+    policy.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
+    reference.eval()
+
+    def batches(rows: Sequence[int]) -> Iterator[tuple[list[int], _Answers]]:
+        for group in micro_batches([sizes[row] for row in rows], config.micro_batch_tokens):
+            chosen = [rows[i] for i in group]
+            padded = pad_answers(
+                [ids for row in chosen for ids in encoded[row]],
+                [starts[row] for row in chosen for _ in encoded[row]],
+                tokenizer.pad_token_id,
+            )
+            parts = (part.to(policy.device) for part in (*padded, *_ranks([comparisons[row] for row in chosen])))
+            yield chosen, _Answers(*parts)
+
+    references: dict[int, Tensor] = {}
+    """Log-probs of the reference: of all answers to a prompt, one after the other."""
+    with torch.no_grad():
+        for chosen, answers in batches(range(len(comparisons))):
+            each = response_logprobs(reference, answers.tokens, answers.mask, answers.response_mask)
+            counts = answers.by_prompt(answers.response_mask.sum(1)).sum(1)
+            references |= zip(chosen, each[answers.response_mask].split(counts.tolist()), strict=True)
+
+    optimizer = adamw(policy, config.lr)
+    recorder.track({"policy": policy}, {"policy": optimizer})
+    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
+    for step in recorder.steps(total):
+        sampled: dict[str, float] = {}
+        if config.measured_prompts and (step % config.measure_every == 0 or step == total - 1):
+            rows = epoch_batch(len(comparisons), config.measured_prompts, step, seed, "dpo/measure")
+            prompts = [comparisons[row].prompt for row in rows]
+            sampled = _sampled(policy, reference, tokenizer, prompts, config, seed, step, monitor)
+        batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo")
+        counted = max(1, sum(ranked[row] for row in batch))
+        best_tokens = sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in batch)
+        optimizer.zero_grad()
+        sums: dict[str, float] = defaultdict(float)
+        for chosen, answers in batches(batch):
+            logprobs = response_logprobs(policy, answers.tokens, answers.mask, answers.response_mask)
+            ref = torch.cat([references[row] for row in chosen])
+            ref = torch.zeros_like(logprobs).masked_scatter(answers.response_mask, ref)
+            rewards = answers.by_prompt(implicit_rewards(logprobs, ref, answers.response_mask, config.beta))
+            smoothing = config.label_smoothing
+            loss = ranking_loss(
+                rewards, answers.scores, answers.present, label_smoothing=smoothing, denominator=counted
+            )
+            if config.sft_coef > 0:
+                best = answers.response_mask & answers.best()[:, None]
+                loss = loss + config.sft_coef * sft_loss(logprobs, best, denominator=best_tokens)
+            where = [comparisons[row].where or row for row in chosen[:3]]
+            recorder.check_finite(loss, f"comparisons {where}", "lower --dpo.lr or raise --dpo.beta")
+            loss.backward()
+            for key, value in (_measure(rewards, logprobs, answers) | {"loss": loss.detach()}).items():
+                sums[key] += float(value)
+        lr = config.lr * learning_rate_factor(step, total, config.warmup)
+        set_learning_rate(optimizer, lr)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        recorder.log(
+            sampled
+            | {
+                "dpo/loss": sums["loss"],
+                "dpo/accuracy": sums["correct"] / max(sums["pairs"], 1.0),
+                "dpo/margin": sums["margin"] / max(sums["pairs"], 1.0),
+                "dpo/best_logprob": sums["best"] / len(batch),
+                "dpo/worst_logprob": sums["worst"] / len(batch),
+                "policy/grad_norm": float(norm),
+                "policy/lr": lr,
+            }
+        )
+    return policy.eval()
+
+
+class _Answers(NamedTuple):
+    """All answers to a few prompts, one after the other, and their ranks."""
+
+    tokens: Tensor
+    """[N, P + T]."""
+    mask: Tensor
+    """[N, P + T] bool."""
+    response_mask: Tensor
+    """[N, T] bool."""
+    scores: Tensor
+    """[b, K], the labeler's."""
+    present: Tensor
+    """[b, K] bool: prompts may have different K."""
+
+    def by_prompt(self, each: Tensor) -> Tensor:
+        """[N] -> [b, K], 0 where there is no answer."""
+        return each.new_zeros(self.present.shape).masked_scatter(self.present, each)
+
+    def best(self) -> Tensor:
+        """The answers that are the first of the best to their prompt: [N] bool."""
+        first = self.scores.masked_fill(~self.present, -torch.inf).argmax(1, keepdim=True)
+        return torch.zeros_like(self.present).scatter(1, first, True)[self.present]
+
+
+def _ranks(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+    counts = torch.tensor([len(row.scores) for row in comparisons])
+    present = torch.arange(int(counts.max()))[None] < counts[:, None]
+    scores = torch.zeros(present.shape)
+    scores[present] = torch.tensor([score for row in comparisons for score in row.scores])
+    return scores, present
+
+
+def _best(row: Comparison) -> int:
+    return row.scores.index(max(row.scores))
+
+
+@torch.no_grad()
+def _measure(rewards: Tensor, logprobs: Tensor, answers: _Answers) -> dict[str, Tensor]:
+    """Sums over pairs and prompts, to be divided by the counts of the whole step."""
+    scores, present = answers.scores, answers.present
+    correct, pairs = pairwise_accuracy(rewards, scores, present)
+    better = (scores[:, :, None] > scores[:, None]) & present[:, :, None] & present[:, None]
+    whole = answers.by_prompt(logprobs.sum(1))  # 0 where response_mask is False
+    best = scores.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
+    worst = scores.masked_fill(~present, torch.inf).argmin(1, keepdim=True)
+    return {
+        "correct": correct,
+        "pairs": pairs,
+        "margin": ((rewards[:, :, None] - rewards[:, None]) * better).sum(),
+        "best": whole.gather(1, best).sum(),
+        "worst": whole.gather(1, worst).sum(),
+    }
+
+
+@torch.no_grad()
+def _sampled(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    config: DPOConfig,
+    seed: int,
+    step: int,
+    monitor: Monitor | None,
+) -> dict[str, float]:
+    """What the rankings can't show: how far the policy has moved, by answers of its own."""
+    samples = sample(
+        policy,
+        encode_prompts(tokenizer, prompts),
+        max_new_tokens=config.max_response_tokens,
+        pad_id=tokenizer.pad_token_id,
+        eos_id=end_ids(policy, tokenizer),
+        generator=[generator_for(seed, "dpo/sample", step, place) for place in range(len(prompts))],
+    )
+    ref = response_logprobs(reference, samples.tokens, samples.mask, samples.response_mask)
+    measured = {
+        "objective/kl": float((samples.logprobs - ref).sum(1).mean()),
+        "objective/response_length": float(samples.lengths.float().mean()),
+        "objective/ended_fraction": float(samples.ended.float().mean()),
+    }
+    if monitor is not None:
+        measured |= monitor(prompts, decode(tokenizer, samples.responses()), samples.ended.tolist())
+    return measured
