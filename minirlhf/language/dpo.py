@@ -9,7 +9,6 @@ the model once and all their pairs are one batch element. The reference's log-pr
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from minirlhf import parallel
 from minirlhf.data import Comparison
-from minirlhf.language.generation import end_ids, sample
+from minirlhf.language.generation import end_ids, sample_by_rank
 from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.reward_model import encode_comparisons
 from minirlhf.language.rlhf import Monitor, check_learners
@@ -37,6 +37,9 @@ from minirlhf.training import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+SUMS = ("loss", "correct", "pairs", "margin", "best", "worst")
 
 
 @dataclass(frozen=True)
@@ -111,24 +114,27 @@ def train_dpo(
     policy.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     reference.eval()
 
-    def batches(rows: Sequence[int]) -> Iterator[tuple[list[int], _Answers]]:
-        for group in micro_batches([sizes[row] for row in rows], config.micro_batch_tokens):
-            chosen = [rows[i] for i in group]
+    def shares(rows: list[int]) -> Iterator[tuple[list[int], _Answers, float]]:
+        """This process's micro-batches of some rows, each with its weight."""
+        mine = parallel.my_rows(rows)
+        groups = micro_batches([sizes[row] for row in mine], config.micro_batch_tokens)
+        for chosen, weight in parallel.even([[mine[i] for i in group] for group in groups], rows[:1]):
             padded = pad_answers(
                 [ids for row in chosen for ids in encoded[row]],
                 [starts[row] for row in chosen for _ in encoded[row]],
                 tokenizer.pad_token_id,
             )
             parts = (part.to(policy.device) for part in (*padded, *_ranks([comparisons[row] for row in chosen])))
-            yield chosen, _Answers(*parts)
+            yield chosen, _Answers(*parts), weight
 
-    references: dict[int, Tensor] = {}
-    """Log-probs of the reference: of all answers to a prompt, one after the other."""
+    parallel.shard(policy, reference)
+    known: list[tuple[int, Tensor]] = []
     with torch.no_grad():
-        for chosen, answers in batches(range(len(comparisons))):
+        for chosen, answers, _ in shares(list(range(len(comparisons)))):
             each = response_logprobs(reference, answers.tokens, answers.mask, answers.response_mask)
             counts = answers.by_prompt(answers.response_mask.sum(1)).sum(1)
-            references |= zip(chosen, each[answers.response_mask].split(counts.tolist()), strict=True)
+            known += zip(chosen, each[answers.response_mask].cpu().split(counts.tolist()), strict=True)
+    references = dict(parallel.gather(known))  # of all answers to a prompt, one after the other
 
     optimizer = adamw(policy, config.lr)
     recorder.track({"policy": policy}, {"policy": optimizer})
@@ -143,10 +149,10 @@ def train_dpo(
         counted = max(1, sum(ranked[row] for row in batch))
         best_tokens = sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in batch)
         optimizer.zero_grad()
-        sums: dict[str, float] = defaultdict(float)
-        for chosen, answers in batches(batch):
+        sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        for chosen, answers, weight in shares(batch):
             logprobs = response_logprobs(policy, answers.tokens, answers.mask, answers.response_mask)
-            ref = torch.cat([references[row] for row in chosen])
+            ref = torch.cat([references[row] for row in chosen]).to(policy.device)
             ref = torch.zeros_like(logprobs).masked_scatter(answers.response_mask, ref)
             rewards = answers.by_prompt(implicit_rewards(logprobs, ref, answers.response_mask, config.beta))
             smoothing = config.label_smoothing
@@ -158,21 +164,22 @@ def train_dpo(
                 loss = loss + config.sft_coef * sft_loss(logprobs, best, denominator=best_tokens)
             where = [comparisons[row].where or row for row in chosen[:3]]
             recorder.check_finite(loss, f"comparisons {where}", "lower --dpo.lr or raise --dpo.beta")
-            loss.backward()
-            for key, value in (_measure(rewards, logprobs, answers) | {"loss": loss.detach()}).items():
-                sums[key] += float(value)
+            (weight * loss).backward()
+            parts = (loss.detach(), *_measure(rewards, logprobs, answers))
+            sums += weight * torch.tensor([float(part) for part in parts], dtype=torch.float64)
         lr = config.lr * learning_rate_factor(step, total, config.warmup)
         set_learning_rate(optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        norm = parallel.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
+        of_step = dict(zip(SUMS, parallel.sum_over_ranks(sums).tolist(), strict=True))
         recorder.log(
             sampled
             | {
-                "dpo/loss": sums["loss"],
-                "dpo/accuracy": sums["correct"] / max(sums["pairs"], 1.0),
-                "dpo/margin": sums["margin"] / max(sums["pairs"], 1.0),
-                "dpo/best_logprob": sums["best"] / len(batch),
-                "dpo/worst_logprob": sums["worst"] / len(batch),
+                "dpo/loss": of_step["loss"],
+                "dpo/accuracy": of_step["correct"] / max(of_step["pairs"], 1.0),
+                "dpo/margin": of_step["margin"] / max(of_step["pairs"], 1.0),
+                "dpo/best_logprob": of_step["best"] / len(batch),
+                "dpo/worst_logprob": of_step["worst"] / len(batch),
                 "policy/grad_norm": float(norm),
                 "policy/lr": lr,
             }
@@ -217,21 +224,16 @@ def _best(row: Comparison) -> int:
 
 
 @torch.no_grad()
-def _measure(rewards: Tensor, logprobs: Tensor, answers: _Answers) -> dict[str, Tensor]:
-    """Sums over pairs and prompts, to be divided by the counts of the whole step."""
+def _measure(rewards: Tensor, logprobs: Tensor, answers: _Answers) -> tuple[Tensor, ...]:
+    """`SUMS` over pairs and prompts after the loss, to be divided by the counts of the whole step."""
     scores, present = answers.scores, answers.present
     correct, pairs = pairwise_accuracy(rewards, scores, present)
     better = (scores[:, :, None] > scores[:, None]) & present[:, :, None] & present[:, None]
     whole = answers.by_prompt(logprobs.sum(1))  # 0 where response_mask is False
     best = scores.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
     worst = scores.masked_fill(~present, torch.inf).argmin(1, keepdim=True)
-    return {
-        "correct": correct,
-        "pairs": pairs,
-        "margin": ((rewards[:, :, None] - rewards[:, None]) * better).sum(),
-        "best": whole.gather(1, best).sum(),
-        "worst": whole.gather(1, worst).sum(),
-    }
+    margin = ((rewards[:, :, None] - rewards[:, None]) * better).sum()
+    return correct, pairs, margin, whole.gather(1, best).sum(), whole.gather(1, worst).sum()
 
 
 @torch.no_grad()
@@ -246,7 +248,7 @@ def _sampled(
     monitor: Monitor | None,
 ) -> dict[str, float]:
     """What the rankings can't show: how far the policy has moved, by answers of its own."""
-    samples = sample(
+    samples = sample_by_rank(
         policy,
         encode_prompts(tokenizer, prompts),
         max_new_tokens=config.max_response_tokens,
@@ -260,6 +262,6 @@ def _sampled(
         "objective/response_length": float(samples.lengths.float().mean()),
         "objective/ended_fraction": float(samples.ended.float().mean()),
     }
-    if monitor is not None:
+    if monitor is not None and parallel.rank() == 0:
         measured |= monitor(prompts, decode(tokenizer, samples.responses()), samples.ended.tolist())
     return measured

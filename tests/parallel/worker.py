@@ -20,6 +20,7 @@ from transformers.utils import logging
 from minirlhf import parallel
 from minirlhf.checkpoints import save_model
 from minirlhf.data import Comparison, Demonstration
+from minirlhf.language.dpo import DPOConfig, train_dpo
 from minirlhf.language.models import clone, scalar_model_from
 from minirlhf.language.pretraining import PretrainingConfig, train_base
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, train_reward_model
@@ -28,7 +29,7 @@ from minirlhf.language.sft import SFTConfig, train_sft
 from minirlhf.language.tokenization import train_tokenizer
 from minirlhf.training import Recorder, generator_for
 
-TRAINERS = ("base", "sft", "reward_model", "rlhf")
+TRAINERS = ("base", "sft", "reward_model", "rlhf", "dpo")
 TEXTS = [f"The {a} {v} by the {p}." for a in ("otter", "newt") for v in ("naps", "digs") for p in ("barn", "marsh")]
 DEMONSTRATIONS = [Demonstration("say" + " so" * (i % 4), text) for i, text in enumerate(TEXTS)]
 RANKED = ((2.0, 1.0, 0.0), (1.0, 0.0))
@@ -62,6 +63,12 @@ def train(name: str, dtype: torch.dtype, steps: int, recorder: Recorder, said: l
         settings = RewardModelConfig(epochs=epochs, **shared)
         options = {"demonstrations": DEMONSTRATIONS, "recorder": recorder}
         return train_reward_model(model, TOKENIZER, COMPARISONS, settings, **options)
+    if name == "dpo":
+        other = causal(dtype)
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight.mul_(0.5)  # a reference that is not the policy
+        settings = DPOConfig(epochs=epochs, sft_coef=0.1, measured_prompts=3, measure_every=6, **shared)
+        return train_dpo(model, other, TOKENIZER, COMPARISONS, settings, recorder=recorder)
     settings = RLHFConfig(
         steps=steps,
         minibatch_size=2,
