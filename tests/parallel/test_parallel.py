@@ -154,5 +154,28 @@ def test_an_error_is_said_once(fast_run, tiny_folder, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+ONE_FAILS = """
+import sys
+import torch
+from minirlhf import cli, parallel
+from minirlhf.errors import UserError
+
+def run(arguments):
+    with parallel.joined(torch.device("cpu")):
+        if parallel.rank() == 1:
+            raise UserError("these rows are odd")
+        parallel.barrier()
+
+cli.COMMANDS["run"] = run
+sys.exit(cli.main(["run"]))
+"""
+
+
+def test_an_error_of_one_process_is_said_by_it_alone() -> None:
+    results = ended(start(2, "-c", ONE_FAILS), timeout=300)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[1][2] == "minirlhf: error: these rows are odd\n" and results[0][2] == ""
+
+
 def test_sharding_needs_several_processes(fast_run, tmp_path, refused) -> None:
     assert "--shard: needs several processes" in refused(fast_run(tmp_path / "run", "--shard"))
