@@ -172,7 +172,8 @@ class Row:
         wanted = f"field {key!r} must be a string or a list of messages, each with a role and a content, both strings"
         self.require(self.is_list(key), f"{wanted}; found {kind_of(self.values[key])}")
         for i, message in enumerate(self.values[key]):
-            role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
+            given: dict[str, Any] = message if isinstance(message, dict) else {}
+            role, content = given.get("role"), given.get("content")
             self.require(isinstance(role, str) and isinstance(content, str), f"{wanted}; found another {key}[{i}]")
             found.append((role, self.characters(content, f"{key}[{i}]")))
         self.require(bool(found), f"field {key!r} is an empty list")
