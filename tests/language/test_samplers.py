@@ -120,7 +120,7 @@ def broken(**changes):
         (broken(prompt_tokens=lambda s: s.prompt_tokens.flip(0)), "answers to the prompts that it was given"),
         (broken(logprobs=lambda s: s.logprobs + 1.5), "finite log-probs, 0 or below"),
         (broken(logprobs=lambda s: s.logprobs / 0), "finite log-probs, 0 or below"),
-        (broken(logprobs=lambda s: s.logprobs[:, :1]), "of one shape"),
+        (broken(logprobs=lambda s: s.logprobs[:, :1]), "tokens, mask and log-probs of one shape"),
         (broken(response_mask=lambda s: torch.tensor([[False, True]] * 8)), "answers without gaps"),
         (broken(response_mask=lambda s: torch.zeros_like(s.response_mask)), "answers of 1 to 6 tokens"),
     ],
