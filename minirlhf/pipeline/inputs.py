@@ -97,7 +97,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
 
 
-def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool) -> None:
+def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False) -> None:
     """Add files of rankings to the comparisons. A person may tie all answers; such a row teaches nothing."""
     held = {row.prompt for row in folder.heldout_comparisons} | {row.text for row in folder.heldout_prompts}
     # A round's file may be the last round's with more rows: each file counts once.
