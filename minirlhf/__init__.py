@@ -8,10 +8,14 @@ The mathematics (`losses`, `returns`, `kl`) needs only torch; extras install wha
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from types import ModuleType
 
 __version__ = "0.2.0"
+
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+"""Those that this process may use, as `taskset` or a scheduler left them: torch may bind its first thread to one."""
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__")
 

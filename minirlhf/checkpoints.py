@@ -1,8 +1,11 @@
 """Files that are written atomically, and checkpoints whose checksums reveal damage.
 
-A finished model is a folder in the Hugging Face layout plus ``checksums.json``; it is written to another folder that
-is then renamed. The state of an unfinished training is one safetensors file with a checksum in its header.
-Nothing here reads or writes a pickle.
+Whatever is written gets the name ``NAME.partial`` first, is flushed to the disk, and is then renamed, so a name without
+that ending is always whole: after a kill, a full disk or a power cut. Every such name belongs to this module:
+`remove_partial` clears away what an ended process left.
+
+A finished model is a folder in the Hugging Face layout plus ``checksums.json``. The state of an unfinished training is
+one safetensors file with a checksum in its header. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
+PARTIAL = ".partial"
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
 """File patterns that the checksums of a model must cover."""
 
@@ -33,14 +37,88 @@ PARTS = ("config.json", "*.safetensors", "tokenizer*")
 def write_text(path: Path, text: str) -> None:
     """Write a text file to a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
+    aside = partial(path)
+    with open(aside, "x", encoding="utf-8") as file:
+        file.write(text)
+    replace(aside, path)
+
+
+def partial(path: Path) -> Path:
+    """The name to write a file to before `replace` gives it its own; what an ended process left there is removed.
+
+    A link there is removed too, never followed: it could point anywhere.
+
+    Raises:
+        CheckpointError: a folder has that name.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    if aside.is_dir() and not aside.is_symlink():
+        raise CheckpointError(f"{aside}: a folder, where {path.name} is to be written first; remove it")
+    aside.unlink(missing_ok=True)
+    return aside
+
+
+def partial_folder(folder: Path) -> Path:
+    """The folder that `save_model` writes to before it is renamed; with the state of an unfinished training, if any.
+
+    Raises:
+        CheckpointError: it is a link or a file.
+    """
+    aside = folder.with_name(folder.name + PARTIAL)
+    if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
+        raise CheckpointError(f"{aside}: must be a folder or not exist, and is a link or a file; remove it")
+    return aside
+
+
+def replace(aside: Path, path: Path) -> None:
+    """Rename a file that was written aside, once the disk has it. Afterwards the disk has the new name too."""
+    _sync(aside)
     os.replace(aside, path)
+    _sync(path.parent)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files that an ended process left half-written in a folder. Its subfolders stay."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name, then rename it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of all else in it, for a file that a later command relies on.
+
+    Example:
+        >>> row = sealed({"seed": 0})
+        >>> is_whole(row), is_whole(row | {"seed": 1})
+        (True, False)
+    """
+    return value | {"sha256": _seal(value)}
+
+
+def is_whole(value: dict[str, Any]) -> bool:
+    """Whether a JSON object agrees with its checksum. One that was written without any does."""
+    rest = {key: content for key, content in value.items() if key != "sha256"}
+    return value.get("sha256", _seal(rest)) == _seal(rest)
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return _sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
 def save_model(
@@ -79,15 +157,18 @@ def save_model(
             f"(--help names it){f' and delete {aside} to retrain it' if aside is not None else ''}"
         )
     if aside is None:
-        aside = folder.with_name(folder.name + ".partial")
+        aside = partial_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if summary is not None:
         write_json(aside / SUMMARY, summary() if callable(summary) else summary)
+    remove_partial(aside)
     files = [file for file in sorted(aside.iterdir()) if file.is_file() and file.name not in (STATE, CHECKSUMS)]
+    for file in files:
+        _sync(file)
     write_json(aside / CHECKSUMS, {file.name: _sha256(file.read_bytes()) for file in files})
-    os.replace(aside, folder)
+    replace(aside, folder)
     (folder / STATE).unlink(missing_ok=True)
 
 
@@ -128,11 +209,11 @@ def save_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    aside = path.with_name(path.name + ".partial")
+    aside = partial(path)
     text = json.dumps(facts)
     header = {"facts": text, "sha256": _digest(tensors, text)}
     save_file(tensors, aside, metadata=header)
-    os.replace(aside, path)
+    replace(aside, path)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,14 +10,14 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 from minirlhf.errors import UserError
-from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings
+from minirlhf.failures import end_quietly, say
+from minirlhf.settings import Count, NotNegative, Seed, Settings, Temperature
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ChatConfig(Settings, option=""):
     """Folder of a finished run."""
     prompt: tuple[str, ...] = ()
     """Answer these and exit instead of asking."""
-    temperature: Positive = 0.7
+    temperature: Temperature = 0.7
     """Sampling temperature; lower is safer."""
     greedy: bool = False
     """Always take the most likely token."""
@@ -78,7 +78,7 @@ class EvaluateConfig(Settings, option=""):
     """A policy of the run (base, sft, ppo, ppo_ptx) or the folder of a causal model with the same vocabulary."""
     prompts: Count | None = None
     """Held-out prompts to answer; default, here and below: as in the run's evaluation."""
-    temperature: Positive | None = None
+    temperature: Temperature | None = None
     """Sampling temperature."""
     max_response_tokens: Count | None = None
     """Maximum tokens per answer."""
@@ -104,7 +104,7 @@ class LabelConfig(Settings, option=""):
     """Prompts to rank answers for."""
     answers: Count = 4
     """K, answers per prompt: 2 to 9."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature."""
     labeler: str | None = None
     """Your name, written with every ranking; default: your user name."""
@@ -129,7 +129,7 @@ class RoundConfig(Settings, option=""):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 on success, 2 on a user error, 130 on Ctrl-C."""
+    """Entry point. Returns the exit code: 0 on success, 2 on a user error, 1 on a bug of ours, 130 on Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -145,25 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
-    except UserError as error:
-        print(f"minirlhf: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        package = str(error.name).split(".")[0]
-        if package == "minirlhf":
-            raise
-        print(f'minirlhf: error: {package} is not installed: pip install "minirlhf[run]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        # A full disk, missing permissions, a value that only a library rejects. The message says where it was raised,
-        # for bug reports.
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
-        print(f"minirlhf: error: {' '.join(str(error).split())} ({where})", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nminirlhf: stopped; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return end_quietly()
+    except Exception as error:  # every other failure becomes one sentence; none is hidden
+        return say(error, arguments)
     return 0
 
 

@@ -19,7 +19,7 @@ from minirlhf.language.sft import SFTConfig
 from minirlhf.settings import NotNegative, Seed, Settings, whole
 
 PresetName = Literal["fast", "default"]
-UNSAVED = ("save_seconds", "tensorboard")
+UNSAVED = ("save_seconds", "tensorboard", "allow_shared_rows")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 
 
@@ -51,6 +51,8 @@ class RunConfig(Settings, option=""):
     """Seconds between saves of the training state."""
     tensorboard: bool = False
     """Also write TensorBoard events; needs the extra `tensorboard`."""
+    allow_shared_rows: bool = False
+    """Train although more than 5 % of the held-out rows are in the training files too."""
     side_by_side: bool = True
     """On a CPU with at least two threads, train PPO and PPO-ptx at the same time, with half of the threads each."""
     model_size: ModelConfig = field(default_factory=ModelConfig)

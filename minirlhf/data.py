@@ -35,6 +35,8 @@ COMMON_TIES = 20  # this many rows with all scores equal are the judge's habit, 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
 SHOWN_REASONS = 6
+LONGEST_ROW = 2**25
+"""Bytes. A few MB of gzip can hold a line of many GB, so a line is never read beyond this."""
 
 
 @dataclass
@@ -146,7 +148,9 @@ def _one_file(file: Path, seed: int, reader: _Reader) -> DataFolder:
     )
     _hold_out(data, seed)
     data.corpus = [Text(row.completion, row.where) for row in data.demonstrations]
-    data.heldout_corpus = [Text(row.best().completion, row.where) for row in data.heldout_comparisons]
+    trained = {row.text for row in data.corpus}
+    heldout = [Text(row.best().completion, row.where) for row in data.heldout_comparisons]
+    data.heldout_corpus = [row for row in heldout if row.text not in trained]
     data.notes.append(f"{file}: a single file; its best answers are the demonstrations and the corpus")
     return data
 
@@ -268,8 +272,10 @@ def _json_lines(file: Path) -> Iterator[Row]:
     number = 0
     try:
         with opener(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW + 1), b""), 1):
                 where = f"{file}:{number}"
+                if len(line) > LONGEST_ROW:
+                    raise DataError(f"{where}: longer than {LONGEST_ROW:,} bytes; a row is a JSON object on one line")
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:

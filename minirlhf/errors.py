@@ -1,6 +1,7 @@
 """The errors that a user can cause and fix."""
 
 import importlib.util
+import unicodedata
 
 
 class UserError(Exception):
@@ -35,3 +36,16 @@ def require_installed(module: str, extra: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise UserError(f'{module} is not installed: pip install "minirlhf[{extra}]"')
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelled out, so that what is printed can't clear the screen.
+
+    Example:
+        >>> visible("two\\nlines \\x1b[2J")
+        'two\\nlines \\\\x1b[2J'
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
+        for c in text
+    )

@@ -175,7 +175,7 @@ class Row:
             given: dict[str, Any] = message if isinstance(message, dict) else {}
             role, content = given.get("role"), given.get("content")
             self.require(isinstance(role, str) and isinstance(content, str), f"{wanted}; found another {key}[{i}]")
-            found.append((role, self.characters(content, f"{key}[{i}]")))
+            found.append((str(role), self.characters(str(content), f"{key}[{i}]")))
         self.require(bool(found), f"field {key!r} is an empty list")
         empty = [role for role, content in found if not content.strip()]
         self.require(empty != ["assistant"] or bool(found[-1][1].strip()), f"the last answer of {key!r} is empty")

@@ -8,10 +8,10 @@ hub:OWNER/NAME/SUBSET:train             a subset (datasets calls it a configurat
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
+from minirlhf.checkpoints import partial, replace
 from minirlhf.errors import DataError, UserError, require_installed
 from minirlhf.formats import COLUMNS
 
@@ -56,12 +56,12 @@ def fetch_rows(name: str | Path, folder: Path) -> Path:
     require_installed("datasets", "data")
     import datasets
 
-    aside = file.with_name(file.name + ".partial")
     split, wanted, count = found["split"] or "train", int(found["count"] or 0), 0
     try:
         rows = datasets.load_dataset(found["name"], found["subset"], split=split, streaming=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as stream:
+        aside = partial(file)
+        with aside.open("x", encoding="utf-8") as stream:
             for row in rows.take(wanted) if wanted else rows:
                 known = {key: value for key, value in row.items() if key in COLUMNS and value is not None}
                 stream.write(json.dumps(known) + "\n")
@@ -71,5 +71,5 @@ def fetch_rows(name: str | Path, folder: Path) -> Path:
         raise DataError(f"--data {name}: can't be read from the hub ({reason})") from error
     if not count:
         raise DataError(f"--data {name}: has no rows")
-    os.replace(aside, file)
+    replace(aside, file)
     return file

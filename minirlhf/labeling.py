@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,8 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from minirlhf.checkpoints import partial, replace
 from minirlhf.data import read_rankings
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, visible
 from minirlhf.formats import prompt_to_json
 
 MOST_ANSWERS = 9  # one key each
@@ -116,13 +116,11 @@ class RankingFile:
                 same = [i for i in items if prompt_to_json(i.prompt) == row.get("prompt")]
                 item = next((i for i in same if list(i.responses) == row.get("responses")), None)
                 if row.get("labeler") == self.labeler and item is not None:
-                    aside = self.path.with_name(self.path.name + ".partial")
-                    with aside.open("wb") as file:
+                    aside = partial(self.path)
+                    with aside.open("xb") as file:
                         file.write(b"".join(lines[:index] + lines[index + 1 :]))
-                        file.flush()
-                        os.fsync(file.fileno())
                     shutil.copymode(self.path, aside)
-                    os.replace(aside, self.path)
+                    replace(aside, self.path)
                     return item
         return None
 
@@ -182,7 +180,7 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
         The place of each answer, 1 the best.
 
     Raises:
-        ValueError: an answer is missing, named twice, or not there; the message says which.
+        ValueError: an answer is missing, named twice, or not there, or ties with nothing; the message says which.
 
     Example:
         >>> parse_ranking("2 1=3 4", 4), parse_ranking("21=34", 4), parse_ranking("1=2", 2)
@@ -197,11 +195,13 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
     ):
         if wrong:
             raise ValueError(f"{wrong[0]} {what}; type the {count} numbers, best first, with = between ties")
+    if typed.strip(" ,")[-1] == "=" or typed.strip(" ,")[0] == "=":
+        raise ValueError("a tie is between two answers: 2=3 says that answers 2 and 3 tie")
     groups: list[list[int]] = []
     tied = False
     for character in typed:
         if character == "=":
-            tied = bool(groups)
+            tied = True
         elif character in known:
             if not tied:
                 groups.append([])
@@ -211,19 +211,6 @@ def parse_ranking(typed: str, count: int) -> tuple[int, ...]:
     for group in groups:
         places |= dict.fromkeys(group, len(places) + 1)
     return tuple(places[k] for k in range(1, count + 1))
-
-
-def visible(text: str) -> str:
-    """The text with its control characters spelled out, so that an answer can't move the cursor or clear the screen.
-
-    Example:
-        >>> visible("two\\nlines \\x1b[2J")
-        'two\\nlines \\\\x1b[2J'
-    """
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
-        for c in text
-    )
 
 
 def label_in_terminal(file: RankingFile, items: Sequence[Item], ask: Callable[[str], str] = input) -> int:

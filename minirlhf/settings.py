@@ -38,6 +38,8 @@ Seed = Annotated[
 ]
 Positive = Annotated[float, Range("a number above 0", lambda x: 0 < x < math.inf)]
 PositiveOrInf = Annotated[float, Range("a number above 0, or inf", lambda x: x > 0)]
+Temperature = Annotated[float, Range("a number, 0.01 or more", lambda x: 0.01 <= x < math.inf)]
+"""Below, logits overflow and every draw is the most likely token: that is greedy decoding, and has its own name."""
 NotNegative = Annotated[float, Range("a number, 0 or more", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Range("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 

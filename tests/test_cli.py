@@ -77,7 +77,7 @@ def test_settings_that_do_not_fit_are_one_message(tmp_path: Path, fast_run, refu
 
 
 WRONG = [
-    ("--rlhf.temperature", "0", "above 0"),
+    ("--rlhf.temperature", "0", "0.01 or more"),
     ("--rlhf.clip-range", "0", "above 0"),
     ("--rlhf.value-clip-range", "-1", "above 0"),
     ("--rlhf.beta", "-1", "0 or more"),
@@ -97,7 +97,7 @@ WRONG = [
     ("--reward-model.epochs", "inf", "above 0"),
     ("--reward-model.weight-decay", "-0.1", "0 or more"),
     ("--evaluation.prompts", "0", "1 or more"),
-    ("--evaluation.temperature", "0", "above 0"),
+    ("--evaluation.temperature", "0", "0.01 or more"),
     ("--evaluation.corpus-blocks", "0", "1 or more"),
     ("--model-size.heads", "0", "1 or more"),
     ("--model-size.vocab-size", "100", "258 or more"),

@@ -64,6 +64,8 @@ def test_every_ranking_can_be_typed(wanted: list[int]) -> None:
         ("1 2 3 4", "4 is not one of the answers"),
         ("1 2 2 3", "2 is named twice"),
         ("best", "b is not one"),
+        ("1 2 3=", "a tie is between two"),
+        ("=1 2 3", "a tie is between two"),
     ],
 )
 def test_a_typing_mistake_is_named(typed: str, said: str) -> None:

@@ -24,6 +24,7 @@ from minirlhf.config import preset
 from minirlhf.pipeline import run_pipeline
 from minirlhf.pipeline.folder import POLICIES, STEPS, locked
 
+TINY = Path(__file__).parent / "data" / "tiny_folder"
 NUMBERS = {
     *("gold_mean", "gold_standard_error", "kl_to_sft", "corpus_loss", "mean_length", "ended_fraction"),
     *("win_rate_vs_sft", "win_rate_vs_sft_interval", "win_rate_vs_base", "win_rate_vs_base_interval"),
@@ -67,7 +68,7 @@ def delete(folder: Path, *names: str) -> None:
 
 def put(file: Path, content: str | None) -> None:
     """Write a file anew, or take it away."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(exist_ok=True, parents=True)
     file.unlink() if content is None else file.write_text(content)
 
 
@@ -248,7 +249,6 @@ def test_other_data_are_refused(
 ) -> None:
     """Also where the run is finished, and nothing would be read again."""
     data = Path(shutil.copytree(tiny_folder, tmp_path / "data"))
-    put(run / "config.json", json.dumps(read(run / "config.json") | {"data": str(data)}))
     (data / "notes.txt").write_text("not read by any step")
     assert main(fast_run(run, data=data)) == 0
     put(data / name, None if said == "a" else "\n")
@@ -262,7 +262,7 @@ def test_other_data_are_refused(
 def test_a_run_of_another_version_is_refused(run: Path, fast_run, refused, kept: int | None, who: str) -> None:
     """In one sentence, by every command that reads a run, and nothing of it is touched."""
     settings = read(run / "config.json")
-    assert settings.pop("format") == 2
+    assert settings.pop("format") == 2 and settings.pop("sha256")
     (run / "config.json").write_text(json.dumps(settings | ({} if kept is None else {"format": kept})))
     evaluate = ["evaluate", "--run", str(run), "--checkpoint", "ppo"]
     with unchanged(run):
@@ -508,6 +508,80 @@ def test_a_step_that_fails_beside_another_is_reported(unfinished: Path, fast_run
     said = background.finish(fast_run(unfinished), threads=2, code=2)
     assert "damaged training state" in said and "ppo stopped with exit code 2" in said
     assert not (unfinished / "report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the child in /proc")
+def test_a_child_that_is_killed_stops_the_run_at_once(unfinished: Path, fast_run, background) -> None:
+    process = background.start(fast_run(unfinished, "--rlhf.steps", "100000"), threads=2)
+    files = [unfinished / f"{step}.partial" / "metrics.jsonl" for step in ("ppo", "ppo_ptx")]
+    background.wait_for(process, lambda: all(map(count, files)))
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert os.sched_getaffinity(int(child)) == os.sched_getaffinity(0)  # that of the shell, as taskset leaves it
+    os.kill(int(child), signal.SIGKILL)
+    assert process.wait(timeout=20) == 2
+    said = background.log.read_text()
+    assert "the process that trained ppo was ended by SIGKILL" in said and "Traceback" not in said
+    assert said.count("minirlhf: error") == 1 and not (unfinished / "report.json").exists()
+
+
+def test_what_a_run_leaves_half_written_is_its_own_to_remove(finished: Path, run: Path, fast_run) -> None:
+    outside = run.parent / "outside"
+    outside.write_text("mine")
+    (run / "report.json.partial").symlink_to(outside)
+    (run / "answers.json.partial").write_text("half")
+    delete(run, "report.json")
+    assert main(fast_run(run)) == 0
+    assert outside.read_text() == "mine" and not list(run.glob("*.partial"))
+    delete(run, "ppo_ptx")
+    (run / "elsewhere").mkdir()
+    (run / "ppo_ptx.partial").symlink_to(run / "elsewhere")
+    assert main(fast_run(run)) == 0
+    assert weights(run) == weights(finished) and not list((run / "elsewhere").iterdir())
+
+
+def test_data_are_known_by_what_they_hold(run: Path, finished: Path, fast_run, refused, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(TINY, tmp_path / "moved"))
+    delete(run, "ppo_ptx")
+    assert main(fast_run(run, data=moved)) == 0
+    assert weights(run) == weights(finished)
+    (moved / "prompts.jsonl").write_text((moved / "prompts.jsonl").read_text() + '{"prompt": "one more"}\n')
+    message = refused(["evaluate", "--run", str(run), "--checkpoint", "sft"])
+    assert f"{moved / 'prompts.jsonl'}: has changed since the run" in message
+    (moved / "prompts.jsonl").unlink()
+    message = refused(["evaluate", "--run", str(run), "--checkpoint", "sft"])
+    assert str(moved / "prompts.jsonl") in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json", "answers.json"])
+def test_a_changed_digit_is_found(name: str, run: Path, fast_run, refused) -> None:
+    text = (run / name).read_text()
+    place = max(i for i, character in enumerate(text[:-80]) if character.isdigit())
+    (run / name).write_text(text[:place] + str(9 - int(text[place])) + text[place + 1 :])
+    (run / "report.html").unlink()
+    assert f"{run / name}: damaged" in refused(fast_run(run))
+
+
+def test_other_versions_are_said_and_recorded(run: Path, fast_run, capsys: pytest.CaptureFixture) -> None:
+    file = run / "sft" / "summary.json"
+    summary = read(file)
+    summary["made_with"] |= {"torch": "2.0.0", "threads": 64}
+    file.write_text(json.dumps(summary))
+    sums = read(run / "sft" / "checksums.json") | {"summary.json": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (run / "sft" / "checksums.json").write_text(json.dumps(sums))
+    delete(run, "ppo_ptx")
+    assert main(fast_run(run)) == 0
+    assert f"{run / 'sft'}: trained with torch 2.0.0, threads 64; the rest" in capsys.readouterr().err
+    made_with = read(run / "report.json")["made_with"]
+    assert made_with["sft"]["torch"] == "2.0.0" and made_with["ppo_ptx"]["torch"] != "2.0.0"
+
+
+def test_a_run_ended_in_its_first_second_goes_on(finished: Path, fast_run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    put_aside = out / "config.json.partial"
+    put(put_aside, "{")
+    assert main(fast_run(out)) == 0
+    assert weights(out) == weights(finished) and not put_aside.exists()
 
 
 def test_small_world_is_judged_by_gold(fast_run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from minirlhf.kl import exact_kl
 from minirlhf.language.generation import Samples, end_ids, sample
 from minirlhf.language.models import response_logits
 from minirlhf.language.tokenization import decode, encode_prompts
-from minirlhf.settings import Count, Positive, Settings
+from minirlhf.settings import Count, Settings, Temperature
 from minirlhf.training import generator_for, micro_batches
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class EvaluationConfig(Settings, option="evaluation"):
 
     prompts: Count = 800
     """Held-out prompts to answer, at most; one that occurs twice is answered twice."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; 1 measures the policy that was trained."""
     max_response_tokens: Count = 40
     """Maximum tokens per answer."""

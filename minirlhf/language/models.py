@@ -8,8 +8,9 @@ Any transformers decoder works; `tiny_llama` creates the small one that the cour
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,26 +116,62 @@ def load_causal_model(
     return model
 
 
-def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
-    """``kind.from_pretrained`` in float32, and the names of weights that are missing in the files."""
-    from safetensors import SafetensorError
+CLOSED = {"trust_remote_code": False, "use_safetensors": True}
+"""A model's folder may name code, and weights may be a pickle that runs some: neither is ever loaded."""
+
+
+def context_in(path: str | Path) -> int | None:
+    """The longest sequence in tokens that a saved model can read; None if it has no limit.
+
+    Args:
+        path: a folder or a hub name.
+
+    Raises:
+        CheckpointError: its configuration can't be loaded.
+    """
+    return getattr(_configuration(path), "max_position_embeddings", None)
+
+
+def _configuration(path: str | Path) -> Any:
     from transformers import AutoConfig
 
+    with _said(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
+    """``kind.from_pretrained`` in float32, and the names of weights that are missing in the files."""
+    config = _configuration(path)
+    if getattr(config, "surprise", None) is not None:
+        raise CheckpointError(
+            f"{path}: a reward model of minirlhf 0.1 whose score is more than a scalar head (config.surprise); "
+            "without the rest it would score differently, so train it again"
+        )
+    with _said(path):
+        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True, **CLOSED}
+        model, found = kind.from_pretrained(path, **options)
+    return model, sorted(found["missing_keys"])
+
+
+@contextlib.contextmanager
+def _said(path: str | Path) -> Iterator[None]:
+    """Turn what transformers raises where a model can't be loaded into one sentence.
+
+    Raises:
+        CheckpointError: says why, and what to give.
+    """
+    from safetensors import SafetensorError
+
     try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "surprise", None) is not None:
-            raise CheckpointError(
-                f"{path}: a reward model of minirlhf 0.1 whose score is more than a scalar head (config.surprise); "
-                "without the rest it would score differently, so train it again"
-            )
-        model, found = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which minirlhf never runs"
         raise CheckpointError(
             f"{path}: the model can't be loaded ({reason}); "
-            "give a folder made by save_pretrained, weights included, or a hub name"
+            "give a folder made by save_pretrained, weights in safetensors included, or a hub name"
         ) from error
-    return model, sorted(found["missing_keys"])
 
 
 def _check_complete(path: str | Path, missing: list[str]) -> None:

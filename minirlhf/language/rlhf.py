@@ -37,7 +37,16 @@ from minirlhf.language.samplers import Sampler, sample_elsewhere
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
-from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, PositiveOrInf, PPOSettings
+from minirlhf.settings import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveOrInf,
+    PPOSettings,
+    Temperature,
+)
 from minirlhf.training import (
     Recorder,
     adamw,
@@ -83,7 +92,7 @@ class RLHFConfig(PPOSettings, option="rlhf"):
     """Values are clipped to within this distance of the old ones; None for no clipping."""
     gamma: Fraction = 1.0
     """Discount (InstructGPT: none)."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; log-probs are of the same tempered distribution."""
     max_response_tokens: Count = 40
     """Maximum tokens per answer."""
@@ -223,6 +232,7 @@ def train_rlhf(
 
         rows = epoch_batch(len(prompts), config.batch_size, step, seed, "rlhf/prompts")
         asked = [encoded[row] for row in rows]
+        weights, mismatch = None, dict[str, float]()
         if sampler is None:
             samples = sample(
                 policy,
@@ -233,7 +243,6 @@ def train_rlhf(
                 generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
                 temperature=config.temperature,
             )
-            weights, mismatch = None, {}
         else:
             limits = {"max_new_tokens": config.max_response_tokens, "micro_batch_tokens": config.micro_batch_tokens}
             samples, weights, mismatch = sample_elsewhere(

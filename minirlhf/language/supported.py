@@ -25,8 +25,11 @@ def check_model(model: PreTrainedModel) -> None:
         model: in eval mode.
 
     Raises:
-        CheckpointError: it can't; the message says what failed.
+        CheckpointError: it can't, or a weight is not finite; the message says what failed.
     """
+    broken = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{type(model).__name__}: its weight {broken[0]} is NaN or infinite; save it again")
     scalar = empty_scalar(model)
     name, vocabulary = type(model).__name__, model.get_input_embeddings().num_embeddings
     tokens = torch.arange(6)[None].repeat(2, 1) % vocabulary
@@ -45,10 +48,10 @@ def check_model(model: PreTrainedModel) -> None:
         raise CheckpointError(f"{name}: its states have width {states.shape[-1]}, its head {scalar.score.in_features}")
     if not torch.allclose(early, later, atol=1e-3, rtol=1e-3):
         raise CheckpointError(f"{name}: a token changes what was predicted before it; give a causal model")
-    error = (forced - samples.logprobs).expm1().abs()
+    gap = (forced - samples.logprobs).expm1().abs()
     exact = model.dtype == torch.float32
-    if float(error.max() if exact else error.mean()) > (1e-3 if exact else 5e-2):  # as of PPO's first ratio
+    if float(gap.max() if exact else gap.mean()) > (1e-3 if exact else 5e-2):  # as of PPO's first ratio
         raise CheckpointError(
             f"{name}: sampling with a cache gives other probabilities than a forward pass over the whole rows (off by "
-            f"{float(error.max()):.2g}), so PPO's updates would be wrong; give another model, or another transformers"
+            f"{float(gap.max()):.2g}), so PPO's updates would be wrong; give another model, or another transformers"
         )

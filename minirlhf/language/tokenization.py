@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # transformers may create an empty one
             raise ValueError("it encodes text to no tokens")
     except (OSError, ValueError) as error:

@@ -9,9 +9,11 @@ holds the other end of its standard input.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from minirlhf import PROCESSORS
 from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.pipeline.folder import hide_loading_bars, read_config
@@ -40,7 +43,8 @@ child()
 def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> Iterator[None]:
     """Train one step of a run in another process while the ``with`` body runs, then wait for it.
 
-    If the body fails or Ctrl-C is pressed, the child is terminated; its step resumes when the run does.
+    If the body fails or Ctrl-C is pressed, the child is terminated; its step resumes when the run does. If the child
+    fails, the body is interrupted at once.
 
     Args:
         config: of the run; its folder already has a config.json.
@@ -49,24 +53,54 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
         progress: whether the child draws a bar.
 
     Raises:
-        TrainingError: the child failed; it has printed its own message.
+        TrainingError: the child failed, and has printed its own message; or it was killed, and the signal is named.
     """
     # time.time is the clock that two processes share.
     unsaved = {name: getattr(config, name) for name in UNSAVED}
-    settings = {"unsaved": unsaved, "progress": progress, "began": time.time()}
+    processors = sorted(PROCESSORS) if PROCESSORS is not None else None
+    settings = {"unsaved": unsaved, "progress": progress, "began": time.time(), "processors": processors}
     command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]
     # A parent whose threads are bound would bind the child to the same core.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
+        body = _Interruptible()
+        threading.Thread(target=lambda: body.interrupt() if process.wait() else None, daemon=True).start()
         try:
             yield
+            body.over()
             code = process.wait()
         except BaseException:
+            body.over()
+            code = process.poll() or 0  # not 0 where the child failed first
             process.terminate()
             process.wait()
-            raise
+            if not body.interrupted:
+                raise
+    if code < 0:
+        raise TrainingError(
+            f"the process that trained {step} was ended by {signal.Signals(-code).name}"
+            f"{' (as the system does where memory runs out)' if -code == signal.SIGKILL else ''}; "
+            "run the same command again to continue"
+        )
     if code != 0:
         raise TrainingError(f"{step} stopped with exit code {code}: see its message above")
+
+
+class _Interruptible:
+    """The body of a ``with`` in the main thread, which another thread may interrupt until it is over."""
+
+    def __init__(self) -> None:
+        self.interrupted, self._open, self._lock = False, True, threading.Lock()
+
+    def interrupt(self) -> None:
+        with self._lock:
+            if self._open:
+                self.interrupted = True
+                _thread.interrupt_main()
+
+    def over(self) -> None:
+        with self._lock:
+            self._open = False
 
 
 def child() -> None:
@@ -75,8 +109,8 @@ def child() -> None:
     # Loading counts as part of the step's time.
     began = time.monotonic() - max(0.0, time.time() - settings["began"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    if settings["processors"] is not None:  # the parent's first thread may be bound to one of them, and so is its child
+        os.sched_setaffinity(0, settings["processors"])
     torch.set_num_threads(threads)
     hide_loading_bars()
     try:

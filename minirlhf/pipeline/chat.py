@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minirlhf.errors import CheckpointError, UserError
+from minirlhf.errors import CheckpointError, UserError, visible
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
@@ -58,7 +58,7 @@ def chat(
         # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
         prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
         if unknown := _unknown(tokenizer, prompt):
-            print(f"(these models have no word for: {', '.join(unknown)})")
+            print(f"(these models have no word for: {visible(', '.join(unknown))})")
         length = len(encode_prompts(tokenizer, [prompt])[0])
         room = wanted if context is None else min(wanted, context - length)
         if room < 1:
@@ -73,7 +73,7 @@ def chat(
         for name in names:
             said = answer(models[name], tokenizer, [prompt], settings, seed=seed + turn, greedy=greedy)
             cut = "" if said.ended[0] else " ..."
-            print(f"  {NAMES[name]:>8}  {said.responses[0]}{cut}")
+            print(f"  {NAMES[name]:>8}  {visible(said.responses[0])}{cut}")
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
@@ -85,7 +85,7 @@ def _typed(run: Path) -> Iterator[str]:
     file = run / "answers.json"  # the run's own examples, once it is finished
     examples = [row["prompt"] for row in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
     short = min(examples, key=len, default="")
-    print(f"Type an instruction{f', for example: {short}' if short else ''}    (an empty line ends)")
+    print(f"Type an instruction{f', for example: {visible(short)}' if short else ''}    (an empty line ends)")
     while True:
         try:
             prompt = input("> ").strip()

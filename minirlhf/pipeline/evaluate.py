@@ -37,6 +37,7 @@ from minirlhf.pipeline.folder import (
 )
 from minirlhf.pipeline.inputs import find_data
 from minirlhf.pipeline.judges import find_judge
+from minirlhf.pipeline.settings import check_data
 
 Row = dict[str, Any]
 
@@ -179,8 +180,8 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
         The same measurements as one entry of report.json's ``evaluation``, with ``judge`` and ``checkpoint``.
 
     Raises:
-        CheckpointError: the run or the checkpoint is missing or damaged, the checkpoint is not a causal model, or the
-            vocabularies differ.
+        CheckpointError: the run or the checkpoint is missing or damaged, the checkpoint is not a causal model, the
+            vocabularies differ, or the run's data have changed.
         UserError: prompt and answer together are longer than the models can read.
     """
     config = read_config(run)
@@ -189,7 +190,9 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
     folder = run / checkpoint if (run / checkpoint).is_dir() else Path(checkpoint)
     for needed in (run / "base", run / "sft", run / "reward_model", folder):
         verify_model(needed, required=needed.parent == run)
-    data = read_folder(find_data(config), config.seed, config.data_errors)
+    found = find_data(config)
+    data = read_folder(found, config.seed, config.data_errors)
+    check_data(run, found)
     if config.data_errors == "skip":  # the run left out what its models can't read
         context = context_of(load_policy(run, "base", device))
         fit(data, load_tokenizer(run / "base"), config.context_length or context, answer_room(config), skip=True)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from minirlhf.checkpoints import verify_model
+from minirlhf.checkpoints import is_whole, verify_model
 from minirlhf.config import RunConfig, config_from_dict
 from minirlhf.errors import CheckpointError, UserError
-from minirlhf.language.models import load_causal_model, load_scalar_model
+from minirlhf.language.models import context_in, load_causal_model, load_scalar_model
 from minirlhf.language.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run}: not a run of minirlhf; begin one with: minirlhf run --out {run}")
     kinds = {"data": str, "seed": int} | dict.fromkeys(SECTIONS, dict)
     settings = _read_object(file, kinds, f"delete {run} and run again")
+    settings.pop("sha256", None)
     found = settings.get("format")
     if found != FORMAT:
         made = "minirlhf 0.1" if found is None else "another version of minirlhf"
@@ -138,10 +139,8 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
         raise UserError("--comparisons: give at least one file of new rankings, such as one written by minirlhf label")
     if out.resolve() == run.resolve():
         raise UserError(f"--out {out}: is the run itself; give the folder of the next round")
-    from transformers import AutoConfig
-
     # What is too long for the models that are kept is refused by its line, before any training.
-    limit = getattr(AutoConfig.from_pretrained(run / "base"), "max_position_embeddings", None)
+    limit = context_in(run / "base")
     context = config.context_length or limit
     return replace(
         config, out=out, previous=run, comparisons=(*config.comparisons, *comparisons), context_length=context
@@ -170,6 +169,8 @@ def _read_object(file: Path, kinds: Mapping[str, type], advice: str) -> dict[str
         raise CheckpointError(f"{file}: damaged (not JSON); {advice}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: damaged (not a JSON object); {advice}")
+    if not is_whole(value):
+        raise CheckpointError(f"{file}: damaged, or changed by hand (its checksum differs); {advice}")
     for key, kind in kinds.items():
         if not isinstance(value.get(key), kind):
             raise CheckpointError(f"{file}: damaged (no {key} in it that can be read); {advice}")

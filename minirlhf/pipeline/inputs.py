@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.hub import fetch_rows, is_hub_name
-from minirlhf.language.models import load_causal_model
+from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model
 from minirlhf.language.tokenization import encode_texts, load_tokenizer, tokenizer_from_file, train_tokenizer
+from minirlhf.pipeline.audit import audit
 from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.judges import gold_judge
 from minirlhf.worlds import DEFAULT_WORLD, find_world
@@ -54,6 +56,8 @@ def find_data(config: RunConfig) -> Path:
         return DEFAULT_DATA
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
     made = config.out / MADE_WORLD
+    for unfinished in config.out.glob(f".{MADE_WORLD}.*.part"):  # of a run that was ended while it wrote the folder
+        shutil.rmtree(unfinished)
     if not made.is_dir():
         try:
             find_world(DEFAULT_WORLD).write(made, seed=0)
@@ -86,6 +90,7 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
     block_length = config.base.block_length
     longest = max(block_length, fit(folder, tokenizer, limit, answer_room(config), skip))
+    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
     blocks = {}
@@ -117,15 +122,13 @@ def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False)
 
 def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
     """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tested."""
-    from transformers import AutoConfig
-
     try:
         tokenizer = load_tokenizer(name)
         if check:
             check_model(load_causal_model(name, tokenizer))
     except CheckpointError as error:
         raise CheckpointError(f"--model {str(error) if name in str(error) else f'{name}: {error}'}") from None
-    return tokenizer, getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+    return tokenizer, context_in(name)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:

@@ -6,27 +6,33 @@ folder with the final name is finished, and a finished step is never repeated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from minirlhf.checkpoints import SUMMARY, verify_model, write_json
+from minirlhf.checkpoints import STATE, SUMMARY, remove_partial, sealed, verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
 from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
 from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, locked, read_report
 from minirlhf.pipeline.inputs import find_data, load_inputs
-from minirlhf.pipeline.settings import changed_settings, check_context, check_previous, settings_of
+from minirlhf.pipeline.settings import (
+    changed_machine,
+    changed_settings,
+    check_context,
+    check_previous,
+    made_with,
+    settings_of,
+)
 from minirlhf.pipeline.steps import train_step
 
 BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
-PACKAGES = ("minirlhf", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def run_pipeline(
@@ -63,23 +69,25 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     out, device, data = config.out, find_device(config.device), find_data(config)
     settings = settings_of(config, data)
     changed = changed_settings(out, settings)
+    remove_partial(out)
     if config.previous is not None:
         check_previous(config.previous, settings)
     left = [step for step in STEPS if not (out / step).is_dir()]
     for step in [step for step in STEPS if step not in left]:
         verify_model(out / step, required=True)
+        (out / step / STATE).unlink(missing_ok=True)  # a kill between a step's last two operations leaves it
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)
-    for note in inputs.folder.notes:
+    for note in (*inputs.folder.notes, *changed_machine(out, made_with())):
         print(note, file=sys.stderr)
-    if "base" not in left or config.previous is not None:
-        check_context(config.previous or out, inputs.context_length)
+    if "base" not in left:
+        check_context(out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
     for name in ("report.html", "report.json"):
         (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", settings)
+    write_json(out / "config.json", sealed(settings))
 
     # Two small models at a time use two cores far better than one model with two threads. A step left over from a
     # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
@@ -114,8 +122,11 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "preset": config.preset,
         "data": data.name,
         "command": command,
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: value for name, value in made_with().items() if name != "threads"},
+        "made_with": {step: summaries[step].get("made_with") for step in STEPS},
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform()},
     }
+    report["answers_sha256"] = hashlib.sha256((out / "answers.json").read_bytes()).hexdigest()
+    report = sealed(report)
     write_json(out / "report.json", report)
     return report

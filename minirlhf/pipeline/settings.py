@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minirlhf.checkpoints import CHECKSUMS, STATE
+import torch
+
+from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_folder
 from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
+from minirlhf.language.models import context_in
 from minirlhf.pipeline.folder import FORMAT, LOCK, POLICIES, STEPS, read_settings
 from minirlhf.pipeline.inputs import FROM_HUB, MADE_WORLD
 
@@ -57,6 +62,53 @@ def check_previous(previous: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def check_data(run: Path, data: Path) -> None:
+    """Measurements compare with those of the run, so the data must be the run's.
+
+    Args:
+        run: its folder.
+        data: the folder of data that is there now, wherever it stands.
+
+    Raises:
+        CheckpointError: names a file that was changed, or is missing, or is new.
+    """
+    differences = _differences(read_settings(run).get(DATA_SUMS), data_sums(data), DATA_SUMS)
+    if differences:
+        name = min(differences)
+        old, new = differences[name]
+        what = "has changed since" if old and new else "does not exist, as it did for" if old else "is new since"
+        file = data / name.removeprefix(DATA_SUMS).removeprefix(".")
+        raise CheckpointError(f"{file}: {what} the run {run}; put back the data that the run was trained with")
+
+
+def made_with() -> dict[str, Any]:
+    """What decides the last bits of a result besides settings and data."""
+    packages = ("minirlhf", "torch", "transformers", "tokenizers", "safetensors")
+    versions = {name: version(name) for name in packages}
+    return versions | {"python": platform.python_version(), "threads": torch.get_num_threads()}
+
+
+def changed_machine(out: Path, now: dict[str, Any]) -> list[str]:
+    """Say which finished steps of a run were trained with other versions or another number of threads than now.
+
+    Args:
+        out: the run's folder.
+        now: made by `made_with`.
+    """
+    notes = []
+    for step in STEPS:
+        file = out / step / SUMMARY
+        before = json.loads(file.read_text(encoding="utf-8")).get("made_with", {}) if file.is_file() else {}
+        halved = ("threads",) if step in ("ppo", "ppo_ptx") else ()  # side by side, each has half
+        differ = [name for name, value in before.items() if now.get(name) != value and name not in halved]
+        if differ:
+            then, today = (", ".join(f"{name} {kind.get(name)}" for name in differ) for kind in (before, now))
+            notes.append(
+                f"{out / step}: trained with {then}; the rest will be with {today}, so its last bits may differ"
+            )
+    return notes
+
+
 def _sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
@@ -91,7 +143,9 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         CheckpointError: the folder holds something else, or a step that was trained with other settings.
     """
     if not (out / "config.json").is_file():
-        if out.is_dir() and any(path.name not in (MADE_WORLD, FROM_HUB, LOCK) for path in out.iterdir()):
+        # What a run that was ended in its first second leaves.
+        own = (MADE_WORLD, FROM_HUB, LOCK, f"config.json{PARTIAL}")
+        if out.is_dir() and any(path.name not in own for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
     old_settings = {"comparisons": {}, "data_errors": "stop"} | read_settings(out)  # before these settings were there
@@ -101,6 +155,11 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             "choose another --out"
         )
     differences = _differences(old_settings, settings)
+    if set(old_settings["comparisons"].values()) == set(settings["comparisons"].values()):  # moved files are the same
+        differences = {name: values for name, values in differences.items() if not name.startswith("comparisons.")}
+        moved = old_settings["comparisons"] != settings["comparisons"]
+    else:
+        moved = False
     standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
     stands = [name for name, folders in standing.items() if folders]
     if stands:
@@ -114,7 +173,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             f"{out}: {said}; give the same settings and data to continue this run, delete {_listed(folders)} to train "
             "from there with the new ones, or choose another --out"
         )
-    return bool(differences)
+    return bool(differences) or moved
 
 
 def steps_of(name: str) -> tuple[str, ...]:
@@ -125,7 +184,8 @@ def steps_of(name: str) -> tuple[str, ...]:
         (('ppo', 'ppo_ptx'), ('ppo_ptx',), ())
     """
     section = name.split(".")[0]
-    if section in ("evaluation", "preset"):  # a preset's name only fills in the other settings
+    # A preset's name only fills in the other settings; the data are known by what they hold, not by where they stand.
+    if section in ("evaluation", "preset", "data"):
         return ()
     if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
         return ("ppo_ptx",)
@@ -146,9 +206,7 @@ def check_context(out: Path, needed: int) -> None:
     Raises:
         CheckpointError: says how long they are and which options decide it.
     """
-    from transformers import AutoConfig
-
-    limit = getattr(AutoConfig.from_pretrained(out / "base"), "max_position_embeddings", None)
+    limit = context_in(out / "base")
     if limit is not None and needed > limit:
         raise CheckpointError(
             f"{out / 'base'}: was made for a context of {limit} tokens, and these settings need "
@@ -159,10 +217,10 @@ def check_context(out: Path, needed: int) -> None:
 
 def _begun(out: Path, step: str) -> Path | None:
     """The folder in which something of a step stands: finished, or with a saved state."""
-    partial = out / f"{step}.partial"
+    aside = partial_folder(out / step)
     if (out / step).is_dir():
         return out / step
-    return partial if (partial / STATE).is_file() else None
+    return aside if (aside / STATE).is_file() else None
 
 
 def _said(name: str, settings: dict[str, Any], old: Any, new: Any) -> str:

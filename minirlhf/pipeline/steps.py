@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from minirlhf.checkpoints import save_model
+from minirlhf.checkpoints import partial_folder, save_model
 from minirlhf.config import RunConfig
 from minirlhf.language.models import clone, load_causal_model, tiny_llama
 from minirlhf.language.pretraining import train_base
@@ -17,6 +17,7 @@ from minirlhf.language.sft import train_sft
 from minirlhf.pipeline.folder import find_device, load_policy, load_reward_model
 from minirlhf.pipeline.inputs import Inputs
 from minirlhf.pipeline.judges import find_judge
+from minirlhf.pipeline.settings import made_with
 from minirlhf.training import Recorder
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def train_step(
         beside: whether another step trains at the same time, whose progress bar has the first line.
         began: when the work for it began, by `time.monotonic`; default: now.
     """
-    aside = config.out / f"{step}.partial"
+    aside = partial_folder(config.out / step)
     recorder = Recorder(
         step,
         aside,
@@ -68,7 +69,12 @@ def train_step(
         model,
         inputs.tokenizer,
         aside=aside,
-        summary=lambda: {"seconds": recorder.lap(), "parameters": parameters, "beside": beside},
+        summary=lambda: {
+            "seconds": recorder.lap(),
+            "parameters": parameters,
+            "beside": beside,
+            "made_with": made_with(),
+        },
     )
 
 
@@ -80,7 +86,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
         recorder.track({}, {})  # creates the folder
         metrics = config.previous / step / "metrics.jsonl"
         if metrics.is_file():
-            shutil.copy(metrics, run / f"{step}.partial")  # the report draws how the model was trained
+            shutil.copy(metrics, partial_folder(run / step))  # the report draws how the model was trained
         return load_policy(config.previous, step, device)
     if step == "base" and config.model is not None:
         recorder.track({}, {})  # creates the folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from minirlhf.errors import CheckpointError
 
 STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+
+MEASURE = "run the same command again"
+AGAIN = f"delete it and {MEASURE}"
 
 Row = dict[str, Any]
 
@@ -44,10 +48,20 @@ def load_run(folder: Path) -> Run:
     """
     if not (folder / "report.json").is_file():
         raise CheckpointError(f"{folder}: no report.json; finish the run first: minirlhf run --out {folder}")
+    # Here, not at the top: checkpoints imports torch, and importing the report should be fast.
+    from minirlhf.checkpoints import is_whole
+
+    report, answers = _json(folder / "report.json"), folder / "answers.json"
+    if isinstance(report, dict) and not is_whole(report):
+        raise CheckpointError(f"{folder / 'report.json'}: damaged, or changed by hand (its checksum differs); {AGAIN}")
+    kept = report.get("answers_sha256") if isinstance(report, dict) else None
+    if kept is not None and (not answers.is_file() or hashlib.sha256(answers.read_bytes()).hexdigest() != kept):
+        what = "its checksum differs" if answers.is_file() else "missing"
+        raise CheckpointError(f"{answers}: damaged ({what}); delete {folder / 'report.json'} and {MEASURE}")
     return Run(
         folder,
-        report=_json(folder / "report.json"),
-        answers=_json(folder / "answers.json", missing=[]),
+        report=report,
+        answers=_json(answers, missing=[]),
         metrics={step: _rows(folder / step / "metrics.jsonl") for step in STEPS},
         config=_json(folder / "config.json", missing={}),
     )
@@ -59,7 +73,7 @@ def _json(file: Path, missing: Any = None) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(f"{file}: damaged (not JSON); delete it and run the same command again") from None
+        raise CheckpointError(f"{file}: damaged (not JSON); {AGAIN}") from None
 
 
 def _rows(file: Path) -> list[Row]:

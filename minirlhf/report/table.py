@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minirlhf.errors import visible
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import POLICIES, Run, load_run
 from minirlhf.report.text import NOTHING, interval, number, percent, times, with_interval
@@ -59,7 +60,7 @@ def summary_table(run: Path) -> str:
     if not loaded.is_gold:
         lines.append("The judge is the reward model that PPO was trained against: a proxy, not the truth.")
     lines += ["", _reward_model(loaded), f"time: {times(loaded.report, 0)}"]
-    return "\n".join(line.rstrip() for line in lines)
+    return visible("\n".join(line.rstrip() for line in lines))  # report.json may be anyone's file
 
 
 def _reward_model(run: Run) -> str:

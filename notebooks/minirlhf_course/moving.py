@@ -17,7 +17,6 @@ Cells below may give a name another meaning, and the reader may come back to the
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,6 +59,8 @@ def moving(draw: Callable[..., Figure], caption: str, *, dpi: int = 110, colours
     Raises:
         ValueError: a slider starts at none of its values.
     """
+    from IPython.display import display
+
     rows = {}
     for name, (label, values, start) in sliders.items():
         options = [*values.items()] if isinstance(values, Mapping) else [(f"{value:g}", value) for value in values]
@@ -87,4 +88,4 @@ def moving(draw: Callable[..., Figure], caption: str, *, dpi: int = 110, colours
 
     for row in rows.values():
         row.observe(redraw, names="value")
-    importlib.import_module("IPython.display").display(ipywidgets.VBox([*rows.values(), picture]))
+    display(ipywidgets.VBox([*rows.values(), picture]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minirlhf_course import overoptimisation
 from minirlhf_course.checks.exercise import exercise
-from minirlhf_course.checks.planted10 import (
+from minirlhf_course.checks.mistakes10 import (
     best_cases,
     best_with,
     curve_cases,

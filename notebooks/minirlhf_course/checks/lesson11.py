@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minirlhf_course.checks.exercise import exercise
-from minirlhf_course.checks.planted11 import (
+from minirlhf_course.checks.mistakes11 import (
     examples_cases,
     examples_with,
     paired_cases,

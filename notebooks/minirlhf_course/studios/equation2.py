@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -121,27 +122,34 @@ def only_answers_learn(trainer: Trainer, notes: Notes) -> Failure | None:
 PLAIN = replace(BASE, whiten_advantages=False, gamma=1.0, lam=1.0)
 
 
+def _differing(
+    run: Run, config: RLHFConfig, right_of: Callable[[Text], Tensor]
+) -> list[tuple[Step, Text, Tensor, Tensor]]:
+    """The steps whose first update weighs the tokens otherwise than right, with what was seen and what is right."""
+    found = []
+    for step in run.steps:
+        update = step.updates[0]
+        text = text_of(run, step, update, config, config.beta)
+        got, right = weights_of(update, text, config.temperature), right_of(text)
+        if not parallel(got, right):
+            found.append((step, text, got, right))
+    return found
+
+
 def kl_is_charged(trainer: Trainer, notes: Notes) -> Failure | None:
     """Where V is 0 and nothing is discounted or whitened, differences of the weights are the rewards."""
     config = replace(PLAIN, value_lr=0.0)
     run = watch(trainer, config, models=trio(values=0.0))
     if run.problem:
         return Failure(run.problem)
-    seen: list[tuple[Tensor, Text]] = []
-    failing: tuple[Step, Text, Tensor, Tensor] | None = None
-    for step in run.steps:
-        update = step.updates[0]
-        text = text_of(run, step, update, config, config.beta)
-        got, right = weights_of(update, text, config.temperature), gae(text)
-        if not parallel(got, right):
-            seen.append((got, text))
-            failing = failing or (step, text, got, right)
-    if failing is None:
+    differing = _differing(run, config, gae)
+    if not differing:
         return None
+    seen = [(got, text) for _, text, got, _ in differing]
     named = _first_that_gives(seen, {text: _charged(give) for text, give in REWARDS.items()})
     named = named or _first_that_gives(seen, WEIGHTS) or _sign(seen, gae)
     named = named or _first_that_gives(seen, {MEANS: lambda x: gae(x) / x.mask.sum(1, keepdim=True)})
-    step, text, got, right = failing
+    step, text, got, right = differing[0]
     got = scaled(got, right)
     paid = torch.where(text.mask, got - torch.cat([got[:, 1:], 0 * got[:, :1]], 1), 0.0)
     table = {"d = log pi - log pi_ref": text.d, "reward: right": rewards(text), "reward: yours": paid}
@@ -208,27 +216,20 @@ def advantages_are_right(trainer: Trainer, notes: Notes) -> Failure | None:
         run = watch(trainer, config, seed=1)
         if run.problem:
             return Failure(run.problem)
-        seen: list[tuple[Tensor, Text]] = []
-        failing: tuple[Step, Text, Tensor, Tensor] | None = None
-        for step in run.steps:
-            update = step.updates[0]
-            text = text_of(run, step, update, config, config.beta)
-            got, right = weights_of(update, text, config.temperature), _advantages(text, whiten)
-            if not parallel(got, right):
-                seen.append((got, text))
-                failing = failing or (step, text, got, right)
-        if failing is None:
+        differing = _differing(run, config, partial(_advantages, whiten=whiten))
+        if not differing:
             continue
-        step, text, got, right = failing
+        step, text, got, right = differing[0]
         table = {"reward": rewards(text), "V before it": text.v, "A: right": right, "A: yours": scaled(got, right)}
         wrong = off(scaled(got, right), right)
         settings = f"gamma {config.gamma}, lam {config.lam}, whiten_advantages={whiten}"
+        seen = [(got, text) for _, text, got, _ in differing]
         return Failure(shown(run, step, text, table, wrong, settings), _advantage_name(seen, whiten))
     return None
 
 
 def _advantages(text: Text, whiten: bool) -> Tensor:
-    return whitened(text.mask, gae(text)) if whiten else gae(text)
+    return _changed(text, gae(text), whiten)
 
 
 def _advantage_name(seen: list[tuple[Tensor, Text]], whiten: bool) -> str:

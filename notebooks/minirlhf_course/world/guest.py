@@ -9,7 +9,7 @@ from typing import Any
 from minirlhf.worlds import Judge, WorldGuest
 from minirlhf_course.world.gold import GoldLabeler, GoldScore
 from minirlhf_course.world.world import World
-from minirlhf_course.world.write import write_world
+from minirlhf_course.world.write import FORMAT_VERSION, write_world
 
 
 class GoldJudge(Judge):
@@ -43,6 +43,9 @@ class SmallWorld(WorldGuest):
         write_world(folder, seed=seed)
 
     def judge(self, facts: Mapping[str, Any]) -> GoldJudge:
+        version = facts.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version {version!r}: the small world installed here knows {FORMAT_VERSION}")
         seed = facts.get("seed")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError("expected an object with the field 'seed', a whole number")

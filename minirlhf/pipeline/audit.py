@@ -1,0 +1,120 @@
+"""Before any training: does the data folder mean what its owner thinks? Notes with counts; the worst is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minirlhf.data import ENDINGS, TABLES, DataFolder
+from minirlhf.errors import DataError
+from minirlhf.language.tokenization import decode, encode_prompts, encode_responses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_SHARED = 0.05
+"""Share of held-out rows that may also be in the training files."""
+MOST_UNKNOWN = 0.1
+"""Share of a text's tokens that may be <unk>."""
+SAMPLE = 500
+"""Texts that are encoded and decoded again."""
+ABOUT = ("readme", "license", "licence", "notice", "citation", "dataset_info", ".git")
+
+
+def audit(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, *, allow_shared: bool = False) -> list[str]:
+    """Look for what is well-formed and yet wrong.
+
+    Args:
+        folder: the data.
+        tokenizer: of the models.
+        allow_shared: accept any number of held-out rows that are also trained on.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        DataError: too many held-out rows are also in the training files; the tokenizer knows too little of the text; or
+            its template leaves the prompt out.
+    """
+    return [
+        *_shared_rows(folder, allow_shared),
+        *_unread_files(folder.path),
+        *_tokens(folder, tokenizer),
+    ]
+
+
+def _shared_rows(folder: DataFolder, allowed: bool) -> Iterator[str]:
+    trained = {row.text for row in folder.prompts}
+    trained.update([row.prompt for row in folder.demonstrations], [row.prompt for row in folder.comparisons])
+    pairs = {(row.prompt, response) for row in folder.comparisons for response in row.responses}
+    for name, rows in (
+        ("prompts", [row.text in trained for row in folder.heldout_prompts]),
+        ("comparisons", [all((row.prompt, x) in pairs for x in row.responses) for row in folder.heldout_comparisons]),
+        ("corpus", _known({row.text for row in folder.corpus}, (row.text for row in folder.heldout_corpus))),
+    ):
+        shared = sum(rows)
+        if not shared:
+            continue
+        said = f"{folder.path}: {shared} of {len(rows)} held-out {name} are in the training files too"
+        if shared > MOST_SHARED * len(rows) and not allowed:
+            raise DataError(
+                f"{said}, so what is measured on them says little about new ones; remove them from either, or allow it "
+                "with --allow-shared-rows"
+            )
+        yield f"{said}; what is measured on them says little about new ones"
+
+
+def _known(trained: set[str], texts: Iterable[str]) -> list[bool]:
+    return [text in trained for text in texts]
+
+
+def _unread_files(path: Path) -> Iterator[str]:
+    for part in (path, path / "heldout"):
+        if not part.is_dir():
+            continue
+        tables = {f"{name}{ending}" for name in TABLES for ending in ENDINGS}
+        known = tables | ({"tokenizer.json", "world.json", "heldout"} if part == path else set())
+        for file in sorted(part.iterdir()):
+            name = file.name.lower()
+            if file.name not in known and not name.startswith((*ABOUT, ".", "_")):
+                names = ", ".join(f"{table}.jsonl" for table in TABLES)
+                yield f"{file}: nothing reads this; the files of a data folder are {names}"
+
+
+def _tokens(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the tokenizer makes of the texts: a sample of each table."""
+    pairs = [(row.where, row.completion) for row in folder.demonstrations]
+    pairs += [(row.where, row.responses[0]) for row in folder.comparisons]
+    texts = [*_some(pairs), *_some([(row.where, row.text) for row in folder.corpus])]
+    rows = [row[:-1] for row in encode_responses(tokenizer, [text for _, text in texts])]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown != tokenizer.eos_token_id:
+        total, missing = sum(map(len, rows)), sum(row.count(unknown) for row in rows)
+        if missing:
+            where = next(where for (where, _), row in zip(texts, rows, strict=True) if unknown in row)
+            said = f"{where}: the tokenizer has no token for some of the text"
+            said += f" ({missing / total:.1%} of {total:,} tokens are <unk>)"
+            if missing > MOST_UNKNOWN * total:
+                raise DataError(f"{said}; give a tokenizer that knows the text, or none to have one trained")
+            yield said
+    else:
+        # What can't be spelled at all is counted above; here, what comes back otherwise than it went in.
+        back = decode(tokenizer, rows)
+        changed = [where for (where, text), again in zip(texts, back, strict=True) if text.strip() != again.strip()]
+        if changed:
+            yield (
+                f"{changed[0]}: the text changes when it is encoded and decoded, and so do {len(changed) - 1} more of "
+                f"{len(texts)} that were tried; models learn what the tokenizer makes of it"
+            )
+    prompts = list(dict.fromkeys(row.text for row in folder.prompts))[:SAMPLE]
+    if len(prompts) > 1 and len(set(map(tuple, encode_prompts(tokenizer, prompts)))) == 1:
+        raise DataError(
+            f"{folder.path}: the tokenizer's chat template gives every prompt the same tokens, so it leaves the prompt "
+            "out; mend chat_template in the tokenizer's files"
+        )
+
+
+def _some(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows spread over the whole table."""
+    return list(rows[:: max(1, len(rows) // SAMPLE)])

@@ -1,0 +1,76 @@
+"""What a user reads when something fails: one sentence, never a traceback."""
+
+import errno
+import re
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from minirlhf import cli
+from minirlhf.cli import main
+from minirlhf.errors import UserError, visible
+
+FORESEEN = {
+    "a wrong setting": (UserError("--steps 0: give at least 1"), "--steps 0: give at least 1"),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "out/x"), "the disk is full"),
+    "a full disk, in Rust": (SafetensorError("Error: I/O error: No space left on device (os error 28)"), "free some"),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+    "memory": (MemoryError(), "not enough memory"),
+    "memory, in torch": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        "not enough memory",
+    ),
+    "a template": (jinja2.TemplateSyntaxError("unexpected end", 3), "chat template"),
+    "a vocabulary": (IndexError("index out of range in self"), "beyond the model's vocabulary"),
+    "nesting": (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+    "a package": (ModuleNotFoundError("No module named 'tyro'", name="tyro"), "tyro is not installed"),
+    "a permission": (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied: 'out/x'"),
+}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "chat", fail)
+
+
+@pytest.mark.parametrize("name", list(FORESEEN))
+def test_what_can_be_mended_is_said_in_one_line(name: str, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, words = FORESEEN[name]
+    failing(monkeypatch, error)
+    message = refused(["chat"])
+    assert words in message and "bug" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), IndexError("list index out of range"), AssertionError(), RuntimeError("shapes differ")]
+)
+def test_a_bug_leaves_a_report(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    failing(monkeypatch, error)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["chat", "--prompt", "hello"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said and type(error).__name__ in said
+    report = Path(re.search(r"attach (\S+)", said)[1])
+    text = report.read_text(encoding="utf-8")
+    assert report.parent == tmp_path and "Traceback" in text and "minirlhf chat --prompt hello" in text
+    assert torch.__version__ in text
+
+
+def test_a_report_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    failing(monkeypatch, KeyError("x"))
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    assert main(["chat"]) == 1
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_nothing_that_a_file_holds_moves_the_cursor(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, UserError("row 3: \x1b[2J\x07 \u202e is no answer"))
+    assert r"\x1b[2J\x07 \u202e is no answer" in refused(["chat"])
+    assert visible("ä ✓ 漢字 \t") == "ä ✓ 漢字 \t"
