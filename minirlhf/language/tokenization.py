@@ -118,7 +118,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> set
     They begin with the template's first special token (or all that it opens with) and end with its generation prompt.
     Where a template writes only white space around a prompt, as ours does, no text is taken for one in it.
     """
-    before, after = (part.strip() for part in _in_template(tokenizer, [("user", PLACE)]).split(PLACE, 1))
+    before, _, after = (part.strip() for part in _in_template(tokenizer, [("user", PLACE)]).partition(PLACE))
     if not before or not after:
         return set()
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -73,19 +73,19 @@ def _asked(row: Demonstration | Comparison | Prompt) -> str:
 
 def _refused(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
     """The rows whose conversation the template can't write: a system message, or two turns of one role in a row."""
-    reasons: dict[Conversation, str] = {}
-    for row in [row for name in LISTS for row in getattr(folder, name)]:
-        prompt = _asked(row)
-        if not isinstance(prompt, Conversation):
-            continue
-        if prompt not in reasons:
-            try:
-                encode_prompts(tokenizer, [prompt])
-                reasons[prompt] = ""
-            except UserError as error:
-                reasons[prompt] = str(error)
-        if reasons[prompt]:
-            yield row.where, reasons[prompt]
+    asked = [(row.where, _asked(row)) for name in LISTS for row in getattr(folder, name)]
+    conversations = [(where, prompt) for where, prompt in asked if isinstance(prompt, Conversation)]
+    if _refusal(tokenizer, [prompt for _, prompt in conversations]) is not None:  # which of them?
+        reasons = {prompt: _refusal(tokenizer, [prompt]) for _, prompt in conversations}
+        yield from ((where, reason) for where, prompt in conversations if (reason := reasons[prompt]) is not None)
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]) -> str | None:
+    try:
+        encode_prompts(tokenizer, prompts)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _leave_out(folder: DataFolder, wheres: Container[str]) -> None:
