@@ -41,13 +41,9 @@ def make_inputs() -> dict:
 
 
 def lists(x):
-    return (
-        x.detach().tolist()
-        if isinstance(x, torch.Tensor)
-        else {k: lists(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else x
-    )
+    if isinstance(x, torch.Tensor):
+        return x.detach().tolist()
+    return {key: lists(value) for key, value in x.items()} if isinstance(x, dict) else x
 
 
 def source(file: Path, *names: str, **known):
