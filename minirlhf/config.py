@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from minirlhf.data import DataErrors
 from minirlhf.errors import UserError
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
@@ -27,7 +28,9 @@ class RunConfig(Settings, option=""):
     """The whole pipeline: base model, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
 
     data: Path | None = None
-    """Folder of JSON lines; default: the small world, where the true score is known."""
+    """Folder of JSON lines or parquet, a file of comparisons, or hub:OWNER/NAME; default: the small world."""
+    data_errors: DataErrors = "stop"
+    """What to do about a row that is malformed, too long or teaches nothing: stop, or skip and count it."""
     comparisons: tuple[Path, ...] = ()
     """Files of more rankings to train the reward model on, beside those in the data folder (see minirlhf label)."""
     previous: Annotated[Path | None, tyro.conf.Suppress] = None

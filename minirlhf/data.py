@@ -1,14 +1,13 @@
-"""A folder of JSON lines, read strictly: every row is checked before any training starts.
+"""Files of rows, read strictly: every row is checked before any training starts.
 
-    corpus.jsonl           {"text"}
-    demonstrations.jsonl   {"prompt", "completion"}
-    comparisons.jsonl      {"prompt", "responses": [K], "scores": [K]}  or  "ranking": [K] (1 = best)
-                           {"prompt", "chosen", "rejected"}  or  {"chosen", "rejected"} (whole dialogues)
-    prompts.jsonl          {"prompt"}
+A folder holds one file per table, and may hold more beside them:
+
+    corpus  demonstrations  comparisons  prompts      each .jsonl, .jsonl.gz or .parquet; `formats` says what a row is
     heldout/               optional: the same names, never trained on; without it a tenth is held out
     tokenizer.json         optional: a tokenizer that fits the text; without it one is trained on the corpus
 
-Each file may be plain or ``.gz``. A malformed row raises one `DataError` that names the file and the line.
+A single file of comparisons is enough too: their prompts, and the best answers as demonstrations and as corpus.
+A malformed row raises one `DataError` that names the file and the line, or is left out and counted.
 """
 
 from __future__ import annotations
@@ -20,54 +19,24 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
-from minirlhf.errors import DataError
+from minirlhf import formats
+from minirlhf.errors import DataError, require_installed
+from minirlhf.formats import Comparison, Demonstration, Prompt, Row, Text, kind_of
+
+__all__ = ["Comparison", "DataErrors", "DataFolder", "Demonstration", "Prompt", "Text", "read_folder", "read_rankings"]
 
 T = TypeVar("T")
+DataErrors = Literal["stop", "skip"]
 
 HELDOUT_FRACTION = 0.1
 COMMON_TIES = 20  # this many rows with all scores equal are the judge's habit, not a mistake
-LARGEST_SCORE = 1e30  # fits float32 with room to spare; NaN and infinity fail the comparison too
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
+SHOWN_REASONS = 6
 LONGEST_ROW = 2**25
 """Bytes. A few MB of gzip can hold a line of many GB, so a line is never read beyond this."""
-DIALOGUE_MARK = "\n\nAssistant:"
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt and a completion that a labeler wrote for it."""
-
-    prompt: str
-    completion: str
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """K responses to one prompt, with a score for each: higher is better, equal scores are ties."""
-
-    prompt: str
-    responses: tuple[str, ...]
-    scores: tuple[float, ...]
-    labeler: str = ""
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An instruction without an answer."""
-
-    text: str
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document of the pretraining corpus."""
-
-    text: str
-    where: str = ""
 
 
 @dataclass
@@ -88,76 +57,121 @@ class DataFolder:
     """What a reader should know about the rows, for example how many were left out."""
 
 
-def read_folder(path: str | Path, seed: int = 0) -> DataFolder:
-    """Read and check a data folder.
+def read_folder(path: str | Path, seed: int = 0, errors: DataErrors = "stop") -> DataFolder:
+    """Read and check a data folder, or a single file of comparisons.
 
     Args:
-        path: the folder.
+        path: the folder or the file.
         seed: chooses the tenth that is held out if the folder has no ``heldout/``.
+        errors: "stop" raises at the first malformed row; "skip" leaves such rows out, with a note that counts them.
 
     Raises:
-        DataError: the folder or a file is missing, a file is empty, or a row is malformed.
+        DataError: the folder or a file is missing or damaged, a table has no rows, or a row is malformed.
 
     Example:
         >>> read_folder("no/such/folder")
         Traceback (most recent call last):
         minirlhf.errors.DataError: no/such/folder: not a folder; give a folder that holds corpus.jsonl, ...
     """
-    folder = Path(path)
+    folder, reader = Path(path), _Reader(errors == "skip")
+    if folder.is_file() and folder.name.endswith(ENDINGS):
+        return _one_file(folder, seed, reader)
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: not a folder; give a folder that holds corpus.jsonl, demonstrations.jsonl, "
-            "comparisons.jsonl and prompts.jsonl (each may end in .gz)"
+            f"{folder}: not a folder; give a folder that holds corpus.jsonl, demonstrations.jsonl, comparisons.jsonl "
+            f"and prompts.jsonl, or a file of comparisons (each may end in {', '.join(ENDINGS)})"
         )
     data = DataFolder(
         path=folder,
-        corpus=_read(folder, "corpus", _text),
-        demonstrations=_read(folder, "demonstrations", _demonstration),
+        corpus=reader.rows(_file(folder, "corpus"), formats.text),
+        demonstrations=reader.rows(_file(folder, "demonstrations"), formats.demonstration),
         comparisons=[],
-        prompts=_read(folder, "prompts", _prompt),
+        prompts=reader.rows(_file(folder, "prompts"), formats.prompt),
+        notes=reader.notes,
     )
-    data.comparisons = _read_comparisons(folder, data.notes)
+    data.comparisons = reader.comparisons(_file(folder, "comparisons"))
     heldout = folder / "heldout"
     if heldout.is_dir():
-        data.heldout_corpus = _read(heldout, "corpus", _text)
-        data.heldout_comparisons = _read_comparisons(heldout, data.notes)
-        data.heldout_prompts = _read(heldout, "prompts", _prompt)
+        data.heldout_corpus = reader.rows(_file(heldout, "corpus"), formats.text)
+        data.heldout_comparisons = reader.comparisons(_file(heldout, "comparisons"))
+        data.heldout_prompts = reader.rows(_file(heldout, "prompts"), formats.prompt)
     else:
         data.corpus, data.heldout_corpus = _split(data.corpus, seed)
-        # Prompts and comparisons are split by the prompt's text, so that no held-out prompt was ever trained on.
-        texts = sorted({row.text for row in data.prompts} | {row.prompt for row in data.comparisons})
-        held = set(_split(texts, seed)[1])
-        data.heldout_prompts = [row for row in data.prompts if row.text in held]
-        data.prompts = [row for row in data.prompts if row.text not in held]
-        data.heldout_comparisons = [row for row in data.comparisons if row.prompt in held]
-        data.comparisons = [row for row in data.comparisons if row.prompt not in held]
-        data.demonstrations = [row for row in data.demonstrations if row.prompt not in held]
-        parts = {name: getattr(data, name) for name in ("demonstrations", "comparisons", "prompts")}
-        parts |= {f"held-out {name}": getattr(data, f"heldout_{name}") for name in ("comparisons", "prompts")}
-        for name, rows in parts.items():
-            if not rows:
-                raise DataError(
-                    f"{folder}: too few rows: after holding out a tenth of the prompts, no {name} are left; "
-                    "add rows, or a heldout/ folder of your own"
-                )
+        _hold_out(data, seed)
     for name in ("tokenizer", "world"):
         file = folder / f"{name}.json"
         setattr(data, f"{name}_file", file if file.is_file() else None)
     return data
 
 
-def read_rankings(file: Path) -> list[Comparison]:
+def read_rankings(file: Path, notes: list[str] | None = None) -> list[Comparison]:
     """Read a file of comparisons that stands by itself, such as one that `minirlhf label` wrote.
 
     Args:
-        file: JSON lines, plain or ``.gz``; rows as in a folder's ``comparisons``. All-tied rows are kept.
+        file: rows as in a folder's ``comparisons``. All-tied rows are kept.
+        notes: if given, malformed rows are left out, and a note that counts them is added here.
 
     Raises:
         DataError: the file is missing or empty, or a row is malformed; names the line.
     """
     if not file.is_file():
         raise DataError(f"{file}: no such file; give a file of comparisons, such as one written by minirlhf label")
-    return _rows(file, _comparison)
+    reader = _Reader(notes is not None)
+    found = reader.rows(file, formats.comparison)
+    if notes is not None:
+        notes += reader.notes
+    return found
+
+
+def _one_file(file: Path, seed: int, reader: _Reader) -> DataFolder:
+    """A table of comparisons (and demonstrations, if it has rows of both kinds) in place of a folder."""
+
+    def parse(row: Row) -> Comparison | Demonstration:
+        compares = {"chosen", "rejected", "responses"} & row.values.keys()
+        return formats.comparison(row) if compares else formats.demonstration(row)
+
+    rows = reader.rows(file, parse)
+    ranked = reader.without_ties([row for row in rows if isinstance(row, Comparison)])
+    if not ranked:
+        raise DataError(
+            f"{file}: no row compares answers, and a reward model learns from nothing else: add rows with 'chosen' and "
+            "'rejected', or put the file into a folder as demonstrations, beside corpus, comparisons and prompts"
+        )
+    best = [row.best() if isinstance(row, Comparison) else row for row in rows]
+    data = DataFolder(
+        path=file,
+        corpus=[],
+        demonstrations=list({(row.prompt, row.completion): row for row in best}.values()),
+        comparisons=ranked,
+        prompts=list({row.prompt: Prompt(row.prompt, row.where) for row in best}.values()),
+        notes=reader.notes,
+    )
+    _hold_out(data, seed)
+    data.corpus = [Text(row.completion, row.where) for row in data.demonstrations]
+    trained = {row.text for row in data.corpus}
+    heldout = [Text(row.best().completion, row.where) for row in data.heldout_comparisons]
+    data.heldout_corpus = [row for row in heldout if row.text not in trained]
+    data.notes.append(f"{file}: a single file; its best answers are the demonstrations and the corpus")
+    return data
+
+
+def _hold_out(data: DataFolder, seed: int) -> None:
+    """Hold out a tenth of the prompts, by their text, so that no held-out prompt was ever trained on."""
+    texts = sorted({row.text for row in data.prompts} | {row.prompt for row in data.comparisons})
+    held = set(_split(texts, seed)[1])
+    data.heldout_prompts = [row for row in data.prompts if row.text in held]
+    data.prompts = [row for row in data.prompts if row.text not in held]
+    data.heldout_comparisons = [row for row in data.comparisons if row.prompt in held]
+    data.comparisons = [row for row in data.comparisons if row.prompt not in held]
+    data.demonstrations = [row for row in data.demonstrations if row.prompt not in held]
+    parts = {name: getattr(data, name) for name in ("demonstrations", "comparisons", "prompts")}
+    parts |= {f"held-out {name}": getattr(data, f"heldout_{name}") for name in ("comparisons", "prompts")}
+    for name, rows in parts.items():
+        if not rows:
+            raise DataError(
+                f"{data.path}: too few rows: after holding out a tenth of the prompts, no {name} are left; "
+                "add rows, or a heldout/ folder of your own"
+            )
 
 
 def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
@@ -169,42 +183,91 @@ def _split(rows: list[T], seed: int) -> tuple[list[T], list[T]]:
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
 
-def _read(folder: Path, name: str, parse: Callable[[_Row], T]) -> list[T]:
-    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
-    if plain.is_file() and packed.is_file():
-        raise DataError(f"{plain}: {packed.name} exists too; keep one of the two")
-    file = packed if packed.is_file() else plain
-    if not file.is_file():
-        raise DataError(f"{plain}: missing, and so is {packed.name}; every data folder needs one of them")
-    return _rows(file, parse)
+def _file(folder: Path, name: str) -> Path:
+    """The one file of a table."""
+    names = [f"{name}{ending}" for ending in ENDINGS]
+    found = [folder / file for file in names if (folder / file).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{found[0]}: {found[1].name} exists too; keep one of them")
+    if not found:
+        missing = f"{folder / names[0]}: missing, and so are {names[1]} and {names[2]}"
+        raise DataError(f"{missing}; every data folder needs one of them")
+    return found[0]
 
 
-def _rows(file: Path, parse: Callable[[_Row], T]) -> list[T]:
-    rows = [parse(row) for row in _json_lines(file)]
-    if not rows:
-        raise DataError(f"{file}:1: the file is empty; expected one JSON object per line")
-    return rows
+class _Reader:
+    """Reads files of rows, and either stops at a bad row or leaves it out and counts it by reason."""
 
+    def __init__(self, skip: bool) -> None:
+        self.skip, self.notes = skip, list[str]()
 
-def _read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
-    """Read the comparisons that state a preference.
-
-    A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in the file, so they are
-    an error; if they are common (a judge that often gives 0 to all) they are left out, and a note says so.
-    """
-    rows = _read(folder, "comparisons", _comparison)
-    tied = [row for row in rows if len(set(row.scores)) == 1]
-    if not tied:
+    def rows(self, file: Path, parse: Callable[[Row], T]) -> list[T]:
+        rows: list[T] = []
+        left_out: list[tuple[str, str]] = []
+        for row in _raw_rows(file):
+            try:
+                rows.append(parse(row))
+            except DataError as error:
+                if not self.skip:
+                    raise
+                left_out.append((row.where, str(error).removeprefix(f"{row.where}: ")))
+        if left_out:
+            self.notes.append(counted(str(file), left_out, len(rows) + len(left_out)))
+        if left_out and not rows:
+            raise DataError(f"{self.notes[-1]}; no row is left")
+        if not rows:
+            raise DataError(f"{file}:1: the file is empty; expected one JSON object per line")
         return rows
-    count = len(tied[0].scores)
-    first = f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row states no preference"
-    if len(tied) == len(rows) or len(tied) < COMMON_TIES:
-        raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are like this); remove such rows")
-    notes.append(f"{first}; {len(tied)} of {len(rows)} rows are like this and were left out")
-    return [row for row in rows if len(set(row.scores)) > 1]
+
+    def comparisons(self, file: Path) -> list[Comparison]:
+        return self.without_ties(self.rows(file, formats.comparison))
+
+    def without_ties(self, rows: list[Comparison]) -> list[Comparison]:
+        """The comparisons that state a preference.
+
+        A row whose scores are all equal teaches nothing. A few such rows are most likely a mistake in the file, so they
+        are an error; if they are common (a judge that often gives 0 to all) they are left out, and a note says so.
+        """
+        tied = [row for row in rows if len(set(row.scores)) == 1]
+        if not tied:
+            return rows
+        count = len(tied[0].scores)
+        first = (
+            f"{tied[0].where}: all {count} scores (or places in the ranking) are equal, so the row states no preference"
+        )
+        if len(tied) == len(rows) or (len(tied) < COMMON_TIES and not self.skip):
+            raise DataError(f"{first} ({len(tied)} of {len(rows)} rows are like this); remove such rows")
+        self.notes.append(f"{first}; {len(tied)} of {len(rows)} rows are like this and were left out")
+        return [row for row in rows if len(set(row.scores)) > 1]
 
 
-def _json_lines(file: Path) -> Iterator[_Row]:
+def counted(what: str, left_out: list[tuple[str, str]], total: int) -> str:
+    """Say how many rows were left out, by reason, the most common first.
+
+    Args:
+        what: the file or the folder.
+        left_out: the place of each such row and the reason.
+        total: of how many rows.
+
+    Example:
+        >>> counted("a.jsonl", [("a.jsonl:3", "empty"), ("a.jsonl:4", "odd"), ("a.jsonl:7", "odd")], 9)
+        'a.jsonl: 3 of 9 rows were left out: 2 x odd (first: a.jsonl:4); 1 x empty (first: a.jsonl:3)'
+    """
+    places: dict[str, list[str]] = {}
+    for where, reason in left_out:
+        places.setdefault(reason, []).append(where)
+    common = sorted(places.items(), key=lambda item: -len(item[1]))
+    said = [f"{len(wheres)} x {reason} (first: {wheres[0]})" for reason, wheres in common[:SHOWN_REASONS]]
+    rest = sum(len(wheres) for _, wheres in common[SHOWN_REASONS:])
+    said += [f"{rest} x another reason"] if rest else []
+    return f"{what}: {len(left_out)} of {total} rows were left out: {'; '.join(said)}"
+
+
+def _raw_rows(file: Path) -> Iterator[Row]:
+    return _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
     opener = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
@@ -226,113 +289,26 @@ def _json_lines(file: Path) -> Iterator[_Row]:
                 except (ValueError, RecursionError) as error:  # a number with thousands of digits; very deep nesting
                     raise DataError(f"{where}: JSON that can't be read ({error})") from None
                 if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected a JSON object, found {_kind(row)}")
-                yield _Row(row, where)
+                    raise DataError(f"{where}: expected a JSON object, found {kind_of(row)}")
+                yield Row(row, where)
     except (gzip.BadGzipFile, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{file}:{number + 1}: can't be read ({error}); write the file again") from None
 
 
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _parquet(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file, which has a value in every column: a missing one is null."""
+    require_installed("pyarrow", "data")
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-
-class _Row:
-    """One JSON object of a file, and its file and line."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def require(self, fits: bool, message: str) -> None:
-        if not fits:
-            raise DataError(f"{self.where}: {message}")
-
-    def string(self, key: str) -> str:
-        self.require(key in self.values, f"field {key!r} is missing; the row has {sorted(self.values)}")
-        value = self.values[key]
-        self.require(isinstance(value, str), f"field {key!r} must be a string, found {_kind(value)}")
-        self.require(bool(value.strip()), f"field {key!r} is empty")
-        return self.characters(value, f"field {key!r}")
-
-    def characters(self, value: str, what: str) -> str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            self.require(False, f"{what} contains half a surrogate pair, which is not a character")
-        return value
-
-
-def _text(row: _Row) -> Text:
-    return Text(row.string("text"), row.where)
-
-
-def _prompt(row: _Row) -> Prompt:
-    return Prompt(row.string("prompt"), row.where)
-
-
-def _demonstration(row: _Row) -> Demonstration:
-    return Demonstration(row.string("prompt"), row.string("completion"), row.where)
-
-
-def _comparison(row: _Row) -> Comparison:
-    labeler = row.string("labeler") if "labeler" in row.values else ""
-    if "chosen" in row.values or "rejected" in row.values:
-        chosen, rejected = row.string("chosen"), row.string("rejected")
-        if "prompt" in row.values:
-            prompt = row.string("prompt")
-        else:
-            prompt, chosen, rejected = _split_dialogue(row, chosen, rejected)
-        row.require(chosen != rejected, "'chosen' and 'rejected' are the same text, so the row states no preference")
-        return Comparison(prompt, (chosen, rejected), (1.0, 0.0), labeler, row.where)
-    prompt = row.string("prompt")
-    responses = _responses(row)
-    return Comparison(prompt, responses, _scores(row, len(responses)), labeler, row.where)
-
-
-def _responses(row: _Row) -> tuple[str, ...]:
-    responses: Any = row.values.get("responses")
-    message = "field 'responses' must be a list of strings, or give 'chosen' and 'rejected'"
-    row.require(isinstance(responses, list), message)
-    for i, response in enumerate(responses):
-        found = "an empty string" if isinstance(response, str) else _kind(response)
-        fits = isinstance(response, str) and bool(response.strip())
-        row.require(fits, f"responses[{i}] must be a non-empty string, found {found}")
-        row.characters(response, f"responses[{i}]")
-    row.require(len(responses) >= 2, f"{len(responses)} response; a comparison needs at least two")
-    message = f"all {len(responses)} responses are the same text, so the row states no preference"
-    row.require(len(set(responses)) > 1, message)
-    return tuple(responses)
-
-
-def _scores(row: _Row, count: int) -> tuple[float, ...]:
-    one = ("scores" in row.values) != ("ranking" in row.values)
-    row.require(one, "give either 'scores' (higher is better) or 'ranking' (1 = best)")
-    key = "scores" if "scores" in row.values else "ranking"
-    numbers: Any = row.values[key]
-    found = f"a list of {len(numbers)}" if isinstance(numbers, list) else _kind(numbers)
-    fits = isinstance(numbers, list) and len(numbers) == count
-    row.require(fits, f"field {key!r} must be a list of {count} numbers, found {found}")
-    for i, number in enumerate(numbers):
-        fits = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= LARGEST_SCORE
-        row.require(fits, f"{key}[{i}] must be a finite number, found {number!r}")
-        fits = key == "scores" or (number >= 1 and number == int(number))
-        row.require(fits, f"ranking[{i}] must be a whole number, 1 (the best) or more, found {number!r}")
-    sign = 1.0 if key == "scores" else -1.0
-    return tuple(sign * float(number) for number in numbers)
-
-
-def _split_dialogue(row: _Row, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Split two dialogues (the Anthropic HH format) into their common prompt and their last answers."""
-    start = chosen.rfind(DIALOGUE_MARK)
-    cut = start + len(DIALOGUE_MARK)
-    row.require(
-        start >= 0 and rejected.startswith(chosen[:cut]),
-        "without a 'prompt', 'chosen' and 'rejected' must be dialogues that share everything up to the last "
-        f"{DIALOGUE_MARK.strip()!r}; give the field 'prompt' instead",
-    )
-    prompt = chosen[:start].strip()
-    if prompt.startswith("Human:") and prompt.count("Human:") == 1:
-        prompt = prompt.removeprefix("Human:").strip()
-    answers = chosen[cut:].strip(), rejected[cut:].strip()
-    row.require(bool(prompt) and all(answers), "the dialogue has an empty prompt or an empty last answer")
-    return prompt, *answers
+    number = 0
+    try:
+        with ParquetFile(file) as stream:
+            for batch in stream.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    given = {key: value for key, value in values.items() if value is not None}
+                    yield Row(given, f"{file}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}:{number + 1}: can't be read ({reason}); write the file again") from None

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from minirlhf.checkpoints import partial, replace
 from minirlhf.data import read_rankings
 from minirlhf.errors import UserError, visible
+from minirlhf.formats import prompt_to_json
 
 MOST_ANSWERS = 9  # one key each
 ROW = b'{"prompt": '  # how every row that is written here begins
@@ -86,7 +87,7 @@ class RankingFile:
         count = len(item.responses)
         if len(ranking) != count or not all(type(place) is int and 1 <= place <= count for place in ranking):
             raise ValueError(f"{tuple(ranking)}: expected {count} places from 1 to {count}")
-        row = {"prompt": item.prompt, "responses": list(item.responses), "ranking": list(ranking)}
+        row = {"prompt": prompt_to_json(item.prompt), "responses": list(item.responses), "ranking": list(ranking)}
         row |= {"labeler": self.labeler, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         with self._locked():
             if item in self._ranked():
@@ -112,8 +113,9 @@ class RankingFile:
             lines = self.path.read_bytes().splitlines(keepends=True)
             for index in reversed(range(len(lines))):
                 row = json.loads(lines[index]) if lines[index].strip() else {}
-                item = Item(row.get("prompt", ""), tuple(row.get("responses", ())))
-                if row.get("labeler") == self.labeler and item in items:
+                same = [i for i in items if prompt_to_json(i.prompt) == row.get("prompt")]
+                item = next((i for i in same if list(i.responses) == row.get("responses")), None)
+                if row.get("labeler") == self.labeler and item is not None:
                     aside = partial(self.path)
                     with aside.open("xb") as file:
                         file.write(b"".join(lines[:index] + lines[index + 1 :]))

@@ -13,7 +13,7 @@ One step, in order:
     4  adapt beta, average the weights, log
 
 References: Schulman et al. 2017 (PPO), Ziegler et al. 2019 (adaptive KL), Ouyang et al. 2022 (InstructGPT), and "The N
-implementation details of RLHF with PPO". Left out: rollouts on other machines, and value-network offloading.
+implementation details of RLHF with PPO". Left out: value-network offloading.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from minirlhf.language.generation import Samples, end_ids, sample_by_rank
 from minirlhf.language.models import clone, response_logprobs, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
+from minirlhf.language.samplers import Sampler, sample_elsewhere
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import ppo_loss
 from minirlhf.returns import explained_variance, gae, masked_mean, whiten
@@ -166,6 +167,8 @@ def train_rlhf(
     seed: int = 0,
     recorder: Recorder | None = None,
     monitor: Monitor | None = None,
+    sampler: Sampler | None = None,
+    importance_cap: float | None = None,
 ) -> PreTrainedModel:
     """Train a policy by PPO, in place.
 
@@ -181,13 +184,16 @@ def train_rlhf(
         seed: of prompts, samples and minibatches.
         recorder: where progress and metrics go.
         monitor: extra measurements of the sampled answers.
+        sampler: answers the prompts in place of `sample`, see `samplers`: what it does differently is measured, and
+            doesn't stop the training.
+        importance_cap: with a sampler: weight each token's policy loss by min(pi_train / pi_sampler, importance_cap).
 
     Returns:
         The policy (or, with ema_decay, its moving average), in eval mode.
 
     Raises:
-        UserError: ptx_coef > 0 without corpus_blocks; models share trained weights; or the reward returned anything
-            but one number per response.
+        UserError: ptx_coef > 0 without corpus_blocks; importance_cap without a sampler; models share trained weights;
+            or the reward returned anything but one number per response, or the sampler anything but answers.
         TrainingError: a loss or a score became NaN or infinite; or the log-probs of sampling differ from those of
             training, so that the first ratio is not 1.
 
@@ -197,6 +203,10 @@ def train_rlhf(
     """
     if config.ptx_coef > 0 and corpus_blocks is None:
         raise UserError("ptx_coef > 0 needs pretraining text: give corpus_blocks")
+    if importance_cap is not None and sampler is None:
+        raise UserError("importance_cap weights what another sampler does differently: give sampler too")
+    if sampler is not None and parallel.size() > 1:
+        raise UserError("a sampler of your own is for one process: the processes would each ask it for all answers")
     judge = {"reward model": reward.model} if isinstance(reward, RewardModelScorer) else {}
     check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
@@ -225,20 +235,30 @@ def train_rlhf(
         set_learning_rate(learners.value_optimizer, config.value_lr * factor)
 
         rows = epoch_batch(len(prompts), config.batch_size, step, seed, "rlhf/prompts")
-        samples = sample_by_rank(
-            policy,
-            [encoded[row] for row in rows],
-            max_new_tokens=config.max_response_tokens,
-            pad_id=tokenizer.pad_token_id,
-            eos_id=end_ids(policy, tokenizer),
-            generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
-            temperature=config.temperature,
-        )
+        asked = [encoded[row] for row in rows]
+        weights, mismatch = None, dict[str, float]()
+        if sampler is None:
+            samples = sample_by_rank(
+                policy,
+                asked,
+                max_new_tokens=config.max_response_tokens,
+                pad_id=tokenizer.pad_token_id,
+                eos_id=end_ids(policy, tokenizer),
+                generator=[generator_for(seed, "rlhf/sample", step, place) for place in range(len(rows))],
+                temperature=config.temperature,
+            )
+        else:
+            limits = {"max_new_tokens": config.max_response_tokens, "micro_batch_tokens": config.micro_batch_tokens}
+            samples, weights, mismatch = sample_elsewhere(
+                sampler, asked, policy, temperature=config.temperature, importance_cap=importance_cap, **limits
+            )
         texts = [prompts[row] for row in rows]
         responses = decode(tokenizer, samples.responses())
         scores = _scores(reward, texts, responses, f"{recorder.name}: step {step}")
         scores = (scores - config.missing_eos_penalty * (~samples.ended.cpu()).float()).to(policy.device)
         experience = _experience(samples, scores, value_model, reference, controller.beta, config)
+        if weights is not None:  # min(r A, clip(r) A) times w >= 0 is that of w A; the value's loss has no weight
+            experience = experience._replace(advantages=experience.advantages * weights)
         sampled = time.monotonic()
 
         updates = _updates(config, seed, step, corpus_blocks)
@@ -253,6 +273,7 @@ def train_rlhf(
         recorder.log(
             measured
             | metrics
+            | mismatch
             | {
                 "policy/lr": config.lr * factor,
                 "value/lr": config.value_lr * factor,

@@ -9,7 +9,7 @@ import torch
 from minirlhf.errors import CheckpointError
 from minirlhf.language.forward import hidden_states, next_token_logits
 from minirlhf.language.generation import sample
-from minirlhf.language.models import empty_scalar
+from minirlhf.language.models import empty_scalar, response_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel) -> None:
-    """Check that a causal model can sample and be scored, and that a scalar model can have its body.
+    """Check that a causal model can be scored, samples as it is trained, and can lend its body to a scalar head.
 
     The scalar model is created on torch's meta device, so a large model needs no second copy.
 
@@ -38,7 +38,9 @@ def check_model(model: PreTrainedModel) -> None:
         third = torch.arange(6).expand(2, 6) == 3
         early = next_token_logits(model, tokens[:, :4], mask[:, :4], third[:, :4])
         later = next_token_logits(model, tokens, mask, third)
-        sample(model, [[0], [0, 1]], max_new_tokens=2, pad_id=0, eos_id=1, greedy=True)
+        end = vocabulary - 1
+        samples = sample(model, [[0], [0, 1, 2, 3]], max_new_tokens=4, pad_id=0, eos_id=end, greedy=True)
+        forced = response_logprobs(model, samples.tokens, samples.mask, samples.response_mask)
         states = hidden_states(model, tokens, mask, third)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{name} can't be trained here: {str(error).splitlines()[0]}") from error
@@ -46,3 +48,10 @@ def check_model(model: PreTrainedModel) -> None:
         raise CheckpointError(f"{name}: its states have width {states.shape[-1]}, its head {scalar.score.in_features}")
     if not torch.allclose(early, later, atol=1e-3, rtol=1e-3):
         raise CheckpointError(f"{name}: a token changes what was predicted before it; give a causal model")
+    gap = (forced - samples.logprobs).expm1().abs()
+    exact = model.dtype == torch.float32
+    if float(gap.max() if exact else gap.mean()) > (1e-3 if exact else 5e-2):  # as of PPO's first ratio
+        raise CheckpointError(
+            f"{name}: sampling with a cache gives other probabilities than a forward pass over the whole rows (off by "
+            f"{float(gap.max()):.2g}), so PPO's updates would be wrong; give another model, or another transformers"
+        )

@@ -5,17 +5,20 @@ transformers is imported when first used, so that ``import minirlhf.language.sft
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirlhf.errors import CheckpointError, UserError
+from minirlhf.formats import Conversation, Message, messages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 PLACE = "THE-PROMPT-STANDS-HERE"  # in a template, to find what is written around a prompt
+NUMBERED = re.compile(rf"{PLACE}-(\d+)-")  # and around each of several messages
 # The prompt ends in a line break, followed by the answer. This is stored as the tokenizer's chat template, so that a
 # pretrained chat model uses its own and every saved checkpoint records how its prompts were written.
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' \n' }}{% endfor %}"
@@ -81,24 +84,47 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, in the tokenizer's template.
+    """Token ids of each prompt, in the tokenizer's template, up to where the answer begins.
 
-    BOS comes first if the tokenizer starts every text with it. The template writes its own special tokens; none is
-    added twice, and a special token inside a prompt's text is plain text.
+    A text is a user's message, a `Conversation` the messages that it holds. BOS comes first if the tokenizer starts
+    every text with it. The template writes its own special tokens; none is added twice, and a special token inside a
+    message is plain text. A text that is in the template already (see `templated`) is taken as it is.
+
+    Raises:
+        UserError: the template refuses a conversation, as Gemma's does a system message.
     """
-    unique = list(dict.fromkeys(prompts))
-    texts = [_in_template(tokenizer, prompt) for prompt in unique]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ids = dict(zip(unique, rows, strict=True))
+    chats = [messages_of(prompt) for prompt in prompts]
+    unique = list(dict.fromkeys(chats))
     specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials |= set(tokenizer.all_special_tokens)
-    for prompt in [prompt for prompt in unique if any(special in prompt for special in specials)]:
-        parts = _in_template(tokenizer, PLACE).split(PLACE)
-        first, *others = tokenizer(parts, add_special_tokens=False)["input_ids"]
-        plain = _encode_plain(tokenizer, [prompt])[0]
-        ids[prompt] = sum(([*plain, *part] for part in others), list(first))
+    odd = {chat for chat in unique if any(special in content for _, content in chat for special in specials)}
+    done = {messages_of(prompt) for prompt in templated(tokenizer, prompts)}
+    texts = [chat[0][1] if chat in done else _in_template(tokenizer, chat) for chat in unique]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = dict(zip(unique, rows, strict=True))
+    for chat in odd - done:
+        marked = [(role, f"{PLACE}-{i}-") for i, (role, _) in enumerate(chat)]
+        parts = NUMBERED.split(_in_template(tokenizer, marked))  # template, number, template, number ... template
+        written = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
+        plain = _encode_plain(tokenizer, [chat[int(number)][1] for number in parts[1::2]])
+        ids[chat] = sum(([*said, *part] for said, part in zip(plain, written[1:], strict=True)), list(written[0]))
     bos = _bos(tokenizer)
-    return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in map(ids.__getitem__, prompts)]
+    return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in map(ids.__getitem__, chats)]
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> set[str]:
+    """Those of the prompts that are texts in the chat template already, as some data sets hold them.
+
+    They begin with the template's first special token (or all that it opens with) and end with its generation prompt.
+    Where a template writes only white space around a prompt, as ours does, no text is taken for one in it.
+    """
+    before, _, after = (part.strip() for part in _in_template(tokenizer, [("user", PLACE)]).partition(PLACE))
+    if not before or not after:
+        return set()
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    first = next((special for special in specials if before.startswith(special)), before)
+    texts = {prompt for prompt in prompts if not isinstance(prompt, Conversation)}
+    return {text for text in texts if text.strip().startswith(first) and text.strip().endswith(after)}
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,9 +133,15 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return written["input_ids"][: written["special_tokens_mask"].index(0)]
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+def _in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    chat = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(role for role, _ in messages)
+        raise UserError(f"the tokenizer's chat template refuses messages of {roles} ({error})") from None
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

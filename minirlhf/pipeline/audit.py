@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirlhf.data import DataFolder
+from minirlhf.data import ENDINGS, TABLES, DataFolder
 from minirlhf.errors import DataError
 from minirlhf.language.tokenization import decode, encode_prompts, encode_responses
 
@@ -19,7 +19,6 @@ MOST_UNKNOWN = 0.1
 """Share of a text's tokens that may be <unk>."""
 SAMPLE = 500
 """Texts that are encoded and decoded again."""
-READ = ("corpus", "demonstrations", "comparisons", "prompts")
 ABOUT = ("readme", "license", "licence", "notice", "citation", "dataset_info", ".git")
 
 
@@ -74,12 +73,12 @@ def _unread_files(path: Path) -> Iterator[str]:
     for part in (path, path / "heldout"):
         if not part.is_dir():
             continue
-        tables = {f"{name}{ending}" for name in READ for ending in (".jsonl", ".jsonl.gz", ".parquet")}
+        tables = {f"{name}{ending}" for name in TABLES for ending in ENDINGS}
         known = tables | ({"tokenizer.json", "world.json", "heldout"} if part == path else set())
         for file in sorted(part.iterdir()):
             name = file.name.lower()
             if file.name not in known and not name.startswith((*ABOUT, ".", "_")):
-                names = ", ".join(f"{table}.jsonl" for table in READ)
+                names = ", ".join(f"{table}.jsonl" for table in TABLES)
                 yield f"{file}: nothing reads this; the files of a data folder are {names}"
 
 

@@ -26,6 +26,7 @@ from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer
+from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.folder import (
     POLICIES,
     find_device,
@@ -190,8 +191,11 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
     for needed in (run / "base", run / "sft", run / "reward_model", folder):
         verify_model(needed, required=needed.parent == run)
     found = find_data(config)
-    data = read_folder(found, config.seed)
+    data = read_folder(found, config.seed, config.data_errors)
     check_data(run, found)
+    if config.data_errors == "skip":  # the run left out what its models can't read
+        context = context_of(load_policy(run, "base", device))
+        fit(data, load_tokenizer(run / "base"), config.context_length or context, answer_room(config), skip=True)
     evaluator = Evaluator(run, data, config.base.block_length, settings, seed, device)
     if load_tokenizer(folder).get_vocab() != evaluator.tokenizer.get_vocab():
         raise CheckpointError(f"{folder}: its tokenizer's vocabulary differs from that of the run {run}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +13,13 @@ from torch import Tensor
 from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
+from minirlhf.hub import fetch_rows, is_hub_name
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model
-from minirlhf.language.tokenization import (
-    encode_prompts,
-    encode_responses,
-    encode_texts,
-    load_tokenizer,
-    tokenizer_from_file,
-    train_tokenizer,
-)
+from minirlhf.language.tokenization import encode_texts, load_tokenizer, tokenizer_from_file, train_tokenizer
 from minirlhf.pipeline.audit import audit
+from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.judges import gold_judge
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
@@ -32,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MADE_WORLD = "world"
+FROM_HUB = "hub"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data" / "small_world"
 
 
@@ -46,13 +42,16 @@ class Inputs:
 
 
 def find_data(config: RunConfig) -> Path:
-    """The folder to read: the one given, the shipped small world, or a small world made for this run.
+    """The folder or file to read: the one given, the shipped small world, or a small world made for this run.
+
+    The rows of a data set on the hub are kept in the run's folder, so that a run that goes on learns from the same.
 
     Raises:
-        UserError: none of the three is there: the package that provides the small world is not installed.
+        UserError: none of them is there, for example if the package that provides the small world is not installed.
+        DataError: the data set can't be read from the hub.
     """
     if config.data is not None:
-        return config.data
+        return fetch_rows(config.data, config.out / FROM_HUB) if is_hub_name(config.data) else config.data
     if DEFAULT_DATA.is_dir():
         return DEFAULT_DATA
     # Installed without the repository: make the same folder (the seed of the shipped one is 0).
@@ -74,8 +73,9 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         DataError: a row is malformed or too long for the context, named by file and line.
         CheckpointError: the pretrained model can't be loaded.
     """
-    folder = read_folder(path, config.seed)
-    _add_rankings(folder, config.comparisons)
+    skip = config.data_errors == "skip"
+    folder = read_folder(path, config.seed, config.data_errors)
+    _add_rankings(folder, config.comparisons, skip)
     gold_judge(folder)  # finds prompts that it can't judge now, not after the training
     limit = config.context_length
     if config.model is not None:
@@ -88,16 +88,9 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     else:
         tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
 
+    block_length = config.base.block_length
+    longest = max(block_length, fit(folder, tokenizer, limit, answer_room(config), skip))
     folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
-    longest = block_length = config.base.block_length
-    room = max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
-    for what, where, length in _sequences(folder, tokenizer, room):
-        if limit is not None and length > limit:
-            raise DataError(
-                f"{where}: {what} takes {length} tokens, but the context holds {limit}; shorten the row, "
-                "or raise --context-length if the model allows it"
-            )
-        longest = max(longest, length)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
     blocks = {}
@@ -109,12 +102,12 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
 
 
-def _add_rankings(folder: DataFolder, files: Sequence[Path]) -> None:
+def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False) -> None:
     """Add files of rankings to the comparisons. A person may tie all answers; such a row teaches nothing."""
     held = {row.prompt for row in folder.heldout_comparisons} | {row.text for row in folder.heldout_prompts}
     # A round's file may be the last round's with more rows: each file counts once.
     for file in {file.resolve(): file for file in files}.values():
-        rows = read_rankings(file)
+        rows = read_rankings(file, folder.notes if skip else None)
         used = [row for row in rows if len(set(row.scores)) > 1 and row.prompt not in held]
         for count, what in (
             (sum(len(set(row.scores)) == 1 for row in rows), "state no preference (all answers tied)"),
@@ -144,25 +137,3 @@ def _from_file(file: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise DataError(f"{file}: the tokenizer can't be loaded ({error}); delete it to train one") from None
     return tokenizer
-
-
-def _sequences(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[tuple[str, str, int]]:
-    """Every sequence that a step will see: what it is, its file and line, its length in tokens.
-
-    Args:
-        folder: the data.
-        tokenizer: of the models.
-        room: maximum tokens of a sampled answer.
-    """
-    comparisons = (*folder.comparisons, *folder.heldout_comparisons)
-    for what, rows in (
-        ("prompt and completion", [(row.where, row.prompt, row.completion) for row in folder.demonstrations]),
-        ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),
-    ):
-        wheres, prompts, answers = zip(*rows, strict=True)
-        encoded = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers)
-        for where, prompt, answer in zip(wheres, *encoded, strict=True):
-            yield what, where, len(prompt) + len(answer)
-    asked = (*folder.prompts, *folder.heldout_prompts)
-    for row, ids in zip(asked, encode_prompts(tokenizer, [row.text for row in asked]), strict=True):
-        yield f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)", row.where, len(ids) + room

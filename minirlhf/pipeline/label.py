@@ -16,6 +16,7 @@ from minirlhf.labeling import MOST_ANSWERS, Item
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, encode_responses, load_tokenizer
+from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
 from minirlhf.pipeline.inputs import find_data
 
@@ -59,12 +60,14 @@ def items_to_rank(
     name = policy or finished[-1]
     if name not in finished:
         raise CheckpointError(f"{run}: no finished policy {name!r}; choose one of {', '.join(finished)}")
-    folder = read_folder(data or find_data(config), config.seed)
+    folder = read_folder(data or find_data(config), config.seed, config.data_errors)
+    model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
+    if config.data_errors == "skip":
+        fit(folder, tokenizer, config.context_length or context_of(model), answer_room(config), skip=True)
     texts = sorted({row.text for row in folder.prompts})
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [texts[i] for i in order[:prompts]]
     settings = replace(config.evaluation, temperature=temperature)
-    model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
     items = sample_items(model, tokenizer, chosen, answers, settings, seed=seed)
     if not items:
         raise UserError(f"{run / name}: gave no prompt two different answers that fit its context; raise --temperature")

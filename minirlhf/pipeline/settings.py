@@ -18,13 +18,13 @@ import torch
 
 from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_folder
 from minirlhf.config import UNSAVED, RunConfig
+from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
 from minirlhf.language.models import context_in
 from minirlhf.pipeline.folder import FORMAT, LOCK, POLICIES, STEPS, read_settings
-from minirlhf.pipeline.inputs import MADE_WORLD
+from minirlhf.pipeline.inputs import FROM_HUB, MADE_WORLD
 
 DATA_SUMS = "data_sha256"
-TABLES = ("corpus", "demonstrations", "comparisons", "prompts")
 Differences = dict[str, tuple[Any, Any]]
 
 
@@ -116,12 +116,16 @@ def _sha256(file: Path) -> str | None:
 def data_sums(folder: Path) -> dict[str, str]:
     """The sha256 of each file that `read_folder` reads, by its name: a path says nothing of what it holds.
 
+    A single file of comparisons has no name beside its path: "".
+
     Example:
         >>> sorted(data_sums(Path("data/small_world")))[:2]  # doctest: +SKIP
         ['comparisons.jsonl.gz', 'corpus.jsonl.gz']
     """
-    names = [f"{part}{name}.jsonl" for part in ("", "heldout/") for name in TABLES]
-    files = [folder / name for name in (*names, *(f"{name}.gz" for name in names), "tokenizer.json", "world.json")]
+    if folder.is_file():
+        return {"": _sha256(folder) or ""}
+    names = [f"{part}{name}{ending}" for part in ("", "heldout/") for name in TABLES for ending in ENDINGS]
+    files = [folder / name for name in (*names, "tokenizer.json", "world.json")]
     return {file.relative_to(folder).as_posix(): digest for file in files if (digest := _sha256(file)) is not None}
 
 
@@ -139,11 +143,12 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         CheckpointError: the folder holds something else, or a step that was trained with other settings.
     """
     if not (out / "config.json").is_file():
-        own = (MADE_WORLD, LOCK, f"config.json{PARTIAL}")  # what a run that was ended in its first second leaves
+        # What a run that was ended in its first second leaves.
+        own = (MADE_WORLD, FROM_HUB, LOCK, f"config.json{PARTIAL}")
         if out.is_dir() and any(path.name not in own for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = {"comparisons": {}} | read_settings(out)  # a run from before this setting had none
+    old_settings = {"comparisons": {}, "data_errors": "stop"} | read_settings(out)  # before these settings were there
     if old_settings.get("previous") is not None and settings["previous"] is None:
         raise CheckpointError(
             f"{out}: a round after {old_settings['previous']}; continue it with the minirlhf round that began it, or "

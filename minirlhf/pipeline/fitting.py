@@ -1,0 +1,137 @@
+"""Check that every row of the data can be written in the tokenizer's template, and fits the models' context."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from minirlhf.config import RunConfig
+from minirlhf.data import Comparison, DataFolder, Demonstration, Prompt, counted
+from minirlhf.errors import DataError, UserError
+from minirlhf.formats import Conversation
+from minirlhf.language.tokenization import encode_prompts, encode_responses, templated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LISTS = ("demonstrations", "comparisons", "heldout_comparisons", "prompts", "heldout_prompts")
+
+
+def answer_room(config: RunConfig) -> int:
+    """Maximum tokens of a sampled answer, in training and evaluation."""
+    return max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
+
+
+def fit(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, limit: int | None, room: int, skip: bool) -> int:
+    """Check the rows of a folder, and leave out those that don't fit if asked to.
+
+    Where a prompt is a text in the template already, the EOS that the template wrote after the answers is taken off:
+    it is added when they are encoded.
+
+    Args:
+        folder: the data; its lists and notes may change.
+        tokenizer: of the models.
+        limit: the longest sequence that they read; None for no limit.
+        room: maximum tokens of a sampled answer.
+        skip: leave out the rows that don't fit, with a note that counts them.
+
+    Returns:
+        The length of the longest sequence that a step will see.
+
+    Raises:
+        DataError: a row doesn't fit, named by file and line; or with `skip`, no row of a list is left.
+    """
+    total = sum(len(getattr(folder, name)) for name in LISTS)
+    left_out: dict[str, str] = {}  # the place of a row, and the reason
+    _cut_ends(folder, tokenizer)
+    for where, reason in _refused(folder, tokenizer):
+        if not skip:
+            raise DataError(f"{where}: {reason}")
+        left_out[where] = reason
+    _leave_out(folder, left_out)
+    longest = 0
+    for what, where, length in _sequences(folder, tokenizer, room):
+        if limit is None or length <= limit:
+            longest = max(longest, length)
+        elif skip:
+            left_out.setdefault(where, f"{what} are longer than the context of {limit} tokens")
+        else:
+            raise DataError(
+                f"{where}: {what} takes {length} tokens, but the context holds {limit}; shorten the row, "
+                "or raise --context-length if the model allows it"
+            )
+    _leave_out(folder, left_out)
+    if left_out:
+        folder.notes.append(counted(str(folder.path), list(left_out.items()), total))
+    return longest
+
+
+def _asked(row: Demonstration | Comparison | Prompt) -> str:
+    return row.text if isinstance(row, Prompt) else row.prompt
+
+
+def _refused(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """The rows whose conversation the template can't write: a system message, or two turns of one role in a row."""
+    asked = [(row.where, _asked(row)) for name in LISTS for row in getattr(folder, name)]
+    conversations = [(where, prompt) for where, prompt in asked if isinstance(prompt, Conversation)]
+    if _refusal(tokenizer, [prompt for _, prompt in conversations]) is not None:  # which of them?
+        reasons = {prompt: _refusal(tokenizer, [prompt]) for _, prompt in conversations}
+        yield from ((where, reason) for where, prompt in conversations if (reason := reasons[prompt]) is not None)
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]) -> str | None:
+    try:
+        encode_prompts(tokenizer, prompts)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _leave_out(folder: DataFolder, wheres: Container[str]) -> None:
+    for name in LISTS:
+        rows = getattr(folder, name)
+        kept = [row for row in rows if row.where not in wheres]
+        if rows and not kept:
+            raise DataError(f"{folder.path}: none of the {name.replace('heldout_', 'held-out ')} fits the model")
+        setattr(folder, name, kept)
+
+
+def _cut_ends(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    done = templated(tokenizer, {_asked(row) for name in LISTS for row in getattr(folder, name)})
+
+    def cut(answer: str) -> str:
+        return answer.rstrip().removesuffix(str(tokenizer.eos_token)) or answer
+
+    if done:
+        folder.demonstrations = [
+            replace(row, completion=cut(row.completion)) if row.prompt in done else row for row in folder.demonstrations
+        ]
+    for name in ("comparisons", "heldout_comparisons") if done else ():
+        rows = [
+            replace(row, responses=tuple(map(cut, row.responses))) if row.prompt in done else row
+            for row in getattr(folder, name)
+        ]
+        setattr(folder, name, rows)
+
+
+def _sequences(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[tuple[str, str, int]]:
+    """Every sequence that a step will see: what it is, its file and line, its length in tokens.
+
+    Args:
+        folder: the data.
+        tokenizer: of the models.
+        room: maximum tokens of a sampled answer.
+    """
+    comparisons = (*folder.comparisons, *folder.heldout_comparisons)
+    for what, rows in (
+        ("prompt and completion", [(row.where, row.prompt, row.completion) for row in folder.demonstrations]),
+        ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),
+    ):
+        wheres, prompts, answers = zip(*rows, strict=True)
+        encoded = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers)
+        for where, prompt, answer in zip(wheres, *encoded, strict=True):
+            yield what, where, len(prompt) + len(answer)
+    asked = (*folder.prompts, *folder.heldout_prompts)
+    for row, ids in zip(asked, encode_prompts(tokenizer, [row.text for row in asked]), strict=True):
+        yield f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)", row.where, len(ids) + room
