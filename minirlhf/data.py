@@ -91,6 +91,8 @@ def read_folder(path: str | Path, seed: int = 0, errors: DataErrors = "stop") ->
     )
     data.comparisons = reader.comparisons(_file(folder, "comparisons"))
     heldout = folder / "heldout"
+    if heldout.is_file():
+        raise DataError(f"{heldout}: a file; held-out rows are in a folder, in files of the same names")
     if heldout.is_dir():
         data.heldout_corpus = reader.rows(_file(heldout, "corpus"), formats.text)
         data.heldout_comparisons = reader.comparisons(_file(heldout, "comparisons"))

@@ -15,6 +15,7 @@ A prompt is a string. One of several messages is a `Conversation`: the tokenizer
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,9 @@ class Row:
         value = self.values[key]
         self.require(isinstance(value, str), f"field {key!r} must be a string, found {kind_of(value)}")
         self.require(bool(value.strip()), f"field {key!r} is empty")
+        # A zero-width character is no whitespace to Python, but nobody can see it.
+        seen = value.isascii() or any(unicodedata.category(character)[0] not in "CZ" for character in value)
+        self.require(seen, f"field {key!r} has only invisible characters")
         return self.characters(value, f"field {key!r}")
 
     def characters(self, value: str, what: str) -> str:
@@ -226,7 +230,9 @@ def demonstration(row: Row) -> Demonstration:
 def comparison(row: Row) -> Comparison:
     """K answers to one prompt with scores or a ranking, or a chosen and a rejected one."""
     labeler = row.string("labeler") if "labeler" in row.values else ""
-    if not {"chosen", "rejected"} & row.values.keys():
+    pair, several = {"chosen", "rejected"} & row.values.keys(), {"scores", "ranking"} & row.values.keys()
+    row.require(not (pair and several), "states its preference twice: 'chosen' and 'rejected', and scores or a ranking")
+    if not pair:
         question = _prompt(row)
         responses = _responses(row)
         return Comparison(question, responses, _scores(row, len(responses)), labeler, row.where)

@@ -145,3 +145,10 @@ def test_a_world_of_another_version(tmp_path: Path, fast_run, refused) -> None:
     file = world / "world.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 7}))
     assert "format_version 7" in refused(fast_run(tmp_path / "run", data=world))
+
+
+def test_heldout_that_is_a_file(tiny_folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_folder, tmp_path / "data"))
+    (data / "heldout").write_text("rows")
+    with pytest.raises(DataError, match="heldout: a file"):
+        read_folder(data)
