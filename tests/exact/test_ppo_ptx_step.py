@@ -118,8 +118,8 @@ def test_two_optimizer_steps_are_those_made_by_hand(causal, tokenizer, monkeypat
     before = [p.clone() for p in theirs["policy"].parameters()]
     blocks = torch.randint(2, len(tokenizer), (12, 10), generator=generator_for(0))
     config, recorder, taken = RLHFConfig(**SETTINGS), Recorder("rlhf", progress=False), []
-    sample = rlhf.sample
-    monkeypatch.setattr(rlhf, "sample", lambda *a, **k: taken.append(sample(*a, **k)) or taken[-1])
+    sample = rlhf.sample_by_rank
+    monkeypatch.setattr(rlhf, "sample_by_rank", lambda *a, **k: taken.append(sample(*a, **k)) or taken[-1])
     words = lambda prompts, responses: [len(text) / 20 for text in responses]  # noqa: E731
     options = {"corpus_blocks": blocks, "seed": 1, "recorder": recorder}
     train_rlhf(policy, value, causal, words, tokenizer, PROMPTS, config, **options)
