@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
+ADAPTER = "adapter_config.json"
+"""What tells peft's folder of an adapter from that of a whole model."""
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
 """File patterns that the checksums of a model must cover."""
 
@@ -55,7 +57,8 @@ def save_model(
 
     Args:
         folder: must be empty or not exist yet.
-        model: any transformers model; saved as safetensors.
+        model: any transformers model; saved as safetensors. Of a peft model the adapter alone is saved, as peft does,
+            with the whole model's config.json beside it.
         tokenizer: saved with it.
         aside: the folder to write to before it is renamed; files already in it (metrics, TensorBoard events) are kept,
             and a training state in it is deleted last, so that a kill at any time loses nothing.
@@ -63,13 +66,14 @@ def save_model(
             so that it can include the time that took.
 
     Raises:
-        CheckpointError: the model has a peft adapter; nothing is written.
+        CheckpointError: the model is the inner one of a peft model; nothing is written.
         TrainingError: a weight is NaN or infinite; nothing is written.
     """
-    if hasattr(model, "peft_config"):
+    adapted = hasattr(model, "peft_config")
+    if adapted and not hasattr(model, "get_base_model"):
         raise CheckpointError(
-            f"{folder}: not saved, the model has a peft adapter: merge it first (model.merge_and_unload()), or "
-            "save the adapter alone with model.save_pretrained"
+            f"{folder}: not saved, this is the model inside a peft adapter: give the peft model itself, or merge it "
+            "first (model.merge_and_unload())"
         )
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if broken or not math.isfinite(getattr(model.config, "score_offset", 0.0)):
@@ -81,7 +85,11 @@ def save_model(
     if aside is None:
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    if adapted:
+        model.save_pretrained(aside, save_embedding_layers=False)  # no embedding is trained; "auto" would ask the hub
+        model.config.save_pretrained(aside)
+    else:
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if summary is not None:
         write_json(aside / SUMMARY, summary() if callable(summary) else summary)

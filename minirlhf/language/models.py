@@ -9,6 +9,7 @@ Any transformers decoder works; `tiny_llama` creates the small one that the cour
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from minirlhf.errors import CheckpointError
+from minirlhf.checkpoints import ADAPTER
+from minirlhf.errors import CheckpointError, require_installed
 from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
@@ -85,22 +87,27 @@ def tiny_llama(
 
 
 def load_causal_model(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Load a causal model in float32.
+    """Load a causal model. The folder of a peft adapter gives its base model with the adapter merged into it.
 
     Args:
         path: a folder or a hub name.
         tokenizer: if it has more tokens than the model, such as an added pad token, the model's embedding is enlarged.
             Not needed for training: padding never enters a model.
         seed: of the new rows of the embedding.
+        dtype: of its weights.
 
     Raises:
         CheckpointError: weights are missing or damaged, or it is not a causal model.
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = _load(AutoModelForCausalLM, path)
+    model, missing = _load(AutoModelForCausalLM, path, dtype)
     made = (model.config.architectures or [""])[0]
     if "ForSequenceClassification" in made:
         raise CheckpointError(f"{path}: a {made}, which only scores texts; give a causal model")
@@ -115,11 +122,13 @@ def load_causal_model(
     return model
 
 
-def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
-    """``kind.from_pretrained`` in float32, and the names of weights that are missing in the files."""
+def _load(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, list[str]]:
+    """``kind.from_pretrained``, and the names of weights that are missing in the files."""
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
+    if (Path(path) / ADAPTER).is_file():
+        return _merged(kind, Path(path), dtype)
     try:
         config = AutoConfig.from_pretrained(path)
         if getattr(config, "surprise", None) is not None:
@@ -127,7 +136,7 @@ def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
                 f"{path}: a reward model of minirlhf 0.1 whose score is more than a scalar head (config.surprise); "
                 "without the rest it would score differently, so train it again"
             )
-        model, found = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, found = kind.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -135,6 +144,30 @@ def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
             "give a folder made by save_pretrained, weights included, or a hub name"
         ) from error
     return model, sorted(found["missing_keys"])
+
+
+def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """The base model of a peft adapter with the adapter merged into it, in float32 and then rounded once."""
+    require_installed("peft", "lora")
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base)
+        if "SequenceClassification" in kind.__name__:
+            config.num_labels = 1
+        model, found = kind.from_pretrained(base, config=config, dtype=torch.float32, output_loading_info=True)
+        adapted = PeftModel.from_pretrained(model, folder)
+        inner = adapted.get_base_model().named_modules()
+        brought = [name for name, module in inner if hasattr(module, "modules_to_save")]
+        model = adapted.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: the adapter or its base model can't be loaded ({reason})") from error
+    missing = [key for key in found["missing_keys"] if key.rsplit(".", 1)[0] not in brought]
+    return half(model, dtype), sorted(missing)
 
 
 def _check_complete(path: str | Path, missing: list[str]) -> None:
@@ -149,6 +182,15 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
     model, missing = _load(AutoModelForSequenceClassification, path)
     _check_scalar(model)
     _check_complete(path, missing)
+    return model
+
+
+def half(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast a model that is not trained, in place. A scalar head stays as it is: scores need more than 8 bits."""
+    head = copy.deepcopy(model.score) if getattr(model, "score", None) is not None else None
+    model.to(dtype)
+    if head is not None:
+        model.score = head
     return model
 
 
@@ -206,6 +248,21 @@ def empty_scalar(model: PreTrainedModel, device: str = "meta") -> PreTrainedMode
 def clone(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model that shares no weights with it: same device and dtype, adapters and frozen parts included."""
     return copy.deepcopy(model)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose frozen weights are the same tensors as the model's: only what is trained takes memory.
+
+    With LoRA this puts several adapters on one body. Each copy has modules of its own, so no forward has to switch
+    adapters, and a layer that backward computes again has the right one.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+        >>> twin = share(layers)
+        >>> twin[0].weight is layers[0].weight, twin[1].weight is layers[1].weight
+        (True, False)
+    """
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def _check_scalar(model: PreTrainedModel) -> None:
@@ -283,7 +340,11 @@ def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: T
 
 def _head(model: PreTrainedModel, states: Tensor) -> Tensor:
     _check_scalar(model)
-    return model.score(states).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+    return model.score(states.to(_head_dtype(model))).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+
+
+def _head_dtype(model: PreTrainedModel) -> torch.dtype:
+    return next(model.score.parameters()).dtype  # float32 also on a body in bfloat16
 
 
 def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
+from minirlhf.language.forward import compute_dtype
 from minirlhf.language.generation import Samples, end_ids, sample
-from minirlhf.language.models import clone, response_logprobs, token_values
+from minirlhf.language.models import response_logprobs, share, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
 from minirlhf.language.tokenization import decode, encode_prompts
@@ -200,7 +201,7 @@ def train_rlhf(
     controller = FixedKLController(config.beta)
     if config.target_kl is not None:
         controller = AdaptiveKLController(config.beta, target=config.target_kl, horizon=config.kl_horizon)
-    average = clone(policy).eval() if config.ema_decay is not None else None
+    average = share(policy).eval() if config.ema_decay is not None else None
     models = {"policy": policy, "value": value_model} | ({"average": average} if average is not None else {})
     optimizers = {"policy": learners.policy_optimizer, "value": learners.value_optimizer}
     recorder.track(models, optimizers, {"kl": controller})
@@ -386,13 +387,14 @@ def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: st
     Raises:
         TrainingError: it does not, so PPO's updates would be wrong.
     """
-    rounds = policy.dtype in (torch.bfloat16, torch.float16)
+    dtype = compute_dtype(policy)
+    rounds = dtype in (torch.bfloat16, torch.float16)
     what, limit = ("mean", 5e-2) if rounds else ("largest", 1e-3)
     error = row["policy/mean_ratio_error" if rounds else "policy/ratio_error"]
     if error > limit:
         raise TrainingError(
             f"{where}: before the first update the ratio of the probabilities in training and in sampling must be 1, "
-            f"but its {what} error is {error:.2g} (at most {limit} in {policy.dtype}); check what the policy's "
+            f"but its {what} error is {error:.2g} (at most {limit} in {dtype}); check what the policy's "
             "forward does differently with a cache, or in a padded batch. No weight has changed in this step."
         )
 
@@ -434,7 +436,8 @@ def _together(rows: list[dict[str, float]], divisor: int = 1) -> dict[str, float
 @torch.no_grad()
 def _average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
     for own, weight in zip(average.parameters(), policy.parameters(), strict=True):
-        own.lerp_(weight, 1 - decay)
+        if own.requires_grad:
+            own.lerp_(weight, 1 - decay)
 
 
 def _measure(experience: Experience, beta: float) -> dict[str, float]:

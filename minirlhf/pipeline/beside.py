@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import UNSAVED, RunConfig
+from minirlhf.config import COMMANDED, UNSAVED, RunConfig
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.pipeline.folder import hide_loading_bars, read_config
 from minirlhf.pipeline.inputs import find_data, load_inputs
@@ -52,7 +52,7 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
         TrainingError: the child failed; it has printed its own message.
     """
     # time.time is the clock that two processes share.
-    unsaved = {name: getattr(config, name) for name in UNSAVED}
+    unsaved = {name: getattr(config, name) for name in (*UNSAVED, *COMMANDED)}
     settings = {"unsaved": unsaved, "progress": progress, "began": time.time()}
     command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]
     # A parent whose threads are bound would bind the child to the same core.

@@ -64,7 +64,8 @@ def items_to_rank(
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [texts[i] for i in order[:prompts]]
     settings = replace(config.evaluation, temperature=temperature)
-    model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
+    model = load_policy(run, name, torch.device("cpu"), dtype=config.frozen_dtype)
+    tokenizer = load_tokenizer(run / name)
     items = sample_items(model, tokenizer, chosen, answers, settings, seed=seed)
     if not items:
         raise UserError(f"{run / name}: gave no prompt two different answers that fit its context; raise --temperature")

@@ -20,12 +20,17 @@ from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
 from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
-from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, locked, read_report
+from minirlhf.pipeline.folder import find_device, hide_loading_bars, locked, read_report, steps_of_run
+from minirlhf.pipeline.given import FileReward, told
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.settings import changed_settings, check_context, check_previous, settings_of
 from minirlhf.pipeline.steps import train_step
 
 BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
+UNFIT = (
+    "note: the learning rates, batches and steps of this preset are made for a model of 0.5 million parameters and are "
+    "about 100 times too fast for a pretrained one; --preset pretrained has the field's"
+)
 PACKAGES = ("minirlhf", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -61,18 +66,25 @@ def run_pipeline(
 def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[str, Any]:
     hide_loading_bars()
     out, device, data = config.out, find_device(config.device), find_data(config)
-    settings = settings_of(config, data)
+    reward = FileReward(config.reward) if config.reward is not None else None
+    settings = settings_of(config, data, reward)
     changed = changed_settings(out, settings)
     if config.previous is not None:
         check_previous(config.previous, settings)
-    left = [step for step in STEPS if not (out / step).is_dir()]
-    for step in [step for step in STEPS if step not in left]:
+    steps = steps_of_run(config)
+    left = [step for step in steps if not (out / step).is_dir()]
+    for step in [step for step in steps if step not in left]:
         verify_model(out / step, required=True)
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)
+    if reward is not None:
+        rows = inputs.folder.demonstrations[:2]
+        reward([row.prompt for row in rows], [row.completion for row in rows])  # a mistake shows before any training
     for note in inputs.folder.notes:
         print(note, file=sys.stderr)
+    if config.pretrained is not None and config.preset != "pretrained" and config.previous is None:
+        print(UNFIT, file=sys.stderr)
     if "base" not in left or config.previous is not None:
         check_context(config.previous or out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
@@ -98,11 +110,20 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     torch.set_num_threads(threads)
 
     began = time.monotonic()
-    evaluator = Evaluator(out, inputs.folder, config.base.block_length, config.evaluation, config.seed, device)
+    evaluator = Evaluator(
+        out,
+        inputs.folder,
+        config.base.block_length,
+        config.evaluation,
+        config.seed,
+        device,
+        dtype=config.frozen_dtype,
+        reward=reward,
+    )
     measured, examples = evaluate_run(evaluator, progress)
     write_json(out / "answers.json", examples)
-    summaries = {step: json.loads((out / step / SUMMARY).read_text(encoding="utf-8")) for step in STEPS}
-    seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in STEPS}
+    summaries = {step: json.loads((out / step / SUMMARY).read_text(encoding="utf-8")) for step in steps}
+    seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in steps}
     seconds["evaluation"] = time.monotonic() - began
     side_by_side = summaries["ppo"].get("beside", False)  # then the longer of the two counts
     total = sum(seconds.values()) - (min(seconds["ppo"], seconds["ppo_ptx"]) if side_by_side else 0.0)
@@ -112,6 +133,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "side_by_side": side_by_side,
         "seed": config.seed,
         "preset": config.preset,
+        "given": told(config, reward),
         "data": data.name,
         "command": command,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
