@@ -112,38 +112,6 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
         model = _learner(model, config)
         return train_sft(model, tokenizer, data.demonstrations, config.sft, seed=seed, recorder=recorder)
     if step == "reward_model" and config.given_reward_model is not None:
-        return load_tokenizer(config.given_reward_model)
-    return inputs.tokenizer
-
-
-def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> PreTrainedModel:
-    """Train this step's model, starting from the models of earlier steps."""
-    run, seed, device = config.out, config.seed, find_device(config.device)
-    data, tokenizer = inputs.folder, inputs.tokenizer
-    lora = config.lora.rank is not None
-    bodies: Bodies = {}
-    options: Any = {"dtype": config.body_dtype, "bodies": bodies if lora else None}
-    if config.previous is not None and step in ("base", "sft"):
-        recorder.track({}, {})  # creates the folder
-        metrics = config.previous / step / "metrics.jsonl"
-        if metrics.is_file():
-            shutil.copy(metrics, run / f"{step}.partial")  # the report draws how the model was trained
-        return load_policy(config.previous, step, device, **options)
-    given = config.pretrained if step == "base" else config.given_sft if step == "sft" else None
-    if given is not None:
-        recorder.track({}, {})  # creates the folder
-        return load_causal_model(given, tokenizer, seed, dtype=config.body_dtype).to(device).eval()
-    if step == "base":
-        model = tiny_llama(config.model_size, tokenizer, inputs.context_length, seed).to(device)
-        return train_base(_learner(model, config), inputs.corpus_blocks, config.base, seed=seed, recorder=recorder)
-    if step == "sft":
-        model = load_policy(run, "base", device, **options)
-        if lora:
-            model = add_lora(model, config.lora, seed, _body_name(config))
-        return train_sft(
-            _learner(model, config), tokenizer, data.demonstrations, config.sft, seed=seed, recorder=recorder
-        )
-    if step == "reward_model" and config.given_reward_model is not None:
         recorder.track({}, {})
         return load_given_reward_model(config.given_reward_model)[0]
     sft = load_policy(run, "sft", device, **options)
