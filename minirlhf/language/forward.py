@@ -21,11 +21,13 @@ from minirlhf.language import llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPUTES_IN = "minirlhf_computes_in"
-"""The attribute of a body that `compute_in` sets."""
+COMPUTES_IN, RECOMPUTES = "minirlhf_computes_in", "minirlhf_recomputes"
+"""The attributes of a body that `compute_in` and `recompute_layers` set."""
 
 LOGITS_ARE_DEAR = {"cuda"}
-"""Device types where a step's [B, T, V] logits are never materialized: they would take more memory than the model."""
+"""Device types where a step's [B, T, V] logits are never materialized: they would take more memory than the model.
+
+Elsewhere neither are those of a model that recomputes its layers."""
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
@@ -88,8 +90,8 @@ def _computing(model: PreTrainedModel) -> contextlib.AbstractContextManager[obje
 def recompute_layers(model: PreTrainedModel) -> None:
     """Gradient checkpointing: of each layer the input alone is kept, and backward computes the layer again.
 
-    transformers' own switch works only in training mode, where dropout is on too; this one works in eval mode. A clone
-    recomputes with its own weights.
+    So are log-probs from the last hidden states, a few rows at a time. transformers' own switch works only in training
+    mode, where dropout is on too; this one works in eval mode. A clone recomputes with its own weights.
 
     Raises:
         UserError: its layers are not of the kind that transformers can checkpoint.
@@ -100,6 +102,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
     layers = [layer for layer in without_adapter(model).modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no layers that transformers can checkpoint; train it without")
+    setattr(without_adapter(model).base_model, RECOMPUTES, True)
     for layer in layers:
         if "forward" not in vars(layer):
             # No dropout is on, so there is no random state to keep.
@@ -199,13 +202,14 @@ def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, want
 
 
 def bare_head(model: PreTrainedModel) -> Tensor | None:
-    """The head's weight [V, D] if it alone computes the logits, on a device of `LOGITS_ARE_DEAR`; else None.
+    """The head's weight [V, D] if it alone computes the logits, and they are dear (`LOGITS_ARE_DEAR`); else None.
 
     Also None if something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
     """
     model = without_adapter(model)
     head = model.get_output_embeddings()
-    if model.device.type not in LOGITS_ARE_DEAR or type(head) is not nn.Linear or head.bias is not None:
+    dear = model.device.type in LOGITS_ARE_DEAR or getattr(model.base_model, RECOMPUTES, False)
+    if not dear or type(head) is not nn.Linear or head.bias is not None:
         return None
     settings = model.config.get_text_config().to_dict().items()
     shaped = any(("logit" in name or "lm_head" in name) and value not in (None, False, 1) for name, value in settings)

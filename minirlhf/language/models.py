@@ -20,13 +20,21 @@ from torch import Tensor, nn
 
 from minirlhf.checkpoints import ADAPTER
 from minirlhf.errors import CheckpointError, require_installed
-from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
+from minirlhf.language.forward import (
+    LOGITS_ARE_DEAR,
+    bare_head,
+    hidden_states,
+    next_token_logits,
+    without_adapter,
+)
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOGITS_AT_ONCE = 2**22
+"""Logits in memory at a time where they are recomputed: 16 MiB in float32."""
 BYTES = 256  # every byte-level BPE has a token for each
 
 
@@ -308,10 +316,25 @@ def response_logprobs(
         out = token_logprobs(response_logits(model, tokens, mask, response_mask), targets, **options)
     else:
         states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
-        out = linear_token_logprobs(states, head, targets, **options)
+        out = _linear_logprobs(states, head, targets, options)
     if return_entropy:
         return _spread(out[0], response_mask), _spread(out[1], response_mask)
     return _spread(out, response_mask)
+
+
+def _linear_logprobs(states: Tensor, head: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
+    """`linear_token_logprobs`, without all logits at once: on a GPU by its kernel, elsewhere a few rows at a time."""
+    from torch.utils.checkpoint import checkpoint
+
+    if states.device.type in LOGITS_ARE_DEAR:
+        return linear_token_logprobs(states, head, targets, **options)
+    rows = max(1, LOGITS_AT_ONCE // len(head))
+    again = {"use_reentrant": False, "preserve_rng_state": False} | options
+    parts = [
+        checkpoint(linear_token_logprobs, few, head, own, **again)
+        for few, own in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if options["return_entropy"] else torch.cat(parts)
 
 
 def _before(mask: Tensor, response_mask: Tensor) -> Tensor:

@@ -413,7 +413,7 @@ def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: flo
         values=_response_values(learners.value_model, samples),
         old_values=part.old_values,
         returns=part.returns,
-        entropy=entropy,
+        entropy=entropy if config.entropy_coef > 0 else entropy.detach(),  # so its graph is freed at once
         clip_range=config.clip_range or math.inf,
         value_clip_range=config.value_clip_range,
         value_coef=1.0,  # the two networks share nothing, so the value's weight is its learning rate

@@ -175,6 +175,8 @@ def _freeze(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
     """The same model, not to be trained; without adapters it needs no float32 weights any more."""
     if config.lora.rank is None:
         half(model, config.frozen_dtype)
+    if config.gradient_checkpointing:
+        recompute_layers(model)  # so that it too never holds all logits at once
     return model.requires_grad_(False)
 
 
