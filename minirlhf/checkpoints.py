@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
-ADAPTER = "adapter_config.json"
-"""What tells peft's folder of an adapter from that of a whole model."""
+ADAPTER, SCALAR = "adapter_config.json", "scalar.json"
+"""What tells peft's folder of an adapter from that of a whole model; and what peft does not save of a scalar model."""
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
-"""File patterns that the checksums of a model must cover."""
+"""File patterns that the checksums of a model must cover; those of an adapter, `ADAPTER` in place of config.json."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +58,7 @@ def save_model(
     Args:
         folder: must be empty or not exist yet.
         model: any transformers model; saved as safetensors. Of a peft model the adapter alone is saved, as peft does,
-            with the whole model's config.json beside it.
+            with the offset of its scores, if it is a scalar model, in scalar.json.
         tokenizer: saved with it.
         aside: the folder to write to before it is renamed; files already in it (metrics, TensorBoard events) are kept,
             and a training state in it is deleted last, so that a kill at any time loses nothing.
@@ -87,7 +87,8 @@ def save_model(
         shutil.rmtree(aside, ignore_errors=True)
     if adapted:
         model.save_pretrained(aside, save_embedding_layers=False)  # no embedding is trained; "auto" would ask the hub
-        model.config.save_pretrained(aside)
+        if hasattr(model.config, "score_offset"):
+            write_json(aside / SCALAR, {"score_offset": model.config.score_offset})
     else:
         model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -122,8 +123,9 @@ def verify_model(folder: Path, *, required: bool = False) -> None:
         sums = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
         raise CheckpointError(f"{record}: damaged (not JSON); {advice}") from None
-    if not isinstance(sums, dict) or not all(any(fnmatch(name, part) for name in sums) for part in PARTS):
-        raise CheckpointError(f"{record}: damaged (it must name {', '.join(PARTS)}); {advice}")
+    parts = (ADAPTER, *PARTS[1:]) if (folder / ADAPTER).is_file() else PARTS
+    if not isinstance(sums, dict) or not all(any(fnmatch(name, part) for name in sums) for part in parts):
+        raise CheckpointError(f"{record}: damaged (it must name {', '.join(parts)}); {advice}")
     for name, expected in sums.items():
         file = folder / name
         if not file.is_file() or _sha256(file.read_bytes()) != expected:

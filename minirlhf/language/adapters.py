@@ -25,7 +25,7 @@ from torch import nn
 
 from minirlhf.checkpoints import ADAPTER
 from minirlhf.errors import CheckpointError, UserError, require_installed
-from minirlhf.language.models import empty_scalar, share
+from minirlhf.language.models import empty_scalar, score_offset, share
 from minirlhf.settings import Count, Settings
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int, base: str) -
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
         lora_dropout=0.0,
         target_modules=ALL_LINEAR if config.targets == ALL_LINEAR else config.targets.split(","),
-        base_model_name_or_path=base,
     )
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,6 +88,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int, base: str) -
             adapted = peft.get_peft_model(model.requires_grad_(False), settings)
         except ValueError as error:
             raise UserError(f"--lora.targets {config.targets}: {' '.join(str(error).split())}") from None
+    settings.base_model_name_or_path = base  # peft has put the name that the model has in memory
     return adapted.eval()
 
 
@@ -164,8 +164,7 @@ def load_adapter(folder: Path, body: PreTrainedModel) -> PreTrainedModel:
             inner = _scalar_on(share(body), 0) if scalar else share(body)
             model = peft.PeftModel.from_pretrained(inner, folder, is_trainable=True)
         if scalar:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            model.config.score_offset = config.get("score_offset", 0.0)
+            model.config.score_offset = score_offset(folder)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter can't be loaded ({str(error).splitlines()[0]})") from error
     return model.eval()

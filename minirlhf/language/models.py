@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from minirlhf.checkpoints import ADAPTER
+from minirlhf.checkpoints import ADAPTER, SCALAR
 from minirlhf.errors import CheckpointError, require_installed
 from minirlhf.language.forward import (
     LOGITS_ARE_DEAR,
@@ -163,9 +163,9 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
 
     try:
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base)
+        config = AutoConfig.from_pretrained(base)
         if "SequenceClassification" in kind.__name__:
-            config.num_labels = 1
+            config.num_labels, config.score_offset = 1, score_offset(folder)
         model, found = kind.from_pretrained(base, config=config, dtype=torch.float32, output_loading_info=True)
         adapted = PeftModel.from_pretrained(model, folder)
         inner = adapted.get_base_model().named_modules()
@@ -176,6 +176,12 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
         raise CheckpointError(f"{folder}: the adapter or its base model can't be loaded ({reason})") from error
     missing = [key for key in found["missing_keys"] if key.rsplit(".", 1)[0] not in brought]
     return half(model, dtype), sorted(missing)
+
+
+def score_offset(adapter: Path) -> float:
+    """What is taken off the scores of an adapter's scalar model: 0 unless minirlhf has saved it."""
+    file = adapter / SCALAR
+    return float(json.loads(file.read_text(encoding="utf-8"))["score_offset"]) if file.is_file() else 0.0
 
 
 def _check_complete(path: str | Path, missing: list[str]) -> None:

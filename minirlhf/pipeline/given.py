@@ -100,6 +100,8 @@ def reward_of(settings: dict[str, Any], named: str | None, run: Path) -> FileRew
         if named is not None:
             raise CheckpointError(f"--reward {named}: {run} has a reward model, which judges; leave the option out")
         return None
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(key), str) for key in ("function", "sha256")):
+        raise CheckpointError(f"{run / 'config.json'}: damaged (reward); delete {run} and run again")
     if named is None:
         raise CheckpointError(f"{run}: its reward is a function; name its file with --reward {kept['function']}")
     reward = FileReward(named)
