@@ -126,8 +126,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
             seed=seed,
             recorder=recorder,
         )
-    policy = sft if config.previous is None else load_policy(config.previous, step, device, **options)
-    policy = share(policy)
+    policy = share(sft) if config.previous is None else load_policy(config.previous, step, device, **options)
     if lora and not hasattr(policy, "peft_config"):
         policy = add_lora(policy, config.lora, seed, _body_name(config))
     reward: FileReward | RewardModelScorer
