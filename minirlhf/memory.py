@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LOGITS_AT_ONCE = 2**22
-"""As in `minirlhf.language.models`, which needs torch: where layers are recomputed, logits are too, these many at once."""
+"""As in `minirlhf.language.models`, which needs torch: where layers are recomputed, logits are too, so many at once."""
 
 
 @dataclass(frozen=True)

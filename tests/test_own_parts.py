@@ -113,7 +113,8 @@ def test_a_run_of_adapters(adapted: Path, made, tiny_folder: Path, capsys) -> No
     # The other commands read it, and so does peft from the place where the user has the model.
     capsys.readouterr()
     assert main(["chat", "--run", str(adapted), "--prompt", "Hi"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("base", "SFT", "PPO", "PPO-ptx"))
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("base", "SFT", "PPO", "PPO-ptx"))
     assert main(["evaluate", "--run", str(adapted), "--checkpoint", "ppo", "--device", "cpu"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["kl_to_sft"] == pytest.approx(report["evaluation"]["ppo"]["kl_to_sft"])
