@@ -244,7 +244,6 @@ def _body(run: Path, device: torch.device, dtype: torch.dtype, bodies: Bodies) -
     return bodies[name]
 
 
-def steps_of_run(settings: RunConfig | dict[str, Any]) -> tuple[str, ...]:
-    """The steps of a run, from its settings or its config.json: a reward function leaves out the reward model."""
-    reward = settings.reward if isinstance(settings, RunConfig) else settings.get("reward")
-    return tuple(step for step in STEPS if step != "reward_model" or reward is None)
+def steps_of_run(config: RunConfig) -> tuple[str, ...]:
+    """The steps of a run: a reward function takes the place of the reward model's."""
+    return tuple(step for step in STEPS if step != "reward_model" or config.reward is None)
