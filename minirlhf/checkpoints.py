@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
 PARTIAL = ".partial"
+ADAPTER, SCALAR = "adapter_config.json", "scalar.json"
+"""What tells peft's folder of an adapter from that of a whole model; and what peft does not save of a scalar model."""
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
-"""File patterns that the checksums of a model must cover."""
+"""File patterns that the checksums of a model must cover; those of an adapter, `ADAPTER` in place of config.json."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -136,7 +138,8 @@ def save_model(
 
     Args:
         folder: must be empty or not exist yet.
-        model: any transformers model; saved as safetensors.
+        model: any transformers model; saved as safetensors. Of a peft model the adapter alone is saved, as peft does,
+            with the offset of its scores, if it is a scalar model, in scalar.json.
         tokenizer: saved with it.
         aside: the folder to write to before it is renamed; files already in it (metrics, TensorBoard events) are kept,
             and a training state in it is deleted last, so that a kill at any time loses nothing.
@@ -144,13 +147,13 @@ def save_model(
             so that it can include the time that took.
 
     Raises:
-        CheckpointError: the model has a peft adapter; nothing is written.
+        CheckpointError: the model is the inner one of a peft model; nothing is written.
         TrainingError: a weight is NaN or infinite; nothing is written.
     """
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") and not hasattr(model, "get_base_model"):
         raise CheckpointError(
-            f"{folder}: not saved, the model has a peft adapter: merge it first (model.merge_and_unload()), or "
-            "save the adapter alone with model.save_pretrained"
+            f"{folder}: not saved, this is the model inside a peft adapter: give the peft model itself, or merge it "
+            "first (model.merge_and_unload())"
         )
     state = whole_state(model)
     if parallel.rank() == 0:
@@ -209,7 +212,12 @@ def _write_model(
     if aside is None:
         aside = partial_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, state_dict=state)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(aside, save_embedding_layers=False)  # no embedding is trained; "auto" would ask the hub
+        if hasattr(model.config, "score_offset"):
+            write_json(aside / SCALAR, {"score_offset": model.config.score_offset})
+    else:
+        model.save_pretrained(aside, state_dict=state)
     tokenizer.save_pretrained(aside)
     if summary is not None:
         write_json(aside / SUMMARY, summary() if callable(summary) else summary)
@@ -245,8 +253,9 @@ def verify_model(folder: Path, *, required: bool = False) -> None:
         sums = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
         raise CheckpointError(f"{record}: damaged (not JSON); {advice}") from None
-    if not isinstance(sums, dict) or not all(any(fnmatch(name, part) for name in sums) for part in PARTS):
-        raise CheckpointError(f"{record}: damaged (it must name {', '.join(PARTS)}); {advice}")
+    parts = (ADAPTER, *PARTS[1:]) if (folder / ADAPTER).is_file() else PARTS
+    if not isinstance(sums, dict) or not all(any(fnmatch(name, part) for name in sums) for part in parts):
+        raise CheckpointError(f"{record}: damaged (it must name {', '.join(parts)}); {advice}")
     for name, expected in sums.items():
         file = folder / name
         if not file.is_file() or _sha256(file.read_bytes()) != expected:

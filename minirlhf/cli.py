@@ -1,4 +1,4 @@
-"""The command line: ``minirlhf run | chat | evaluate | label | round | world``.
+"""The command line: ``minirlhf run | chat | evaluate | label | round | export | world``.
 
 A user error prints one message and exits with code 2. Heavy imports are deferred until a command needs them.
 """
@@ -33,6 +33,7 @@ commands:
   evaluate   evaluate one policy of a run on the held-out prompts
   label      rank answers of a run's policy; the rankings are comparisons to train on
   round      train the reward model on more rankings, and PPO on from where a run ended
+  export     write a model of a run as a plain folder of transformers, its adapter merged
   world      write a data folder with known ground truth: the small world or another installed world
 
 minirlhf COMMAND --help explains its options.
@@ -87,6 +88,20 @@ class EvaluateConfig(Settings, option=""):
     """Random seed for sampling."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    reward: str | None = None
+    """FILE.py:FUNCTION of a run whose reward is a function: the one that it was trained with."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings, option=""):
+    """Write a model of a run as a plain folder of transformers; an adapter is merged into its body."""
+
+    out: Path
+    """Folder to write; must be empty or not exist yet."""
+    run: Path = Path("runs/default")
+    """Folder of a run."""
+    step: str = "ppo_ptx"
+    """base, sft, reward_model, ppo or ppo_ptx."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +205,8 @@ def _run(arguments: list[str]) -> None:
     began = time.monotonic()  # before the heavy imports: the user waits for them too
     from minirlhf.config import RunConfig, preset
 
-    config = _parse(RunConfig, "run", arguments, preset(_preset_name(arguments)))
+    default = preset(_preset_name(arguments), lora=any(given.split("=")[0] == "--lora.rank" for given in arguments))
+    config = _parse(RunConfig, "run", arguments, default)
     _run_to_report(config, "minirlhf run " + shlex.join(arguments), began)
 
 
@@ -301,8 +317,16 @@ def _evaluate(arguments: list[str]) -> None:
     names = ("prompts", "temperature", "max_response_tokens")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     settings = replace(read_config(config.run).evaluation, **given)
-    measured = evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device)
+    measured = evaluate_checkpoint(config.run, config.checkpoint, settings, config.seed, config.device, config.reward)
     print(json.dumps(measured, indent=2))
+
+
+def _export(arguments: list[str]) -> None:
+    config = _parse(ExportConfig, "export", arguments)
+    from minirlhf.pipeline.export import export_model
+
+    export_model(config.run, config.step, config.out)
+    print(f"wrote {config.out}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -311,6 +335,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "label": _label,
     "round": _round,
+    "export": _export,
     "world": _world,
 }
 

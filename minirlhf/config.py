@@ -1,4 +1,4 @@
-"""Every setting of a run: the trainers' configurations and two presets."""
+"""Every setting of a run: the trainers' configurations and three presets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from minirlhf.data import DataErrors
 from minirlhf.errors import UserError
+from minirlhf.language.adapters import LoraConfig
 from minirlhf.language.evaluation import EvaluationConfig
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig
@@ -18,9 +20,11 @@ from minirlhf.language.rlhf import RLHFConfig
 from minirlhf.language.sft import SFTConfig
 from minirlhf.settings import NotNegative, Seed, Settings, whole
 
-PresetName = Literal["fast", "default"]
+PresetName = Literal["fast", "default", "pretrained"]
 UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
+COMMANDED = ("reward",)
+"""What runs the user's code: config.json only says what it was, so that no folder of a run can name code to run."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,18 @@ class RunConfig(Settings, option=""):
     out: Path = Path("runs/default")
     """Folder of the run; the same command resumes a run that was stopped."""
     model: str | None = None
-    """A pretrained causal model (folder or hub name) in place of the base-model step."""
+    """A pretrained causal model (folder or hub name) in place of the base-model step; see --preset pretrained."""
+    given_sft: Annotated[str | None, tyro.conf.arg(name="sft")] = None
+    """An SFT model (folder or hub name) in place of step 1; without --model it is the base model too."""
+    given_reward_model: Annotated[str | None, tyro.conf.arg(name="reward-model")] = None
+    """A reward model (folder or hub name of a sequence classifier with one label) in place of step 2."""
+    reward: str | None = None
+    """FILE.py:FUNCTION in place of step 2; called with lists of prompts and responses, returns one score each."""
     seed: Seed = 0
     """Random seed for weights, data order and sampling."""
     preset: PresetName = "default"
-    """fast: half a minute, to check that it works; default: a few minutes, for real results."""
+    """fast: half a minute, to check that it works; default: a few minutes, for real results; pretrained: for --model,
+    with learning rates, batches and precision as the field uses them (docs/pretrained.md)."""
     context_length: Annotated[int, whole(2)] | None = None
     """Longest sequence in tokens; default: as long as the data needs or the pretrained model allows."""
     device: str = "auto"
@@ -57,6 +68,12 @@ class RunConfig(Settings, option=""):
     """Train although more than 5 % of the held-out rows are in the training files too."""
     side_by_side: bool = True
     """On a CPU with at least two threads, train PPO and PPO-ptx at the same time, with half of the threads each."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the models compute in. Weights that are trained are float32 in either case."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for backward and compute the rest again: less memory, a third more time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters of low rank in place of full fine-tuning."""
     model_size: ModelConfig = field(default_factory=ModelConfig)
     """Size of the base model that is trained from scratch."""
     base: PretrainingConfig = field(default_factory=PretrainingConfig)
@@ -72,27 +89,50 @@ class RunConfig(Settings, option=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is not None:
-            self._check_unused()
+        if self.given_reward_model is not None and self.reward is not None:
+            raise UserError("--reward-model and --reward both take the place of step 2; leave one out")
+        if self.lora.rank is not None and self.pretrained is None and self.previous is None:
+            raise UserError("--lora.rank needs a pretrained model to adapt: give --model or --sft")
+        self._check_unused()
+
+    @property
+    def pretrained(self) -> str | None:
+        """The model that takes the place of the base-model step, if one does."""
+        return self.model if self.model is not None else self.given_sft
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that are not trained: the body under adapters, the reference, the reward model in step 3."""
+        return getattr(torch, self.precision)
+
+    @property
+    def body_dtype(self) -> torch.dtype:
+        """Of the base model's weights: frozen under adapters, else trained and so float32."""
+        return torch.float32 if self.lora.rank is None else self.frozen_dtype
 
     def _check_unused(self) -> None:
-        """A pretrained model is not trained from scratch: all of model_size and most of base have no effect."""
-        usual = preset(self.preset)
-        for group in ("model_size", "base"):
-            for one in fields(getattr(self, group)):
+        """What is given is not trained: the settings of its step (and of a base model from scratch) have no effect."""
+        body = ("--model", self.model) if self.model is not None else ("--sft", self.given_sft)
+        reward = ("--reward", self.reward) if self.reward is not None else ("--reward-model", self.given_reward_model)
+        replaced = {"model_size": body, "base": body, "sft": ("--sft", self.given_sft), "reward_model": reward}
+        for group, (by, name) in replaced.items():
+            if name is None:
+                continue
+            usual = getattr(preset(self.preset, lora=self.lora.rank is not None), group)
+            for one in fields(usual):
                 given = getattr(getattr(self, group), one.name)
-                if one.name != "block_length" and given != getattr(getattr(usual, group), one.name):
+                if one.name != "block_length" and given != getattr(usual, one.name):
                     option = f"--{group}.{one.name}".replace("_", "-")
-                    raise UserError(f"{option} {given}: not used together with --model {self.model}; leave one out")
+                    raise UserError(f"{option} {given}: not used together with {by} {name}; leave one out")
 
 
 def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
-    """The settings of a run as its config.json holds them: all but `out` and `UNSAVED`."""
+    """The settings of a run as its config.json holds them: all but `out`, `UNSAVED` and `COMMANDED`."""
 
     def filled(config: Any, values: dict[str, Any]) -> Any:
         changes: dict[str, Any] = {}
         for one in fields(config):
-            if one.name in values:
+            if one.name in values and one.name not in COMMANDED:
                 old, new = getattr(config, one.name), values[one.name]
                 changes[one.name] = filled(old, new) if is_dataclass(old) else new
         return replace(config, **changes)
@@ -102,8 +142,8 @@ def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
     return replace(config, out=out, data=data, previous=previous, comparisons=tuple(map(Path, config.comparisons)))
 
 
-def preset(name: PresetName) -> RunConfig:
-    """The settings of a preset.
+def preset(name: PresetName, *, lora: bool = False) -> RunConfig:
+    """The settings of a preset; those of "pretrained" depend on whether adapters are trained.
 
     Example:
         >>> preset("fast").base.steps < preset("default").base.steps
@@ -112,6 +152,8 @@ def preset(name: PresetName) -> RunConfig:
     config = RunConfig(preset=name)
     if name == "default":
         return config
+    if name == "pretrained":
+        return _pretrained(config, 10.0 if lora else 1.0)
     return replace(
         config,
         out=Path("runs/fast"),
@@ -121,4 +163,35 @@ def preset(name: PresetName) -> RunConfig:
         reward_model=RewardModelConfig(epochs=0.1),
         rlhf=RLHFConfig(steps=6, batch_size=32, minibatch_size=16, ptx_coef=0.3, ptx_batch_size=4),
         evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
+    )
+
+
+def _pretrained(config: RunConfig, faster: float) -> RunConfig:
+    """Settings of the order that the field uses for real models; docs/pretrained.md names the sources.
+
+    Args:
+        config: the defaults.
+        faster: adapters are trained with ten times the learning rate of full fine-tuning (Schulman et al. 2025).
+    """
+    return replace(
+        config,
+        out=Path("runs/pretrained"),
+        save_seconds=600.0,  # a state holds three numbers for each trained weight
+        side_by_side=False,  # it would double the memory
+        precision="bfloat16",
+        gradient_checkpointing=True,
+        base=PretrainingConfig(block_length=512),
+        sft=SFTConfig(batch_size=32, lr=1e-5 * faster, warmup=10, weight_decay=0.0),
+        reward_model=RewardModelConfig(batch_size=64, lr=1e-5 * faster, weight_decay=0.0),
+        rlhf=RLHFConfig(
+            steps=200,
+            batch_size=256,
+            lr=3e-6 * faster,
+            value_lr=1e-5 * faster,
+            warmup=10,
+            beta=0.05,
+            max_response_tokens=256,
+            ptx_coef=0.05,
+        ),
+        evaluation=EvaluationConfig(prompts=256, max_response_tokens=256, batch_size=64, corpus_blocks=64),
     )

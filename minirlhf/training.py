@@ -275,10 +275,13 @@ class Recorder:
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
+    """Parameters and persistent buffers by name, tied ones once, frozen ones never: they are what they were."""
+    frozen = {key for key, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
     seen: set[int] = set()
     own = {}
     for key, value in model.state_dict().items():
+        if key in frozen:
+            continue
         place = place_of(value)
         if place not in seen or not place:  # an empty tensor has no place
             seen.add(place)

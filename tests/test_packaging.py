@@ -131,7 +131,7 @@ def test_extras_say_what_each_kind_of_user_needs():
     assert "gymnasium" in names["control"] and "transformers" not in names["control"]
     assert names["run"] > names["language"] and "jupyterlab" not in names["run"]
     assert names["course"] >= names["run"] | names["control"] and names["dev"] > names["all"]
-    assert names["all"] == names["course"] | {"tensorboard"}
+    assert names["all"] == names["course"] | {"tensorboard", "peft"}
 
 
 def test_make_lab_opens_the_first_lesson_and_make_test_runs_them_all():

@@ -1,12 +1,14 @@
 """Hidden states and logits of any transformers model, from padded rows of tokens or one token at a time.
 
 Only this module knows how models differ: what computes them (`llama.py` for a plain Llama on a CPU, transformers' own
-forward for all others), whether they take ``position_ids``, what they can read, and where the body is under an
-adapter.
+forward for all others), whether they take ``position_ids``, what they can read, where the body is under an adapter,
+in which precision they compute, and which activations they keep.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,8 +21,13 @@ from minirlhf.language import llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+COMPUTES_IN, RECOMPUTES = "minirlhf_computes_in", "minirlhf_recomputes"
+"""The attributes of a body that `compute_in` and `recompute_layers` set."""
+
 LOGITS_ARE_DEAR = {"cuda"}
-"""Device types where a step's [B, T, V] logits are never materialized: they would take more memory than the model."""
+"""Device types where a step's [B, T, V] logits are never materialized: they would take more memory than the model.
+
+Elsewhere neither are those of a model that recomputes its layers."""
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
@@ -37,7 +44,8 @@ def is_plain_llama(model: PreTrainedModel) -> bool:
     kinds = {type(model), hf.LlamaModel, hf.LlamaDecoderLayer, hf.LlamaAttention}
     plain = all(type(module) in kinds and not module.training and not _is_hooked(module) for module in skipped)
     causal = getattr(model.config, "is_causal", True) and len(base.layers) == model.config.num_hidden_layers
-    return plain and causal and base.embed_tokens.weight.device.type == "cpu"
+    on_cpu = base.embed_tokens.weight.device.type == "cpu"
+    return plain and causal and on_cpu and getattr(base, COMPUTES_IN, None) is None
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -60,6 +68,46 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
         kinds = ", ".join(sorted({type(one).__name__ for one in model.peft_config.values()}))
         raise UserError(f"a peft adapter must only replace layers, as LoRA does; {kinds} does more than that")
     return model.get_base_model()
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model whose weights stay in float32 compute in another type, by torch's autocast. Clones do too."""
+    setattr(without_adapter(model).base_model, COMPUTES_IN, dtype)
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The type that a model computes in: that of `compute_in`, else that of its weights."""
+    model = without_adapter(model)
+    return getattr(model.base_model, COMPUTES_IN, None) or model.dtype
+
+
+def _computing(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
+    """Around one forward: autocast keeps its copies of the weights until it ends, so it must not outlive a step."""
+    dtype = getattr(model.base_model, COMPUTES_IN, None)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: of each layer the input alone is kept, and backward computes the layer again.
+
+    So are log-probs from the last hidden states, a few rows at a time. transformers' own switch works only in training
+    mode, where dropout is on too; this one works in eval mode. A clone recomputes with its own weights.
+
+    Raises:
+        UserError: its layers are not of the kind that transformers can checkpoint.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in without_adapter(model).modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no layers that transformers can checkpoint; train it without")
+    setattr(without_adapter(model).base_model, RECOMPUTES, True)
+    for layer in layers:
+        if "forward" not in vars(layer):
+            # No dropout is on, so there is no random state to keep.
+            forward = layer.forward
+            layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -136,7 +184,9 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: 
         attend = llama.causal(packed, len(tokens))
         return llama.forward(model.base_model, packed.tokens, packed.positions, attend, wanted[mask])
     body = model.base_model
-    return body(**inputs(body, tokens, mask), use_cache=False).last_hidden_state[wanted]
+    with _computing(model):
+        states = body(**inputs(body, tokens, mask), use_cache=False).last_hidden_state[wanted]
+    return states.to(compute_dtype(model))
 
 
 def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
@@ -146,22 +196,26 @@ def next_token_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, want
         return model.lm_head(hidden_states(model, tokens, mask, wanted))
     model, tokens, mask = readable(model, tokens, mask)
     last = tokens.shape[1] - int(wanted.any(0).int().argmax())  # columns from the first that any row wants
-    out = model(**inputs(model, tokens, mask), use_cache=False, logits_to_keep=last)
+    with _computing(model):
+        out = model(**inputs(model, tokens, mask), use_cache=False, logits_to_keep=last)
     return out.logits[:, -last:][wanted[:, -last:]]
 
 
 def bare_head(model: PreTrainedModel) -> Tensor | None:
-    """The head's weight [V, D] if it alone computes the logits, on a device of `LOGITS_ARE_DEAR`; else None.
+    """The head's weight [V, D] if it alone computes the logits, and they are dear (`LOGITS_ARE_DEAR`); else None.
 
     Also None if something else takes part: a bias, an adapter, a soft cap (Gemma 2), a scale (Cohere, Granite).
     """
     model = without_adapter(model)
     head = model.get_output_embeddings()
-    if model.device.type not in LOGITS_ARE_DEAR or type(head) is not nn.Linear or head.bias is not None:
+    dear = model.device.type in LOGITS_ARE_DEAR or getattr(model.base_model, RECOMPUTES, False)
+    if not dear or type(head) is not nn.Linear or head.bias is not None:
         return None
     settings = model.config.get_text_config().to_dict().items()
     shaped = any(("logit" in name or "lm_head" in name) and value not in (None, False, 1) for name, value in settings)
-    return None if shaped or list(model.children()) != [model.base_model, head] else head.weight
+    if shaped or list(model.children()) != [model.base_model, head]:
+        return None
+    return head.weight.to(compute_dtype(model))
 
 
 class Decoder(Protocol):
@@ -234,14 +288,15 @@ class TransformersDecoder:
         return self._forward(token[:, None])
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        out = self._model(
-            tokens,
-            attention_mask=self._attention[:, : self._width],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **({"position_ids": self._positions} if self._takes_positions else {}),
-        )
+        with _computing(self._model):
+            out = self._model(
+                tokens,
+                attention_mask=self._attention[:, : self._width],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **({"position_ids": self._positions} if self._takes_positions else {}),
+            )
         return out.logits[:, -1].float()
 
     def keep(self, rows: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import parallel
-from minirlhf.errors import CheckpointError
-from minirlhf.language.forward import bare_head, hidden_states, next_token_logits, without_adapter
+from minirlhf.checkpoints import ADAPTER, SCALAR
+from minirlhf.errors import CheckpointError, require_installed
+from minirlhf.language.forward import (
+    LOGITS_ARE_DEAR,
+    bare_head,
+    hidden_states,
+    next_token_logits,
+    without_adapter,
+)
 from minirlhf.losses import linear_token_logprobs, token_logprobs
 from minirlhf.settings import Count, Positive, Settings, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOGITS_AT_ONCE = 2**22
+"""Logits in memory at a time where they are recomputed: 16 MiB in float32."""
 BYTES = 256  # every byte-level BPE has a token for each
 
 
@@ -87,22 +97,27 @@ def tiny_llama(
 
 
 def load_causal_model(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Load a causal model in float32.
+    """Load a causal model. The folder of a peft adapter gives its base model with the adapter merged into it.
 
     Args:
         path: a folder or a hub name.
         tokenizer: if it has more tokens than the model, such as an added pad token, the model's embedding is enlarged.
             Not needed for training: padding never enters a model.
         seed: of the new rows of the embedding.
+        dtype: of its weights.
 
     Raises:
         CheckpointError: weights are missing or damaged, or it is not a causal model.
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = _load(AutoModelForCausalLM, path)
+    model, missing = _load(AutoModelForCausalLM, path, dtype)
     made = (model.config.architectures or [""])[0]
     if "ForSequenceClassification" in made:
         raise CheckpointError(f"{path}: a {made}, which only scores texts; give a causal model")
@@ -125,7 +140,7 @@ def context_in(path: str | Path) -> int | None:
     """The longest sequence in tokens that a saved model can read; None if it has no limit.
 
     Args:
-        path: a folder or a hub name.
+        path: a folder or a hub name; of an adapter, its base model counts.
 
     Raises:
         CheckpointError: its configuration can't be loaded.
@@ -137,11 +152,15 @@ def _configuration(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     with _said(path):
+        if (Path(path) / ADAPTER).is_file():
+            path = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
-    """``kind.from_pretrained`` in float32, and the names of weights that are missing in the files."""
+def _load(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, list[str]]:
+    """``kind.from_pretrained``, and the names of weights that are missing in the files."""
+    if (Path(path) / ADAPTER).is_file():
+        return _merged(kind, Path(path), dtype)
     config = _configuration(path)
     if getattr(config, "surprise", None) is not None:
         raise CheckpointError(
@@ -149,7 +168,7 @@ def _load(kind: Any, path: str | Path) -> tuple[PreTrainedModel, list[str]]:
             "without the rest it would score differently, so train it again"
         )
     with _said(path):
-        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True, **CLOSED}
+        options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True, **CLOSED}
         model, found = kind.from_pretrained(path, **options)
     return model, sorted(found["missing_keys"])
 
@@ -175,6 +194,32 @@ def _said(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """The base model of a peft adapter with the adapter merged into it, in float32 and then rounded once."""
+    require_installed("peft", "lora")
+    from peft import PeftModel
+
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = _configuration(folder)
+    with _said(f"{folder} (an adapter) or its base model {base}"):
+        if "SequenceClassification" in kind.__name__:
+            config.num_labels, config.score_offset = 1, score_offset(folder)
+        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True, **CLOSED}
+        model, found = kind.from_pretrained(base, **options)
+        adapted = PeftModel.from_pretrained(model, folder)
+        inner = adapted.get_base_model().named_modules()
+        brought = [name for name, module in inner if hasattr(module, "modules_to_save")]
+        model = adapted.merge_and_unload()
+    missing = [key for key in found["missing_keys"] if key.rsplit(".", 1)[0] not in brought]
+    return half(model, dtype), sorted(missing)
+
+
+def score_offset(adapter: Path) -> float:
+    """What is taken off the scores of an adapter's scalar model: 0 unless minirlhf has saved it."""
+    file = adapter / SCALAR
+    return float(json.loads(file.read_text(encoding="utf-8"))["score_offset"]) if file.is_file() else 0.0
+
+
 def _check_complete(path: str | Path, missing: list[str]) -> None:
     if missing:  # transformers would give them random values, and say so in a warning
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
@@ -187,6 +232,15 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
     model, missing = _load(AutoModelForSequenceClassification, path)
     _check_scalar(model)
     _check_complete(path, missing)
+    return model
+
+
+def half(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast a model that is not trained, in place. A scalar head stays as it is: scores need more than 8 bits."""
+    head = copy.deepcopy(model.score) if getattr(model, "score", None) is not None else None
+    model.to(dtype)
+    if head is not None:
+        model.score = head
     return model
 
 
@@ -246,6 +300,21 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 
 
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose frozen weights are the same tensors as the model's: only what is trained takes memory.
+
+    With LoRA this puts several adapters on one body. Each copy has modules of its own, so no forward has to switch
+    adapters, and a layer that backward computes again has the right one.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+        >>> twin = share(layers)
+        >>> twin[0].weight is layers[0].weight, twin[1].weight is layers[1].weight
+        (True, False)
+    """
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
 def _check_scalar(model: PreTrainedModel) -> None:
     if getattr(getattr(model, "score", None), "out_features", None) != 1:
         raise CheckpointError(
@@ -289,7 +358,7 @@ def response_logprobs(
         states = hidden_states(model, tokens[:, :-1], mask[:, :-1], _before(mask, response_mask))
         head = bare_head(model)
         assert head is not None
-        return linear_token_logprobs(states, head, targets, **options)
+        return _linear_logprobs(states, head, targets, options)
 
     if bare_head(model) is None:
         out = token_logprobs(response_logits(model, tokens, mask, response_mask), targets, **options)
@@ -298,6 +367,21 @@ def response_logprobs(
     if return_entropy:
         return _spread(out[0], response_mask), _spread(out[1], response_mask)
     return _spread(out, response_mask)
+
+
+def _linear_logprobs(states: Tensor, head: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
+    """`linear_token_logprobs`, without all logits at once: on a GPU by its kernel, elsewhere a few rows at a time."""
+    from torch.utils.checkpoint import checkpoint
+
+    if states.device.type in LOGITS_ARE_DEAR:
+        return linear_token_logprobs(states, head, targets, **options)
+    rows = max(1, LOGITS_AT_ONCE // len(head))
+    again = {"use_reentrant": False, "preserve_rng_state": False} | options
+    parts = [
+        checkpoint(linear_token_logprobs, few, head, own, **again)
+        for few, own in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if options["return_entropy"] else torch.cat(parts)
 
 
 def _before(mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -326,8 +410,14 @@ def token_values(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: T
 
 def _scalars(model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
     _check_scalar(model)
-    scores = parallel.within(model, lambda: model.score(hidden_states(model, tokens, mask, wanted)))
+    scores = parallel.within(
+        model, lambda: model.score(hidden_states(model, tokens, mask, wanted).to(_head_dtype(model)))
+    )
     return scores.squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+
+
+def _head_dtype(model: PreTrainedModel) -> torch.dtype:
+    return next(model.score.parameters()).dtype  # float32 also on a body in bfloat16
 
 
 def sequence_scores(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from minirlhf import parallel
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError
 from minirlhf.language.forward import context_of
-from minirlhf.language.models import clone, pad, scalar_model_from, sequence_scores
+from minirlhf.language.models import clone, pad, scalar_model_from, sequence_scores, share
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
@@ -113,7 +113,8 @@ def train_reward_model(
     """Train a reward model that starts from the body of a causal model.
 
     Args:
-        model: the SFT model, or a reward model to train further (not changed; what is trained is a copy).
+        model: the SFT model, or a reward model to train further (not changed; what is trained is a copy). Of a reward
+            model with a peft adapter only the adapter and the head are trained, and the copy shares its body.
         tokenizer: its tokenizer.
         comparisons: rankings of K >= 2 answers; equal scores are ties and are ignored.
         config: the hyper-parameters.
@@ -128,8 +129,12 @@ def train_reward_model(
         TrainingError: the loss became NaN or infinite.
     """
     recorder = recorder or Recorder("reward_model")
-    further = getattr(model, "score", None) is not None  # it has a head already
-    reward_model = clone(model).requires_grad_(True) if further else scalar_model_from(model, seed)
+    if getattr(model, "score", None) is None:  # it has no head yet
+        reward_model = scalar_model_from(model, seed)
+    elif hasattr(model, "peft_config"):
+        reward_model = share(model)
+    else:
+        reward_model = clone(model).requires_grad_(True)
     encoded = encode_comparisons(tokenizer, comparisons)
     # A prompt takes K rows of its longest answer.
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]

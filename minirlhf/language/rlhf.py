@@ -30,8 +30,9 @@ from torch import Tensor
 from minirlhf import parallel
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.kl import AdaptiveKLController, FixedKLController, kl_rewards
+from minirlhf.language.forward import compute_dtype
 from minirlhf.language.generation import Samples, end_ids, sample_by_rank
-from minirlhf.language.models import clone, response_logprobs, token_values
+from minirlhf.language.models import response_logprobs, share, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
 from minirlhf.language.samplers import Sampler, sample_elsewhere
@@ -211,7 +212,7 @@ def train_rlhf(
     check_learners({"policy": policy, "value model": value_model}, {"reference": reference, **judge})
     recorder = recorder or Recorder("rlhf", show=("objective/score", "objective/kl"))
     encoded = encode_prompts(tokenizer, prompts)
-    average = clone(policy).eval() if config.ema_decay is not None else None
+    average = share(policy).eval() if config.ema_decay is not None else None
     parallel.shard(policy, value_model, reference, *([average] if average is not None else []))
     learners = Learners(
         policy,
@@ -435,13 +436,14 @@ def _check_first_ratio(row: dict[str, float], policy: PreTrainedModel, where: st
     Raises:
         TrainingError: it does not, so PPO's updates would be wrong.
     """
-    rounds = policy.dtype in (torch.bfloat16, torch.float16)
+    dtype = compute_dtype(policy)
+    rounds = dtype in (torch.bfloat16, torch.float16)
     what, limit = ("mean", 5e-2) if rounds else ("largest", 1e-3)
     error = row["policy/mean_ratio_error" if rounds else "policy/ratio_error"]
     if error > limit:
         raise TrainingError(
             f"{where}: before the first update the ratio of the probabilities in training and in sampling must be 1, "
-            f"but its {what} error is {error:.2g} (at most {limit} in {policy.dtype}); check what the policy's "
+            f"but its {what} error is {error:.2g} (at most {limit} in {dtype}); check what the policy's "
             "forward does differently with a cache, or in a padded batch. No weight has changed in this step."
         )
 
@@ -460,7 +462,7 @@ def _loss(learners: Learners, part: Experience, config: RLHFConfig, counted: flo
         values=_response_values(learners.value_model, samples),
         old_values=part.old_values,
         returns=part.returns,
-        entropy=entropy,
+        entropy=entropy if config.entropy_coef > 0 else entropy.detach(),  # so its graph is freed at once
         clip_range=config.clip_range or math.inf,
         value_clip_range=config.value_clip_range,
         value_coef=1.0,  # the two networks share nothing, so the value's weight is its learning rate
@@ -483,7 +485,8 @@ def _together(rows: list[dict[str, float]], divisor: int = 1) -> dict[str, float
 @torch.no_grad()
 def _average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
     for own, weight in zip(average.parameters(), policy.parameters(), strict=True):
-        own.lerp_(weight, 1 - decay)
+        if own.requires_grad:
+            own.lerp_(weight, 1 - decay)
 
 
 def _measure(experience: Experience, beta: float) -> dict[str, float]:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import PROCESSORS
-from minirlhf.config import UNSAVED, RunConfig
+from minirlhf.config import COMMANDED, UNSAVED, RunConfig
 from minirlhf.errors import TrainingError, UserError
 from minirlhf.pipeline.folder import hide_loading_bars, read_config
 from minirlhf.pipeline.inputs import find_data, load_inputs
@@ -56,7 +56,7 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
         TrainingError: the child failed, and has printed its own message; or it was killed, and the signal is named.
     """
     # time.time is the clock that two processes share.
-    unsaved = {name: getattr(config, name) for name in UNSAVED}
+    unsaved = {name: getattr(config, name) for name in (*UNSAVED, *COMMANDED)}
     processors = sorted(PROCESSORS) if PROCESSORS is not None else None
     settings = {"unsaved": unsaved, "progress": progress, "began": time.time(), "processors": processors}
     command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]

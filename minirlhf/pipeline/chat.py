@@ -13,7 +13,7 @@ from minirlhf.errors import CheckpointError, UserError, visible
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
-from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
+from minirlhf.pipeline.folder import POLICIES, Bodies, hide_loading_bars, load_policy, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,8 @@ def chat(
     if not names:
         raise CheckpointError(f"{run}: no policy is finished yet; continue the run first")
     device = torch.device("cpu")
-    models = {name: load_policy(run, name, device) for name in names}
+    bodies: Bodies = {}  # adapters share one
+    models = {name: load_policy(run, name, device, dtype=config.frozen_dtype, bodies=bodies) for name in names}
     tokenizer = load_tokenizer(run / names[0])
     context = min(filter(None, map(context_of, models.values())), default=None)
     wanted = max_response_tokens or config.evaluation.max_response_tokens

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,20 +24,26 @@ from minirlhf.language.evaluation import (
 from minirlhf.language.forward import context_of
 from minirlhf.language.models import load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
-from minirlhf.language.reward_model import RewardModelScorer
+from minirlhf.language.reward_model import RewardFunction, RewardModelScorer
 from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer
 from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.folder import (
     POLICIES,
+    Bodies,
     find_device,
     hide_loading_bars,
     load_policy,
     load_reward_model,
     read_config,
+    read_settings,
 )
+from minirlhf.pipeline.given import FileReward, reward_of
 from minirlhf.pipeline.inputs import find_data
 from minirlhf.pipeline.judges import find_judge
 from minirlhf.pipeline.settings import check_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Row = dict[str, Any]
 
@@ -58,19 +64,30 @@ class Evaluator:
     """Random seed for sampling."""
     device: torch.device
     """Where the models run."""
+    dtype: torch.dtype = torch.float32
+    """Of their weights."""
+    reward: FileReward | None = None
+    """The reward of a run that has no reward model."""
 
     def __post_init__(self) -> None:
-        self.proxy = RewardModelScorer(*load_reward_model(self.run, self.device))
-        self.tokenizer = self.proxy.tokenizer
+        self.bodies: Bodies = {}  # adapters share one
+        self.proxy: RewardFunction = self.reward or RewardModelScorer(
+            *load_reward_model(self.run, self.device, dtype=self.dtype, bodies=self.bodies)
+        )
+        self.tokenizer = load_tokenizer(self.run / "sft")
         self.judge = find_judge(self.data, self.proxy)
         self.judge_name = "gold" if self.judge.is_gold else "reward_model"
         self.prompts = [row.text for row in self.data.heldout_prompts][: self.settings.prompts]
         self.best = self.judge.best(self.prompts)
         corpus = encode_texts(self.tokenizer, [row.text for row in self.data.heldout_corpus])
         self.blocks = blocks_of(corpus, self.block_length)[: self.settings.corpus_blocks]
-        self.models = {name: load_policy(self.run, name, self.device) for name in ("base", "sft")}
+        self.models = {name: self.load(name) for name in ("base", "sft")}
         self.answers: dict[str, Answers] = {}
         self.scores: dict[str, list[float]] = {}
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A policy of the run."""
+        return load_policy(self.run, name, self.device, dtype=self.dtype, bodies=self.bodies)
 
     def ask(self, name: str) -> None:
         """Let one of the models answer the prompts and the judge score its answers."""
@@ -95,8 +112,9 @@ class Evaluator:
         measured["kl_to_sft"] = mean_and_error(said.kl)[0]
         measured["mean_length"] = mean_and_error([float(n) for n in said.lengths])[0]
         measured["ended_fraction"] = mean_and_error([float(e) for e in said.ended])[0]
-        measured["proxy_mean"] = float(self.proxy(self.prompts, said.responses).mean())
-        measured["corpus_loss"] = corpus_loss(self.models[name], self.blocks)
+        measured["proxy_mean"] = float(torch.as_tensor(self.proxy(self.prompts, said.responses)).mean())
+        rows = min(64, max(1, 4096 // self.block_length))  # long blocks have many logits
+        measured["corpus_loss"] = corpus_loss(self.models[name], self.blocks, rows)
         return measured
 
     def examples(self) -> list[Row]:
@@ -139,7 +157,7 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
 
     data, judge, best = evaluator.data, evaluator.judge, evaluator.best
     for name in ("ppo", "ppo_ptx"):
-        evaluator.models[name] = load_policy(evaluator.run, name, evaluator.device)
+        evaluator.models[name] = evaluator.load(name)
     for name in tqdm(POLICIES, desc="evaluation", disable=not progress, dynamic_ncols=True):
         evaluator.ask(name)
     evaluation = {name: evaluator.measure(name) for name in POLICIES}
@@ -166,7 +184,9 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
     return measured, evaluator.examples()
 
 
-def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, seed: int, device_name: str) -> Row:
+def evaluate_checkpoint(
+    run: Path, checkpoint: str, settings: EvaluationConfig, seed: int, device_name: str, reward: str | None = None
+) -> Row:
     """Measure one policy on a run's held-out prompts, compared with the run's base and SFT models.
 
     Args:
@@ -175,20 +195,24 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
         settings: how many prompts, temperature, length limit.
         seed: random seed for sampling.
         device_name: cpu, cuda or auto.
+        reward: FILE.py:FUNCTION of a run whose reward is a function.
 
     Returns:
         The same measurements as one entry of report.json's ``evaluation``, with ``judge`` and ``checkpoint``.
 
     Raises:
         CheckpointError: the run or the checkpoint is missing or damaged, the checkpoint is not a causal model, the
-            vocabularies differ, or the run's data have changed.
+            vocabularies differ, the run's data have changed, or it was trained with another reward function than the
+            one named.
         UserError: prompt and answer together are longer than the models can read.
     """
     config = read_config(run)
     hide_loading_bars()
     device = find_device(device_name)
+    function = reward_of(read_settings(run), reward, run)
     folder = run / checkpoint if (run / checkpoint).is_dir() else Path(checkpoint)
-    for needed in (run / "base", run / "sft", run / "reward_model", folder):
+    scored = () if function is not None else (run / "reward_model",)
+    for needed in (run / "base", run / "sft", *scored, folder):
         verify_model(needed, required=needed.parent == run)
     found = find_data(config)
     data = read_folder(found, config.seed, config.data_errors)
@@ -196,10 +220,15 @@ def evaluate_checkpoint(run: Path, checkpoint: str, settings: EvaluationConfig, 
     if config.data_errors == "skip":  # the run left out what its models can't read
         context = context_of(load_policy(run, "base", device))
         fit(data, load_tokenizer(run / "base"), config.context_length or context, answer_room(config), skip=True)
-    evaluator = Evaluator(run, data, config.base.block_length, settings, seed, device)
+    evaluator = Evaluator(
+        run, data, config.base.block_length, settings, seed, device, dtype=config.frozen_dtype, reward=function
+    )
     if load_tokenizer(folder).get_vocab() != evaluator.tokenizer.get_vocab():
         raise CheckpointError(f"{folder}: its tokenizer's vocabulary differs from that of the run {run}")
-    evaluator.models[checkpoint] = load_causal_model(folder).to(device).eval()
+    if folder.parent == run and folder.name in POLICIES:
+        evaluator.models[checkpoint] = evaluator.load(folder.name)
+    else:
+        evaluator.models[checkpoint] = load_causal_model(folder, dtype=config.frozen_dtype).to(device).eval()
     longest = max(len(ids) for ids in encode_prompts(evaluator.tokenizer, evaluator.prompts))
     context = min(filter(None, map(context_of, evaluator.models.values())), default=None)
     if context is not None and longest + settings.max_response_tokens > context:

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from minirlhf.checkpoints import is_whole, verify_model
 from minirlhf.config import RunConfig, config_from_dict
 from minirlhf.errors import CheckpointError, UserError
-from minirlhf.language.models import context_in, load_causal_model, load_scalar_model
+from minirlhf.language.adapters import is_adapter, load_adapter
+from minirlhf.language.models import context_in, half, load_causal_model, load_scalar_model, share
 from minirlhf.language.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -129,9 +130,11 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
 
     Raises:
         CheckpointError: the run is not finished.
-        UserError: no file of rankings is given, or `out` is the run itself.
+        UserError: no file of rankings is given, `out` is the run itself, or its reward is a function.
     """
-    config = read_config(run)
+    config, settings = read_config(run), read_settings(run)
+    if settings.get("reward") is not None:
+        raise UserError(f"{run}: its reward is a function, so there is no reward model to train on more rankings")
     missing = [step for step in STEPS if not (run / step).is_dir()]
     if missing:
         raise CheckpointError(f"{run}: {missing[0]} is not finished; continue the run first")
@@ -143,7 +146,12 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
     limit = context_in(run / "base")
     context = config.context_length or limit
     return replace(
-        config, out=out, previous=run, comparisons=(*config.comparisons, *comparisons), context_length=context
+        config,
+        out=out,
+        previous=run,
+        comparisons=(*config.comparisons, *comparisons),
+        context_length=context,
+        given_reward_model=None,  # the rankings are for a new one, which starts from the SFT model as ever
     )
 
 
@@ -177,14 +185,66 @@ def _read_object(file: Path, kinds: Mapping[str, type], advice: str) -> dict[str
     return value
 
 
-def load_policy(run: Path, name: str, device: torch.device) -> PreTrainedModel:
-    """A finished policy of a run, in eval mode, its checksums verified."""
+Bodies = dict[str, "PreTrainedModel"]
+"""Frozen bodies in memory by the step that made them ("base" or "sft"), of one run or of rounds of it."""
+
+
+def load_policy(
+    run: Path,
+    name: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bodies: Bodies | None = None,
+) -> PreTrainedModel:
+    """A finished policy of a run, in eval mode, its checksums verified.
+
+    Args:
+        run: its folder.
+        name: a policy.
+        device: where the model goes.
+        dtype: of its weights; of an adapter's body.
+        bodies: those in memory already, on that device and in that dtype. An adapter uses one, or loads it into here.
+    """
     verify_model(run / name, required=True)
-    return load_causal_model(run / name).to(device).eval()
+    if is_adapter(run / name):
+        return load_adapter(run / name, _body(run, device, dtype, {} if bodies is None else bodies))
+    if bodies is not None and name == body_of(run):
+        return share(_body(run, device, dtype, bodies))
+    return load_causal_model(run / name, dtype=dtype).to(device).eval()
 
 
-def load_reward_model(run: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reward model of a run and its tokenizer, its checksums verified."""
+def load_reward_model(
+    run: Path,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bodies: Bodies | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reward model of a run and its tokenizer, its checksums verified. Arguments as in `load_policy`."""
     folder = run / "reward_model"
     verify_model(folder, required=True)
-    return load_scalar_model(folder).to(device).eval(), load_tokenizer(folder)
+    if is_adapter(folder):
+        model = load_adapter(folder, _body(run, device, dtype, {} if bodies is None else bodies))
+    else:
+        model = half(load_scalar_model(folder), dtype)
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def body_of(run: Path) -> str:
+    """The step whose model the adapters of a run stand on: an SFT model that was given whole, else the base model."""
+    return "base" if is_adapter(run / "sft") else "sft"
+
+
+def _body(run: Path, device: torch.device, dtype: torch.dtype, bodies: Bodies) -> PreTrainedModel:
+    name = body_of(run)
+    if name not in bodies:
+        verify_model(run / name, required=True)
+        model = load_causal_model(run / name, dtype=dtype).to(device).eval()
+        bodies[name] = model.requires_grad_(False)
+    return bodies[name]
+
+
+def steps_of_run(config: RunConfig) -> tuple[str, ...]:
+    """The steps of a run: a reward function takes the place of the reward model's."""
+    return tuple(step for step in STEPS if step != "reward_model" or config.reward is None)

@@ -14,12 +14,15 @@ from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.hub import fetch_rows, is_hub_name
+from minirlhf.language.adapters import add_lora
+from minirlhf.language.forward import recompute_layers
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model
 from minirlhf.language.tokenization import encode_texts, load_tokenizer, tokenizer_from_file, train_tokenizer
 from minirlhf.pipeline.audit import audit
 from minirlhf.pipeline.fitting import answer_room, fit
+from minirlhf.pipeline.given import load_given_reward_model
 from minirlhf.pipeline.judges import gold_judge
 from minirlhf.worlds import DEFAULT_WORLD, find_world
 
@@ -78,15 +81,18 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     _add_rankings(folder, config.comparisons, skip)
     gold_judge(folder)  # finds prompts that it can't judge now, not after the training
     limit = config.context_length
-    if config.model is not None:
-        tokenizer, model_limit = _pretrained(config.model, check=not (config.out / "base").is_dir())
+    if config.pretrained is not None:
+        tokenizer, model_limit = _pretrained(config)
         if limit is not None and model_limit is not None and limit > model_limit:
-            raise UserError(f"--context-length {limit}: {config.model} can read {model_limit} tokens at most")
+            raise UserError(f"--context-length {limit}: {config.pretrained} can read {model_limit} tokens at most")
         limit = limit or model_limit
     elif folder.tokenizer_file is not None:
         tokenizer = _from_file(folder.tokenizer_file)
     else:
         tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
+
+    if config.given_reward_model is not None and not (config.out / "reward_model").is_dir():
+        load_given_reward_model(config.given_reward_model)
 
     block_length = config.base.block_length
     longest = max(block_length, fit(folder, tokenizer, limit, answer_room(config), skip))
@@ -120,15 +126,28 @@ def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False)
         folder.comparisons += used
 
 
-def _pretrained(name: str, check: bool) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Tokenizer and context of a pretrained model; with `check`, its weights are loaded once and tested."""
-    try:
-        tokenizer = load_tokenizer(name)
-        if check:
-            check_model(load_causal_model(name, tokenizer))
-    except CheckpointError as error:
-        raise CheckpointError(f"--model {str(error) if name in str(error) else f'{name}: {error}'}") from None
-    return tokenizer, context_in(name)
+def _pretrained(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Tokenizer and context of the models that are given; those that the run still needs are loaded once and tested."""
+    found: dict[str, tuple[PreTrainedTokenizerBase, int | None]] = {}
+    for option, name, step in (("--model", config.model, "base"), ("--sft", config.given_sft, "sft")):
+        if name is None:
+            continue
+        try:
+            tokenizer = load_tokenizer(name)
+            if not (config.out / step).is_dir():
+                model = load_causal_model(name, tokenizer)
+                check_model(model)
+                if config.gradient_checkpointing:
+                    recompute_layers(model)
+                if config.lora.rank is not None:
+                    add_lora(model, config.lora, config.seed, name)
+            found[option] = tokenizer, context_in(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{option} {str(error) if name in str(error) else f'{name}: {error}'}") from None
+    if len(found) == 2 and found["--model"][0].get_vocab() != found["--sft"][0].get_vocab():
+        raise CheckpointError(f"--sft {config.given_sft}: its vocabulary differs from that of --model {config.model}")
+    limits = [limit for _, limit in found.values() if limit is not None]
+    return next(iter(found.values()))[0], min(limits, default=None)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:

@@ -61,7 +61,8 @@ def items_to_rank(
     if name not in finished:
         raise CheckpointError(f"{run}: no finished policy {name!r}; choose one of {', '.join(finished)}")
     folder = read_folder(data or find_data(config), config.seed, config.data_errors)
-    model, tokenizer = load_policy(run, name, torch.device("cpu")), load_tokenizer(run / name)
+    model = load_policy(run, name, torch.device("cpu"), dtype=config.frozen_dtype)
+    tokenizer = load_tokenizer(run / name)
     if config.data_errors == "skip":
         fit(folder, tokenizer, config.context_length or context_of(model), answer_room(config), skip=True)
     texts = sorted({row.text for row in folder.prompts})

@@ -22,7 +22,8 @@ from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError
 from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
-from minirlhf.pipeline.folder import STEPS, find_device, hide_loading_bars, locked, read_report
+from minirlhf.pipeline.folder import find_device, hide_loading_bars, locked, read_report, steps_of_run
+from minirlhf.pipeline.given import FileReward, told
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.settings import (
     changed_machine,
@@ -35,6 +36,10 @@ from minirlhf.pipeline.settings import (
 from minirlhf.pipeline.steps import train_step
 
 BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
+UNFIT = (
+    "note: the learning rates, batches and steps of this preset are made for a model of 0.5 million parameters and are "
+    "about 100 times too fast for a pretrained one; --preset pretrained has the field's"
+)
 
 
 def run_pipeline(
@@ -75,20 +80,27 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         find_data(config)  # which may write it
     parallel.barrier()
     data = find_data(config)
-    settings = settings_of(config, data)
+    reward = FileReward(config.reward) if config.reward is not None else None
+    settings = settings_of(config, data, reward)
     changed = changed_settings(out, settings)
     if parallel.rank() == 0:
         remove_partial(out)
     if config.previous is not None:
         check_previous(config.previous, settings)
-    left = [step for step in STEPS if not (out / step).is_dir()]
-    for step in [step for step in STEPS if step not in left]:
+    steps = steps_of_run(config)
+    left = [step for step in steps if not (out / step).is_dir()]
+    for step in [step for step in steps if step not in left]:
         verify_model(out / step, required=True)
         (out / step / STATE).unlink(missing_ok=True)  # a kill between a step's last two operations leaves it
     if not changed and not left and (out / "report.json").is_file():
         return read_report(out)
     inputs = load_inputs(config, data)
-    notes = (*inputs.folder.notes, *changed_machine(out, made_with()))
+    if reward is not None:
+        rows = inputs.folder.demonstrations[:2]
+        reward([row.prompt for row in rows], [row.completion for row in rows])  # a mistake shows before any training
+    notes = [*inputs.folder.notes, *changed_machine(out, made_with())]
+    if config.pretrained is not None and config.preset != "pretrained" and config.previous is None:
+        notes.append(UNFIT)
     for note in notes if parallel.rank() == 0 else ():
         print(note, file=sys.stderr)
     if "base" not in left:
@@ -120,11 +132,20 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         return {}
 
     began = time.monotonic()
-    evaluator = Evaluator(out, inputs.folder, config.base.block_length, config.evaluation, config.seed, device)
+    evaluator = Evaluator(
+        out,
+        inputs.folder,
+        config.base.block_length,
+        config.evaluation,
+        config.seed,
+        device,
+        dtype=config.frozen_dtype,
+        reward=reward,
+    )
     measured, examples = evaluate_run(evaluator, progress)
     write_json(out / "answers.json", examples)
-    summaries = {step: json.loads((out / step / SUMMARY).read_text(encoding="utf-8")) for step in STEPS}
-    seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in STEPS}
+    summaries = {step: json.loads((out / step / SUMMARY).read_text(encoding="utf-8")) for step in steps}
+    seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in steps}
     seconds["evaluation"] = time.monotonic() - began
     side_by_side = summaries["ppo"].get("beside", False)  # then the longer of the two counts
     total = sum(seconds.values()) - (min(seconds["ppo"], seconds["ppo_ptx"]) if side_by_side else 0.0)
@@ -134,10 +155,11 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "side_by_side": side_by_side,
         "seed": config.seed,
         "preset": config.preset,
+        "given": told(config, reward),
         "data": data.name,
         "command": command,
         "versions": {name: value for name, value in made_with().items() if name != "threads"},
-        "made_with": {step: summaries[step].get("made_with") for step in STEPS},
+        "made_with": {step: summaries[step].get("made_with") for step in steps},
         "machine": {
             "device": str(device),
             "processes": parallel.size(),

@@ -20,15 +20,27 @@ from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_fol
 from minirlhf.config import UNSAVED, RunConfig
 from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
+from minirlhf.language.adapters import LoraConfig
 from minirlhf.language.models import context_in
 from minirlhf.pipeline.folder import FORMAT, LOCK, POLICIES, STEPS, read_settings
+from minirlhf.pipeline.given import FileReward, given_sums
 from minirlhf.pipeline.inputs import FROM_HUB, MADE_WORLD
 
 DATA_SUMS = "data_sha256"
+GIVEN_SUMS = "given_sha256"
 Differences = dict[str, tuple[Any, Any]]
+LATER: dict[str, Any] = {
+    "comparisons": {},
+    "data_errors": "stop",
+    GIVEN_SUMS: {},
+    "precision": "float32",
+    "gradient_checkpointing": False,
+}
+LATER |= {"lora": asdict(LoraConfig())}
+"""Settings that a run of format 2 may lack, because it began before they were there, with what it did."""
 
 
-def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
+def settings_of(config: RunConfig, data: Path, reward: FileReward | None = None) -> dict[str, Any]:
     """What decides the weights and the report of a run on a folder of data, as it is written to config.json."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in ("out", *UNSAVED):
@@ -37,6 +49,11 @@ def settings_of(config: RunConfig, data: Path) -> dict[str, Any]:
     settings["data"] = str(data.resolve())
     settings[DATA_SUMS] = data_sums(data)
     settings["comparisons"] = {str(file.resolve()): _sha256(file) for file in config.comparisons}
+    settings["reward"] = reward.facts() if reward is not None else None
+    for key in ("given_sft", "given_reward_model"):
+        if settings[key] is not None and Path(settings[key]).is_dir():
+            settings[key] = str(Path(settings[key]).resolve())
+    settings[GIVEN_SUMS] = given_sums(config)
     if config.previous is not None:
         settings["previous"] = str(config.previous.resolve())
         settings["previous_sha256"] = {step: _sha256(config.previous / step / CHECKSUMS) for step in POLICIES}
@@ -148,7 +165,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in own for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = {"comparisons": {}, "data_errors": "stop"} | read_settings(out)  # before these settings were there
+    old_settings = LATER | read_settings(out)
     if old_settings.get("previous") is not None and settings["previous"] is None:
         raise CheckpointError(
             f"{out}: a round after {old_settings['previous']}; continue it with the minirlhf round that began it, or "
@@ -184,12 +201,16 @@ def steps_of(name: str) -> tuple[str, ...]:
         (('ppo', 'ppo_ptx'), ('ppo_ptx',), ())
     """
     section = name.split(".")[0]
+    if section == GIVEN_SUMS:
+        section = name.split(".")[1]
     # A preset's name only fills in the other settings; the data are known by what they hold, not by where they stand.
     if section in ("evaluation", "preset", "data"):
         return ()
     if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
         return ("ppo_ptx",)
-    if section == "comparisons":
+    if section == "lora":
+        return STEPS[1:]
+    if section in ("comparisons", "reward", "given_reward_model"):
         return ("reward_model", "ppo", "ppo_ptx")
     if section in ("rlhf", "side_by_side"):
         return ("ppo", "ppo_ptx")
@@ -228,6 +249,12 @@ def _said(name: str, settings: dict[str, Any], old: Any, new: Any) -> str:
         return f"{_article(old, new)} {Path(settings['data']) / name.removeprefix(f'{DATA_SUMS}.')}"
     if name.startswith("previous_sha256."):
         return f"{_article(old, new)} {Path(settings['previous']) / name.removeprefix('previous_sha256.')}"
+    if name.startswith(f"{GIVEN_SUMS}."):
+        _, key, *file = name.split(".", 2)
+        option = "--" + key.removeprefix("given_").replace("_", "-")
+        return f"{_article(old, new)} {'/'.join([settings[key] or option, *file])}"
+    if name.split(".")[0] == "reward":
+        return f"{_article(old, new)} --reward {(settings['reward'] or {}).get('function', '')}".rstrip()
     if name.startswith("comparisons."):
         return f"{_article(old, new)} {name.removeprefix('comparisons.')}"
     return f"{name} = {old}, not {new}"

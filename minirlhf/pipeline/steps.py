@@ -5,24 +5,31 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from minirlhf import parallel
 from minirlhf.checkpoints import partial_folder, save_model
 from minirlhf.config import RunConfig
-from minirlhf.language.models import clone, load_causal_model, tiny_llama
+from minirlhf.language.adapters import add_lora, is_adapter, lora_scalar_from
+from minirlhf.language.forward import compute_in, recompute_layers
+from minirlhf.language.models import half, load_causal_model, scalar_model_from, share, tiny_llama
 from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import train_rlhf
 from minirlhf.language.sft import train_sft
-from minirlhf.pipeline.folder import find_device, load_policy, load_reward_model
+from minirlhf.language.tokenization import load_tokenizer
+from minirlhf.pipeline.folder import Bodies, find_device, load_policy, load_reward_model
+from minirlhf.pipeline.given import FileReward, load_given_reward_model
 from minirlhf.pipeline.inputs import Inputs
 from minirlhf.pipeline.judges import find_judge
 from minirlhf.pipeline.settings import made_with
 from minirlhf.training import Recorder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = {
     "base": ("base/loss",),
@@ -68,7 +75,7 @@ def train_step(
     save_model(
         config.out / step,
         model,
-        inputs.tokenizer,
+        _tokenizer(step, config, inputs),
         aside=aside,
         summary=lambda: {
             "seconds": recorder.lap(),
@@ -79,29 +86,46 @@ def train_step(
     )
 
 
+def _tokenizer(step: str, config: RunConfig, inputs: Inputs) -> PreTrainedTokenizerBase:
+    if step == "reward_model" and config.given_reward_model is not None:
+        return load_tokenizer(config.given_reward_model)
+    return inputs.tokenizer
+
+
 def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> PreTrainedModel:
     """Train this step's model, starting from the models of earlier steps."""
     run, seed, device = config.out, config.seed, find_device(config.device)
     data, tokenizer = inputs.folder, inputs.tokenizer
+    lora = config.lora.rank is not None
+    bodies: Bodies = {}
+    options: Any = {"dtype": config.body_dtype, "bodies": bodies if lora else None}
     if config.previous is not None and step in ("base", "sft"):
         recorder.track({}, {})  # creates the folder
         metrics = config.previous / step / "metrics.jsonl"
         if metrics.is_file() and parallel.rank() == 0:
             shutil.copy(metrics, partial_folder(run / step))  # the report draws how the model was trained
-        return load_policy(config.previous, step, device)
-    if step == "base" and config.model is not None:
+        return load_policy(config.previous, step, device, **options)
+    given = config.pretrained if step == "base" else config.given_sft if step == "sft" else None
+    if given is not None:
         recorder.track({}, {})  # creates the folder
-        return load_causal_model(config.model, tokenizer, seed).to(device).eval()
+        return load_causal_model(given, tokenizer, seed, dtype=config.body_dtype).to(device).eval()
     if step == "base":
         model = tiny_llama(config.model_size, tokenizer, inputs.context_length, seed).to(device)
-        return train_base(model, inputs.corpus_blocks, config.base, seed=seed, recorder=recorder)
+        return train_base(_learner(model, config), inputs.corpus_blocks, config.base, seed=seed, recorder=recorder)
     if step == "sft":
-        model = load_policy(run, "base", device)
+        model = load_policy(run, "base", device, **options)
+        if lora:
+            model = add_lora(model, config.lora, seed, _body_name(config))
+        model = _learner(model, config)
         return train_sft(model, tokenizer, data.demonstrations, config.sft, seed=seed, recorder=recorder)
-    sft = load_policy(run, "sft", device)
+    if step == "reward_model" and config.given_reward_model is not None:
+        recorder.track({}, {})
+        return load_given_reward_model(config.given_reward_model)[0]
+    sft = load_policy(run, "sft", device, **options)
     if step == "reward_model":
+        start = lora_scalar_from(sft.requires_grad_(False), config.lora, seed, _body_name(config)) if lora else sft
         return train_reward_model(
-            sft,
+            _learner(start, config),
             tokenizer,
             data.comparisons,
             config.reward_model,
@@ -109,7 +133,20 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
             seed=seed,
             recorder=recorder,
         )
-    reward = RewardModelScorer(*load_reward_model(run, device))
+    policy = share(sft) if config.previous is None else load_policy(config.previous, step, device, **options)
+    if lora and not hasattr(policy, "peft_config"):
+        policy = add_lora(policy, config.lora, seed, _body_name(config))
+    reward: FileReward | RewardModelScorer
+    value = None
+    if config.reward is not None:
+        reward = FileReward(config.reward)
+    else:
+        reward = RewardModelScorer(*load_reward_model(run, device, **options))
+        if hasattr(reward.model, "peft_config") == lora and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
+            value = share(reward.model)
+        _freeze(reward.model, config)
+    if value is None:  # the reward is a function, or a model with another body or vocabulary
+        value = lora_scalar_from(sft, config.lora, seed, _body_name(config)) if lora else scalar_model_from(sft, seed)
     judge = find_judge(data, reward)
 
     def gold(prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> dict[str, float]:
@@ -117,11 +154,11 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
         return {"objective/gold": sum(scores) / len(scores)}
 
     return train_rlhf(
-        clone(sft) if config.previous is None else load_policy(config.previous, step, device),
-        clone(reward.model),
-        sft,
+        _learner(policy, config),
+        _learner(value, config),
+        _freeze(sft, config),
         reward,
-        reward.tokenizer,
+        tokenizer,
         [row.text for row in data.prompts],
         replace(config.rlhf, ptx_coef=0.0) if step == "ppo" else config.rlhf,
         corpus_blocks=inputs.corpus_blocks,
@@ -129,3 +166,29 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
         recorder=recorder,
         monitor=gold if judge.is_gold else None,
     )
+
+
+def _learner(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The same model, ready to be trained in the run's precision; of a frozen body only the adapter is."""
+    if config.precision == "bfloat16" and config.lora.rank is None:
+        compute_in(model, torch.bfloat16)
+    if config.gradient_checkpointing:
+        recompute_layers(model)
+    return model
+
+
+def _freeze(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """The same model, not to be trained; without adapters it needs no float32 weights any more."""
+    if config.lora.rank is None:
+        half(model, config.frozen_dtype)
+    if config.gradient_checkpointing:
+        recompute_layers(model)  # so that it too never holds all logits at once
+    return model.requires_grad_(False)
+
+
+def _body_name(config: RunConfig) -> str:
+    """The body of this run's adapters, for adapter_config.json: where the user has it, or the run's copy of it."""
+    name = config.given_sft if config.given_sft is not None else config.model
+    if name is None or is_adapter(name):  # merged into its base, which stands in the run alone
+        return str((config.out / ("base" if config.given_sft is None else "sft")).resolve())
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -152,12 +152,24 @@ def headline(run: Run) -> str:
 
 def findings(run: Run) -> list[str]:
     """A few more sentences: each step against its parent, the proxy, the tax."""
-    return [sentence for sentence in (_preset(run), _sft(run), _ppo(run), _proxy(run), _tax(run)) if sentence]
+    return [
+        sentence for sentence in (_preset(run), _given(run), _sft(run), _ppo(run), _proxy(run), _tax(run)) if sentence
+    ]
 
 
 def _preset(run: Run) -> str:
     told = "This is the fast preset: it shows that everything runs, but is too short to learn much. Omit it for more."
     return told if run.report["preset"] == "fast" else ""
+
+
+def _given(run: Run) -> str:
+    """What was not trained here. A run from before this was kept says nothing."""
+    given: Row = run.report.get("given", {})
+    told = [f"{NAMES[step]} ({given[step]})" for step in ("base", "sft", "reward_model") if step in given]
+    said = f"Given, not trained here: {', '.join(told)}." if told else ""
+    if "reward" in given:
+        said += f" The reward is the function {given['reward']}; where this page says reward model, it means this."
+    return said.strip()
 
 
 def _sft(run: Run) -> str:

@@ -275,11 +275,14 @@ def test_a_killed_run_of_adapters_continues_with_the_same_bits(dtype: torch.dtyp
             assert torch.equal(a, b), name
 
 
-def test_a_model_with_an_adapter_is_merged_before_it_is_saved(tokenizer, tmp_path) -> None:
+def test_the_model_inside_an_adapter_is_merged_before_it_is_saved(tokenizer, tmp_path) -> None:
+    """The outer one is saved as peft does; the inner one alone would lose the adapter."""
     policy = MADE["lora"](made("Llama", len(tokenizer)))
-    for model in (policy, policy.get_base_model()):
-        with pytest.raises(CheckpointError, match=r"merge it first \(model.merge_and_unload\(\)\)"):
-            save_model(tmp_path / "policy", model, tokenizer)
+    with pytest.raises(CheckpointError, match=r"merge it first \(model.merge_and_unload\(\)\)"):
+        save_model(tmp_path / "policy", policy.get_base_model(), tokenizer)
     assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "adapter", policy, tokenizer)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
     save_model(tmp_path / "policy", policy.merge_and_unload(), tokenizer)
     assert (tmp_path / "policy" / "model.safetensors").is_file()

@@ -1,0 +1,186 @@
+"""How much memory step 3 takes, from a model's shape: ``python -m minirlhf.memory`` prints the table of docs/memory.md.
+
+Four models, of P weights each, are in memory at once:
+
+    trained in full     16 P bytes   weights, gradients and Adam's two moments in float32
+    not trained         4 P or 2 P   weights in float32 or bfloat16
+    on one body         the body once, 4 P or 2 P, and for each model an adapter (16 bytes a weight of it if trained)
+
+To that come the activations of one micro-batch, which grow with its tokens, and its logits. What is counted is what
+PyTorch allocates; a process has a few hundred MiB of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LOGITS_AT_ONCE = 2**22
+"""As in `minirlhf.language.models`, which needs torch: where layers are recomputed, logits are too, so many at once."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like decoder.
+
+    Example:
+        >>> round(Shape(layers=24, width=896, intermediate=4864, vocabulary=151_936, key_value_width=128).weights / 1e6)
+        494
+    """
+
+    layers: int
+    """Blocks."""
+    width: int
+    """D, the hidden size."""
+    intermediate: int
+    """F, the width of the feed-forward layer."""
+    vocabulary: int
+    """V."""
+    key_value_width: int | None = None
+    """Heads of keys x their size; None: as wide as the model."""
+    tied: bool = True
+    """Whether the head is the embedding."""
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.width if self.key_value_width is None else self.key_value_width
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Rows and columns of the matrices of one block."""
+        d, f, k = self.width, self.intermediate, self.keys
+        return [(d, d), (d, k), (d, k), (d, d), (d, f), (d, f), (f, d)]
+
+    @property
+    def body(self) -> int:
+        """Weights of embedding and blocks."""
+        return self.vocabulary * self.width + self.layers * sum(a * b for a, b in self.matrices) + self._norms
+
+    @property
+    def _norms(self) -> int:
+        return (2 * self.layers + 1) * self.width
+
+    @property
+    def weights(self) -> int:
+        """Weights of the causal model."""
+        return self.body + (0 if self.tied else self.vocabulary * self.width)
+
+    def adapter(self, rank: int) -> int:
+        """Weights of one LoRA adapter on all matrices of the blocks."""
+        return self.layers * sum(rank * (a + b) for a, b in self.matrices)
+
+
+def ppo_step(
+    shape: Shape,
+    *,
+    rank: int | None = None,
+    precision: str = "float32",
+    checkpointing: bool = False,
+    rows: int = 16,
+    prompt: int = 64,
+    answer: int = 64,
+) -> dict[str, int]:
+    """Bytes that the backward pass of one PPO micro-batch holds, by what they are for.
+
+    Args:
+        shape: of the four models.
+        rank: of the adapters; None for full fine-tuning.
+        precision: float32 or bfloat16, as ``--precision``.
+        checkpointing: as ``--gradient-checkpointing``.
+        rows: answers in the micro-batch.
+        prompt: tokens of a prompt.
+        answer: tokens of an answer.
+
+    Returns:
+        weights, gradients, moments, activations and logits.
+
+    Example:
+        >>> shape = Shape(layers=2, width=64, intermediate=128, vocabulary=1000)
+        >>> full, small = ppo_step(shape), ppo_step(shape, rank=4, precision="bfloat16", checkpointing=True)
+        >>> sum(small.values()) < sum(full.values()) / 3
+        True
+    """
+    low = 2 if precision == "bfloat16" else 4  # bytes of a number that is computed
+    causal, scalar = shape.weights, shape.body + shape.width
+    if rank is None:
+        weights, trained = 4 * (causal + scalar) + low * (causal + scalar), causal + scalar
+        if low == 2:
+            weights += low * (causal + scalar)  # autocast's copies, kept for backward
+    else:
+        weights, trained = low * causal + 4 * 2 * (shape.adapter(rank) + shape.width), 2 * shape.adapter(rank)
+        weights += 4 * trained
+    return {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "moments": 8 * trained,
+        "activations": _activations(shape, rank, low, checkpointing, rows * (prompt + answer)),
+        "logits": _logits(shape, low, checkpointing, rows * answer),
+    }
+
+
+def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int) -> int:
+    """Of the policy and the value network, whose losses go through backward together."""
+    d, f, k = shape.width, shape.intermediate, shape.keys
+    residual = 4 if rank is None else low  # under autocast the sums stay in float32
+    norms = 2 * (4 + residual) * d  # each keeps its input in float32, and its output before the scale
+    inputs = low * (2 * d + d + f)  # of the matrices: two norms' outputs, the attention's, the product's
+    if rank is not None and low == 2:
+        inputs = 4 * (3 * d + d + 2 * d + f)  # a frozen matrix keeps none; each adapter keeps its own in float32
+    between = low * (2 * d + 2 * k + 3 * f)  # queries, keys, values, attention; gate, its activation, up
+    layer = norms + inputs + between
+    if checkpointing:  # the inputs of all layers of both, and one layer that is computed again
+        return tokens * (2 * shape.layers * residual * d + layer)
+    return tokens * 2 * shape.layers * layer
+
+
+def _logits(shape: Shape, low: int, checkpointing: bool, targets: int) -> int:
+    """The logits, their log-softmax in float32, what the entropy of each token takes; then their gradients."""
+    if checkpointing:
+        targets = min(targets, max(1, LOGITS_AT_ONCE // shape.vocabulary))
+    return targets * shape.vocabulary * (low + 5 * 4)
+
+
+class Line(NamedTuple):
+    """A model of the table."""
+
+    name: str
+    shape: Shape
+
+
+MODELS = (
+    Line("0.1 B", Shape(12, 768, 2048, 32_000)),
+    Line("0.5 B", Shape(24, 896, 4864, 151_936, 128)),
+    Line("1.5 B", Shape(28, 1536, 8960, 151_936, 256)),
+    Line("7 B", Shape(32, 4096, 11008, 32_000, tied=False)),
+)
+"""The shapes of a Llama as small as GPT-2, of Qwen2.5 0.5 B and 1.5 B, and of Llama 2 7 B."""
+SETTINGS: dict[str, dict[str, object]] = {
+    "full, float32": {},
+    "full, bfloat16, checkpointing": {"precision": "bfloat16", "checkpointing": True},
+    "LoRA, float32": {"rank": 16},
+    "LoRA, bfloat16": {"rank": 16, "precision": "bfloat16"},
+    "LoRA, bfloat16, checkpointing": {"rank": 16, "precision": "bfloat16", "checkpointing": True},
+}
+
+
+def mebibytes(count: float) -> float:
+    """Bytes in MiB."""
+    return count / 2**20
+
+
+def table(rows: int = 16, prompt: int = 128, answer: int = 128) -> str:
+    """The table of docs/memory.md: GiB of a step, and in brackets the bytes per parameter without activations."""
+    lines = ["| | " + " | ".join(model.name for model in MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
+    for name, options in SETTINGS.items():
+        cells = []
+        for _, shape in MODELS:
+            parts = ppo_step(shape, rows=rows, prompt=prompt, answer=answer, **options)  # type: ignore[arg-type]
+            fixed = parts["weights"] + parts["gradients"] + parts["moments"]
+            cells.append(f"{sum(parts.values()) / 2**30:.1f} GiB ({fixed / shape.weights:.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

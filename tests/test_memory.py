@@ -1,0 +1,102 @@
+"""The table of docs/memory.md: a formula, held against the peaks that PyTorch's allocator reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minirlhf import memory
+from minirlhf.language import models
+from minirlhf.language.reward_model import RewardModelScorer
+from minirlhf.language.rlhf import RLHFConfig, train_rlhf
+from minirlhf.memory import Shape, ppo_step, table
+from minirlhf.training import Recorder
+
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).parents[1]
+ROWS, ANSWER = 16, 24
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_memory", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(benchmark: Any, tokenizer: Any, kind: str) -> int:
+    """The peak of a second PPO step in bytes: what is allocated before, and the highest sum while it runs."""
+    four = benchmark.four_models(**benchmark.KINDS[kind])
+    held = {x.data_ptr(): x.nbytes for model in four for x in (*model.parameters(), *model.buffers())}
+    prompts = ["Tell me about the otter and the newt in the marsh."] * ROWS
+    settings = RLHFConfig(
+        steps=1,
+        batch_size=ROWS,
+        minibatch_size=ROWS,
+        epochs=2,  # in the second the moments are there
+        max_response_tokens=ANSWER,
+        micro_batch_tokens=10**9,
+        lr=1e-6,
+        value_lr=1e-6,
+        warmup=0,
+    )
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        scorer = RewardModelScorer(four[3], tokenizer)
+        train_rlhf(*four[:3], scorer, tokenizer, prompts, settings, recorder=Recorder("memory", progress=False))
+    now = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return sum(held.values()) + highest
+
+
+@pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA", "LoRA, bfloat16, checkpointing"])
+def test_the_formula_is_what_a_step_takes(kind: str, benchmark, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(layers=3, width=128, intermediate=352, vocabulary=4000, tied=False)
+    monkeypatch.setattr(benchmark, "SHAPE", shape)
+    for module in (memory, models):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**17)
+    prompt = len(tokenizer("Tell me about the otter and the newt in the marsh.")["input_ids"]) + 2
+    expected = ppo_step(shape, rows=ROWS, prompt=prompt, answer=ANSWER, **benchmark.KINDS[kind])
+    found = measured(benchmark, tokenizer, kind)
+    print(f"{kind}: formula {sum(expected.values()) / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB", expected)
+    assert sum(expected.values()) == pytest.approx(found, rel=0.15)
+
+
+def test_both_count_logits_alike() -> None:
+    assert memory.LOGITS_AT_ONCE == models.LOGITS_AT_ONCE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_counted_as_transformers_makes_them(tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape(layers=2, width=64, intermediate=96, vocabulary=50, key_value_width=16, tied=tied)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        assert sum(p.numel() for p in LlamaForCausalLM(config).parameters()) == shape.weights
+
+
+def test_the_page_holds_the_table() -> None:
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert table() in page
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", table(), flags=re.M))
+    assert "(40.0)" in rows["full, float32"], "the four models take 40 bytes a parameter"
