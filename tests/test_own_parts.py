@@ -211,6 +211,7 @@ def test_an_sft_model_and_a_function_of_ones_own(brought: Path, made, small, ref
     copied = Path(shutil.copytree(brought, tmp_path / "run"))
     model = Path(shutil.copytree(made["gpt2"], tmp_path / "gpt2"))
     config["given_sft"] = str(model)
+    del config["sha256"]
     (copied / "config.json").write_text(json.dumps(config))
     (model / "generation_config.json").write_text('{"eos_token_id": 1, "pad_token_id": 0, "temperature": 0.5}')
     said = refused(small(copied, "--sft", str(model), "--reward", f"{made['rewards.py']}:short"))
@@ -281,7 +282,7 @@ def test_a_folder_of_a_run_names_no_code_to_run(brought: Path, tmp_path: Path, r
     """Whoever made it: reading a run imports nothing."""
     run = Path(shutil.copytree(brought, tmp_path / "run"))
     (run / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
-    config = read(run / "config.json")
+    config = {key: value for key, value in read(run / "config.json").items() if key != "sha256"}
     (run / "config.json").write_text(json.dumps(config | {"reward": f"{run / 'evil.py'}:short"}))
     assert main(["chat", "--run", str(run), "--prompt", "Hi"]) == 0
     monkeypatch.chdir(run)

@@ -174,7 +174,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> tu
 
 
 @contextlib.contextmanager
-def _said(path: str | Path) -> Iterator[None]:
+def _said(path: str | Path, what: str = "the model") -> Iterator[None]:
     """Turn what transformers raises where a model can't be loaded into one sentence.
 
     Raises:
@@ -189,7 +189,7 @@ def _said(path: str | Path) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it brings code of its own, which minirlhf never runs"
         raise CheckpointError(
-            f"{path}: the model can't be loaded ({reason}); "
+            f"{path}: {what} can't be loaded ({reason}); "
             "give a folder made by save_pretrained, weights in safetensors included, or a hub name"
         ) from error
 
@@ -201,7 +201,7 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
 
     base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     config = _configuration(folder)
-    with _said(f"{folder} (an adapter) or its base model {base}"):
+    with _said(folder, "the adapter or its base model"):
         if "SequenceClassification" in kind.__name__:
             config.num_labels, config.score_offset = 1, score_offset(folder)
         options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True, **CLOSED}
