@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ("architecture", "before_you_start", "data_formats", "papers", "sampling_elsewhere")
+DOCS = ("architecture", "before_you_start", "data_formats", "papers", "sampling_elsewhere", "scaling")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 
 

@@ -12,7 +12,7 @@ import pytest
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "papers.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 NAMED = re.findall(r"\[`([\w.]+)`\]\(([^)]+)\)", TEXT)
-PAPERS = ("Sutton & Barto", "(TRPO)", "(GAE)", "(PPO)", "(InstructGPT)", "(over-optimisation)")
+PAPERS = ("Sutton & Barto", "(TRPO)", "(GAE)", "(PPO)", "(InstructGPT)", "(over-optimisation)", "(DPO)")
 
 
 def find(dotted: str) -> tuple[object, str]:

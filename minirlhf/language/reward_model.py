@@ -187,7 +187,8 @@ def train_reward_model(
         mine = parallel.my_rows(list(range(len(demonstrations))))
         with parallel.gathered(reward_model):
             own = [demonstrations[i] for i in mine]
-            scores[mine] = scorer([row.prompt for row in own], [row.completion for row in own])
+            if own:
+                scores[mine] = scorer([row.prompt for row in own], [row.completion for row in own])
         scores = parallel.sum_over_ranks(scores)
         reward_model.config.score_offset = float(scores.mean()) + reward_model.config.score_offset
     return reward_model

@@ -10,6 +10,7 @@ Every process must end within LONGEST seconds, and in the end the weights must b
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 TRAINERS = ("base", "sft", "reward_model", "rlhf")
-LONGEST, KILLS, STEPS = 30.0, 10, 80
+LONGEST, STEPS = 30.0, 80
 
 
 def start(count: int, folder: Path, *options: str) -> list[subprocess.Popen]:
@@ -54,15 +55,17 @@ def steps_done(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill one rank of two at ten instants, and continue.")
     parser.add_argument("--seed", type=int, default=0)
-    rng = random.Random(parser.parse_args().seed)
+    parser.add_argument("--kills", type=int, default=10, help="of one rank of two")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         one, chain = Path(temporary) / "one", Path(temporary) / "chain"
         assert start(1, one)[0].wait() == 0
         longest, kills = 0.0, 0
-        for session in range(3 * KILLS):
+        for session in itertools.count():
             count = 1 if session % 3 == 2 else 2
             options = ["--shard"] if count == 2 and rng.random() < 0.5 else []
-            target = min(steps_done(chain) + rng.randint(1, 2 * STEPS // (3 * KILLS)), STEPS - 1)
+            target = min(steps_done(chain) + rng.randint(1, max(1, STEPS // (2 * args.kills))), STEPS - 1)
             running = start(count, chain, *options)
             while steps_done(chain) < target:
                 assert all(process.poll() is None for process in running), "a session ended by itself"
@@ -79,7 +82,7 @@ def main() -> None:
                 f"{count} processes{', sharded' if options else ''}: rank {rank} killed after {steps_done(chain)} steps"
             )
             print(f"{words}; all ended within {time.monotonic() - began:.2f} s", flush=True)
-            if kills == KILLS:
+            if kills == args.kills:
                 break
         assert all(process.wait() == 0 for process in start(2, chain))
         worst = 0.0
