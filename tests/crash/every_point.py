@@ -54,6 +54,7 @@ def in_fork(work: Callable[[], int]) -> tuple[int, str]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     code = work()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
