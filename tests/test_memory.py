@@ -63,7 +63,7 @@ def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
     return sum(held.values()) + highest
 
 
-@pytest.mark.parametrize("kind", ["full", "LoRA, bfloat16, checkpointing"])
+@pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA, bfloat16, checkpointing"])
 def test_the_formula_is_what_a_step_takes(kind: str, benchmark, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(layers=3, width=128, intermediate=352, vocabulary=4000, tied=False)
     monkeypatch.setattr(benchmark, "SHAPE", shape)
