@@ -34,7 +34,6 @@ ROWS, PROMPT, ANSWER, STEPS = 16, 20, 40, 2
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, bfloat16, checkpointing": {"precision": "bfloat16", "checkpointing": True},
-    "LoRA": {"rank": 16},
     "LoRA, bfloat16, checkpointing": {"rank": 16, "precision": "bfloat16", "checkpointing": True},
 }
 

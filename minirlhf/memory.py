@@ -81,7 +81,7 @@ def ppo_step(
     prompt: int = 64,
     answer: int = 64,
 ) -> dict[str, int]:
-    """Bytes that the backward pass of one PPO micro-batch holds, by what they are for.
+    """Bytes that the backward pass of a PPO micro-batch holds, from the second of a step on, by what they are for.
 
     Args:
         shape: of the four models.
@@ -105,7 +105,7 @@ def ppo_step(
     causal, scalar = shape.weights, shape.body + shape.width
     if rank is None:
         weights, trained = 4 * (causal + scalar) + low * (causal + scalar), causal + scalar
-        if low == 2:
+        if low == 2 and not checkpointing:
             weights += low * (causal + scalar)  # autocast's copies, kept for backward
     else:
         weights, trained = low * causal + 4 * 2 * (shape.adapter(rank) + shape.width), 2 * shape.adapter(rank)
@@ -129,16 +129,17 @@ def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, 
         inputs = 4 * (3 * d + d + 2 * d + f)  # a frozen matrix keeps none; each adapter keeps its own in float32
     between = low * (2 * d + 2 * k + 3 * f)  # queries, keys, values, attention; gate, its activation, up
     layer = norms + inputs + between
+    flowing = 2 * 4 * f  # gradients on their way through the widest part of a layer
     if checkpointing:  # the inputs of all layers of both, and one layer that is computed again
-        return tokens * (2 * shape.layers * residual * d + layer)
-    return tokens * 2 * shape.layers * layer
+        return tokens * (2 * shape.layers * residual * d + layer + flowing)
+    return tokens * (2 * shape.layers * layer + flowing)
 
 
 def _logits(shape: Shape, low: int, checkpointing: bool, targets: int) -> int:
-    """The logits, their log-softmax in float32, what the entropy of each token takes; then their gradients."""
+    """The logits; their log-softmax, its gradient and the logits' gradient in float32."""
     if checkpointing:
         targets = min(targets, max(1, LOGITS_AT_ONCE // shape.vocabulary))
-    return targets * shape.vocabulary * (low + 5 * 4)
+    return targets * shape.vocabulary * (low + 3 * 4)
 
 
 class Line(NamedTuple):

@@ -14,13 +14,15 @@ from minirlhf import memory
 from minirlhf.language import models
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
+from minirlhf.language.tokenization import encode_prompts
 from minirlhf.memory import Shape, ppo_step, table
 from minirlhf.training import Recorder
 
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[1]
-ROWS, ANSWER = 16, 24
+ROWS, ANSWER = 16, 24  # two micro-batches of 8: in the second the gradients of the first are there
+PROMPT = "Tell me about the otter and the newt in the marsh."
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +34,17 @@ def benchmark() -> Any:
     return module
 
 
-def measured(benchmark: Any, tokenizer: Any, kind: str) -> int:
+def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
     """The peak of a second PPO step in bytes: what is allocated before, and the highest sum while it runs."""
     four = benchmark.four_models(**benchmark.KINDS[kind])
     held = {x.data_ptr(): x.nbytes for model in four for x in (*model.parameters(), *model.buffers())}
-    prompts = ["Tell me about the otter and the newt in the marsh."] * ROWS
     settings = RLHFConfig(
         steps=1,
         batch_size=ROWS,
         minibatch_size=ROWS,
         epochs=2,  # in the second the moments are there
         max_response_tokens=ANSWER,
-        micro_batch_tokens=10**9,
+        micro_batch_tokens=ROWS // 2 * (prompt + ANSWER),
         lr=1e-6,
         value_lr=1e-6,
         warmup=0,
@@ -51,24 +52,26 @@ def measured(benchmark: Any, tokenizer: Any, kind: str) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         scorer = RewardModelScorer(four[3], tokenizer)
-        train_rlhf(*four[:3], scorer, tokenizer, prompts, settings, recorder=Recorder("memory", progress=False))
+        recorder = Recorder("memory", progress=False)
+        train_rlhf(*four[:3], scorer, tokenizer, [PROMPT] * ROWS, settings, recorder=recorder)
     now = highest = 0
-    for event in profile.profiler.kineto_results.events():
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             highest = max(highest, now)
     return sum(held.values()) + highest
 
 
-@pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA", "LoRA, bfloat16, checkpointing"])
+@pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA, bfloat16, checkpointing"])
 def test_the_formula_is_what_a_step_takes(kind: str, benchmark, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(layers=3, width=128, intermediate=352, vocabulary=4000, tied=False)
     monkeypatch.setattr(benchmark, "SHAPE", shape)
     for module in (memory, models):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**17)
-    prompt = len(tokenizer("Tell me about the otter and the newt in the marsh.")["input_ids"]) + 2
-    expected = ppo_step(shape, rows=ROWS, prompt=prompt, answer=ANSWER, **benchmark.KINDS[kind])
-    found = measured(benchmark, tokenizer, kind)
+    prompt = len(encode_prompts(tokenizer, [PROMPT])[0])
+    expected = ppo_step(shape, rows=ROWS // 2, prompt=prompt, answer=ANSWER, **benchmark.KINDS[kind])
+    found = measured(benchmark, tokenizer, kind, prompt)
     print(f"{kind}: formula {sum(expected.values()) / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB", expected)
     assert sum(expected.values()) == pytest.approx(found, rel=0.15)
 

@@ -125,10 +125,8 @@ def test_a_run_of_adapters(adapted: Path, made, tiny_folder: Path, capsys) -> No
     out = adapted.parent / "exported"
     assert main(["export", "--run", str(adapted), "--step", "ppo", "--out", str(out)]) == 0
     assert not (out / "adapter_config.json").exists() and read(out / "config.json")["dtype"] == "bfloat16"
-    merged, base = load_causal_model(out), load_causal_model(made["llama"])
-    ours, plain = (model(**tokens).logits.log_softmax(-1) for model in (merged, base))
-    off = float((ours - theirs(**tokens).logits.log_softmax(-1)).detach().abs().max())
-    assert off < 0.3 and off < float((ours - plain).detach().abs().max())
+    ours = load_causal_model(out)(**tokens).logits.log_softmax(-1)  # rounded to bfloat16, unlike peft's
+    torch.testing.assert_close(ours, theirs(**tokens).logits.log_softmax(-1), atol=2e-2, rtol=0)
     assert main(["export", "--run", str(adapted), "--step", "reward_model", "--out", str(out) + "-rm"]) == 0
     assert load_scalar_model(Path(str(out) + "-rm")).config.score_offset != 0
 
