@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
 from minirlhf import losses
-from minirlhf_course.checks.cases07 import loss_cases, mask_cases, micro_cases, perplexity_cases, shift_cases
 from minirlhf_course.checks import write07
+from minirlhf_course.checks.cases07 import loss_cases, mask_cases, micro_cases, perplexity_cases, shift_cases
 from minirlhf_course.checks.exercise import exercise
 
 EPSILONS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)

@@ -155,7 +155,7 @@ class TrainerExercise(Exercise):
         if run.fault:
             return run.fault, ""
         if not run.steps:
-            return "No optimizer of torch.optim has taken a step with the model that it was given: train it in place.", ""
+            return "No optimizer of torch.optim has taken a step with the model that was given: train it in place.", ""
         config = case.args[-1]
         problem = self._batches(run, case)
         if problem:
@@ -206,7 +206,10 @@ class TrainerExercise(Exercise):
         clipped = _clipped(right, limit)
         if _off(got, clipped) <= EXACT:
             return None
-        more = f"  step {number}: the norm is {_norm(got):.4g}, expected {_norm(clipped):.4g}; cosine {_cosine(got, right):.3f}"
+        more = (
+            f"  step {number}: the norm is {_norm(got):.4g}, expected {_norm(clipped):.4g}; "
+            f"cosine {_cosine(got, right):.3f}"
+        )
         if not all(bool(x.isfinite().all()) for x in got.values()):
             return f"A gradient is NaN or infinite (step {number}): look for 0 / 0, or the log of 0.", more
         if _norm(right) > limit and _off(got, right) <= EXACT:
@@ -250,7 +253,8 @@ class TrainerExercise(Exercise):
             return said, ""
         losses = _losses(run)
         if len(losses) != len(run.steps):
-            return "It does not return a list with the loss of every step.", f"  {len(run.steps)} steps, {len(losses)} losses"
+            more = f"  {len(run.steps)} steps, {len(losses)} losses"
+            return "It does not return a list with the loss of every step.", more
         for number, (step, said) in enumerate(zip(run.steps, losses, strict=True), 1):
             with torch.no_grad():
                 right = float(self._loss_of(run.at(step), case, step))
@@ -266,8 +270,8 @@ class TrainerExercise(Exercise):
             return None
         return (
             "It learns too little: look at the optimizer and its learning rate.",
-            f"  the loss began at {losses[0]:.2f} and is {left:.2f} after {len(losses)} steps; a right trainer gets below "
-            f"{self.bound * losses[0]:.2f}",
+            f"  the loss began at {losses[0]:.2f} and is {left:.2f} after {len(losses)} steps; a right trainer gets "
+            f"below {self.bound * losses[0]:.2f}",
         )
 
 
@@ -309,7 +313,8 @@ def _rates(rates: Sequence[float], config: Any) -> tuple[str, str] | None:
         return None
     got = [rate / config.lr for rate in rates]
     if max(got) - min(got) < 1e-6:
-        return "The learning rate never changes: a linear warm-up, then a cosine. Set it in every step, before step().", ""
+        said = "The learning rate never changes: a linear warm-up, then a cosine. Set it in every step, before step()."
+        return said, ""
     for step, factor in enumerate(got):
         near = [_factor(s, total, warmup, end) for s in (step - 1, step, step + 1) for end in (0.0, 0.1)]
         if min(near) - 0.02 <= factor <= max(near) + 0.02:

@@ -187,11 +187,11 @@ def sft_cases() -> list[Case]:
     "the whole loop",
     difficulty=4,
     minutes=40,
-    task="Step 1, from texts to a trained model. Each epoch goes through all demonstrations once, in a new random order, "
-    "`batch_size` of them per step (it divides their number). A step is one loss, divided by the count of its whole batch; "
-    "its gradient clipped to `max_grad_norm`; one step of AdamW, at a rate that rises in a straight line to `lr` over "
-    "`warmup` steps and falls along a cosine from there, to a tenth or to 0. At the end the model is in eval mode. "
-    "`encode_prompts(tokenizer, texts)` knows the template; EOS is up to you.",
+    task="Step 1, from texts to a trained model. Each epoch goes through all demonstrations once, in a new random "
+    "order, `batch_size` of them per step (it divides their number). A step is one loss, divided by the count of "
+    "its whole batch; its gradient clipped to `max_grad_norm`; one step of AdamW, at a rate that rises in a "
+    "straight line to `lr` over `warmup` steps and falls along a cosine from there, to a tenth or to 0. At the "
+    "end the model is in eval mode. `encode_prompts(tokenizer, texts)` knows the template; EOS is up to you.",
     cases=sft_cases,
     suspects={text: partial(sft_with, name) for text, name in (LOSSES | LOOP).items()},
     mistakes=LOSSES,
@@ -201,17 +201,15 @@ def sft_cases() -> list[Case]:
     },
     again="A demonstration is read more than once in a step: each row goes through the model once.",
     hints=(
-        "Before the loop: all rows as lists of ids, the optimizer, and how many steps there are. In a step: draw the rows, "
-        "pad them to the longest, logits, 7.1 to 7.3, `zero_grad`, `backward`, clip, set the rate, `step`.",
+        "Before the loop: all rows as lists of ids, the optimizer, and how many steps there are. In a step: draw the "
+        "rows, pad them to the longest, logits, 7.1 to 7.3, `zero_grad`, `backward`, clip, set the rate, `step`.",
         "`order = torch.randperm(n).tolist()` where an epoch begins, `rows = order[i : i + batch_size]`. With "
         "`s` steps done of `total`, the rate is `lr * (s + 1) / warmup` while `s < warmup`, then "
         "`lr * (0.1 + 0.45 * (1 + cos(pi * (s - warmup) / (total - warmup))))`; write it into every "
         "`group['lr']` of `optimizer.param_groups`.",
     ),
 )
-def fine_tune(
-    model: Any, tokenizer: Any, demonstrations: Sequence[Demonstration], config: SFTConfig
-) -> list[float]:
+def fine_tune(model: Any, tokenizer: Any, demonstrations: Sequence[Demonstration], config: SFTConfig) -> list[float]:
     """Train a causal model in place; give the loss of every step, before its update.
 
     demonstrations have .prompt and .completion, both texts; config has

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from minirlhf.training import learning_rate_factor, set_learning_rate
 from minirlhf_course.checks.exercise import Case
 from minirlhf_course.checks.trainers import Run, trainer_exercise
 from minirlhf_course.checks.write07 import tiny_model, tiny_tokenizer
+from minirlhf_course.rankings import single_comparisons
 
 # The loss and the loop, right or with one mistake --------------------------------------------------------------------
 
@@ -43,8 +43,8 @@ def scores_of(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], mistake
 
 def rankings_loss(mistake: str, model: Any, tokenizer: Any, comparisons: Sequence[Comparison]) -> Tensor:
     """The K-way loss of a batch: the mean over the pairs of each prompt, then over prompts."""
-    rows = [encoded(tokenizer, row.prompt, row.responses) for row in comparisons]
-    rewards = scores_of(model, tokenizer, sum(rows, []), mistake).split([len(each) for each in rows])
+    rows = [ids for row in comparisons for ids in encoded(tokenizer, row.prompt, row.responses)]
+    rewards = scores_of(model, tokenizer, rows, mistake).split([len(row.responses) for row in comparisons])
     losses = []
     for ours, row in zip(rewards, comparisons, strict=True):
         scores = torch.tensor(row.scores)
@@ -76,15 +76,6 @@ def rankings_loss(mistake: str, model: Any, tokenizer: Any, comparisons: Sequenc
     return means.sum() if mistake == "sum" else means.mean()
 
 
-def _pairs(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    return [
-        Comparison(row.prompt, (row.responses[i], row.responses[j]), (row.scores[i], row.scores[j]))
-        for row in comparisons
-        for i, j in combinations(range(len(row.responses)), 2)
-        if row.scores[i] != row.scores[j]
-    ]
-
-
 def rewards_with(
     mistake: str,
     model: Any,
@@ -105,7 +96,7 @@ def rewards_with(
     before = mean_score()
     parameters = list(model.score.parameters()) if mistake == "only the head" else list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    rows = _pairs(comparisons) if mistake == "shuffled pairs" else list(comparisons)
+    rows = single_comparisons(comparisons) if mistake == "shuffled pairs" else list(comparisons)
     size, losses = config.batch_size, []
     per_epoch = len(rows) // size
     total = round(config.epochs * len(rows) / size) * (2 if mistake == "twice as long" else 1)
@@ -142,7 +133,9 @@ LOSSES = {
     "The first answer is taken for the best: the answers come in no order, the scores tell.": "first is best",
     "Only the best answer is compared with the others: all pairs of a ranking count.": "best against the rest",
     "Only neighbours in the ranking are compared: all pairs of a ranking count.": "neighbours",
-    "All pairs of the batch are averaged alike: first the mean over each prompt's pairs, then over prompts.": "over pairs",
+    "All pairs of the batch are averaged alike: first the mean over each prompt's pairs, then over prompts.": (
+        "over pairs"
+    ),
     "1/C(K, 2) is missing: take each prompt's mean over its pairs, so that nine answers weigh as much as four.": (
         "unweighted"
     ),
@@ -154,7 +147,9 @@ LOSSES = {
         "last column"
     ),
     "The score is the mean over all tokens: only the last one has read the whole answer.": "mean of tokens",
-    "The score is read one token before the end: EOS is the last one, and says that the answer ends here.": "before EOS",
+    "The score is read one token before the end: EOS is the last one, and says that the answer ends here.": (
+        "before EOS"
+    ),
 }
 AGAIN = (
     "An answer goes through the model twice, or without the others to its prompt: all K of a prompt together, once, in "
@@ -193,9 +188,10 @@ def offset_problem(run: Run, case: Case) -> tuple[str, str] | None:
         return None
     mean = left + offset
     more = f"  their mean is {mean:.4f}, score_offset is {offset:.4f}"
-    for wrong, sentence in ((0.0, "no offset"), (-mean, "offset with the other sign"), (before, "offset before training")):
-        if abs(offset - wrong) < 1e-3:
-            return next(text for text, name in LOOP.items() if name == sentence), more
+    known = {"no offset": 0.0, "offset with the other sign": -mean, "offset before training": before}
+    for sentence, name in LOOP.items():
+        if name in known and abs(offset - known[name]) < 1e-3:
+            return sentence, more
     return "The demonstrations do not score 0 on average.", more
 
 
@@ -212,7 +208,8 @@ def ranking_cases() -> list[Case]:
         for question in ("who", "where now"):
             turned = verbs[place:] + verbs[:place]
             answers = tuple(f"{animal} {verb}" for verb in turned[: 3 + place % 3])
-            rows.append(Comparison(f"{question} {animal}", answers, tuple(float(-verbs.index(v)) for v in turned[: len(answers)])))
+            scores = tuple(-float(verbs.index(verb)) for verb in turned[: len(answers)])
+            rows.append(Comparison(f"{question} {animal}", answers, scores))
     shown = [Demonstration(f"why {animal}", f"{animal} eats well") for animal in ("owl", "fox", "bee")]
     pair = Comparison("who owl", ("owl sings", "owl lives here now"), (1.0, 2.0))
     tied = Comparison("where fox", ("fox lives here", "fox eats", "fox sings there now", "well"), (1.0, 3.0, 1.0, 2.0))
@@ -221,12 +218,13 @@ def ranking_cases() -> list[Case]:
     mixed, both = [pair, tied, three], replace(plain, batch_size=3)
     tokenizer, ignorant = tiny_tokenizer(), tiny_rewarder()
     nn.init.zeros_(ignorant.score.weight)
+    clipped = replace(both, max_grad_norm=0.05)
     many = replace(plain, epochs=4, batch_size=2, lr=2e-2, warmup=5)
     return [
         Case("one prompt with two answers", (tiny_rewarder(), tokenizer, [pair], shown, plain)),
         Case("one prompt with four answers, two of them tied", (tiny_rewarder(), tokenizer, [tied], shown, plain)),
         Case("three prompts in one batch, one with a tie", (tiny_rewarder(1), tokenizer, mixed, shown, both)),
-        Case("the same, clipped to 0.05", (tiny_rewarder(1), tokenizer, mixed, shown, replace(both, max_grad_norm=0.05))),
+        Case("the same, clipped to 0.05", (tiny_rewarder(1), tokenizer, mixed, shown, clipped)),
         Case("eight prompts to memorise, in batches of two", (tiny_rewarder(2), tokenizer, rows, shown, many)),
         Case(
             "a head that scores all answers alike",
@@ -255,10 +253,11 @@ def ranking_cases() -> list[Case]:
     again=AGAIN,
     close=offset_problem,
     hints=(
-        "K differs between prompts, so put the answers of a whole batch into one list of rows, score all of them in one "
-        "go, and give each prompt its own share of the scores again: `scores.split([K_1, K_2, ...])`.",
+        "K differs between prompts, so put the answers of a whole batch into one list of rows, score all of them in "
+        "one go, and give each prompt its own share of the scores again: `scores.split([K_1, K_2, ...])`.",
         "`scores = last_token_scores(models.token_values(model, tokens, mask), mask)`; for each prompt "
-        "`-logsigmoid(r[:, None] - r[None, :])[s[:, None] > s[None, :]].mean()`; the batch's loss is the mean of these. The offset is the mean score of the demonstrations after training.",
+        "`-logsigmoid(r[:, None] - r[None, :])[s[:, None] > s[None, :]].mean()`; the batch's loss is the mean of "
+        "these. The offset is the mean score of the demonstrations after training.",
     ),
 )
 def fit_rewards(

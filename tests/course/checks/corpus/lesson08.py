@@ -1,6 +1,5 @@
 """Answers to lesson 08 in other hands; test_corpus.py says how to read them."""
 
-import copy
 import itertools
 import math
 import random
@@ -316,8 +315,8 @@ def fitted_as_trl(model, tokenizer, comparisons, demonstrations, config):  # tra
                 for i, j in itertools.combinations(range(len(row.responses)), 2):
                     if row.scores[i] == row.scores[j]:
                         continue
-                    w, l = (i, j) if row.scores[i] > row.scores[j] else (j, i)
-                    pairs.append(-F.logsigmoid(rewards[start + w] - rewards[start + l]))
+                    w, r = (i, j) if row.scores[i] > row.scores[j] else (j, i)
+                    pairs.append(-F.logsigmoid(rewards[start + w] - rewards[start + r]))
                 loss = loss + torch.stack(pairs).mean() / len(rows)
                 start += len(row.responses)
             optimizer.zero_grad()
@@ -333,7 +332,7 @@ def fitted_as_trl(model, tokenizer, comparisons, demonstrations, config):  # tra
     return losses
 
 
-def fitted_prompt_by_prompt(model, tokenizer, comparisons, demonstrations, config):  # gradients added up, one prompt each
+def fitted_prompt_by_prompt(model, tokenizer, comparisons, demonstrations, config):  # gradients added up
     def reward(prompt, text):
         (before,), (after,) = encode_prompts(tokenizer, [prompt]), encode_responses(tokenizer, [text])
         ids = torch.tensor([before + after])
@@ -538,13 +537,14 @@ WRONG = {
         ("Ties count", fitted_as_trl, ("                        continue\n", "                        pass\n"),
          ("row.scores[i] > row.scores[j] else", "row.scores[i] >= row.scores[j] else")),
         ("The first answer is taken for the best", fitted_as_trl,
-         ("w, l = (i, j) if row.scores[i] > row.scores[j] else (j, i)", "w, l = i, j"), ("== row.scores[j]", "is None")),
+         ("w, r = (i, j) if row.scores[i] > row.scores[j] else (j, i)", "w, r = i, j"),
+         ("== row.scores[j]", "is None")),
         ("The sign is flipped", fitted_as_trl, ("> row.scores[j] else", "< row.scores[j] else")),
         ("The prompts are added up", fitted_as_trl, (".mean() / len(rows)", ".mean()")),
         ("1/C(K, 2) is missing", fitted_as_trl, ("torch.stack(pairs).mean()", "torch.stack(pairs).sum()")),
         ("optimizer.zero_grad() is missing", fitted_as_trl, ("            optimizer.zero_grad()\n", "")),
         ("The offset was measured before training", fitted_as_trl,
-         ("    model.train()\n", "    model.train()\n    early = copy.deepcopy(model)\n"),
+         ("    model.train()\n", "    model.train()\n    early = models.clone(model)\n"),
          ("score_offset = model(**shown)", "score_offset = early(**shown)")),
         ("The offset is not set", fitted_as_trl, ("        model.config.score_offset = ", "        offset = ")),
         ("left in train mode", fitted_as_trl, ("    model.eval()\n", "")),
