@@ -71,7 +71,7 @@ def watch(trainer: Callable[..., Any], args: tuple[Any, ...]) -> Run:
     def on_read(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        tokens = named.get("input_ids", given[0] if given else None)
+        tokens = named["input_ids"] if "input_ids" in named else given[0]
         mask = named.get("attention_mask")
         mask = torch.ones_like(tokens) if mask is None else mask
         read.extend(tuple(row[keep.bool()].tolist()) for row, keep in zip(tokens, mask, strict=True))
@@ -178,6 +178,8 @@ class TrainerExercise(Exercise):
         parts = [self.rows(tokenizer, example) for example in examples]
         for number, rows in enumerate(parts):
             known.update({_bare(ids, tokenizer): (number, which) for which, ids in rows.items()})
+        for bare, part in list(known.items()):  # the last token predicts nothing, so it may be left out
+            known.setdefault(bare[:-1], part)
         for place, step in enumerate(run.steps, 1):
             read: Counter[Part] = Counter()
             for ids in step.read:
@@ -255,11 +257,11 @@ class TrainerExercise(Exercise):
         if len(losses) != len(run.steps):
             more = f"  {len(run.steps)} steps, {len(losses)} losses"
             return "It does not return a list with the loss of every step.", more
-        for number, (step, said) in enumerate(zip(run.steps, losses, strict=True), 1):
+        for number, (step, given) in enumerate(zip(run.steps, losses, strict=True), 1):
             with torch.no_grad():
                 right = float(self._loss_of(run.at(step), case, step))
-            if not math.isclose(said, right, rel_tol=EXACT, abs_tol=EXACT):
-                more = f"  step {number}: expected {right:.4f}, got {said:.4f}"
+            if not math.isclose(given, right, rel_tol=EXACT, abs_tol=EXACT):
+                more = f"  step {number}: expected {right:.4f}, got {given:.4f}"
                 return "The training is right, and the losses that it returns are not.", more
         problem = self.close(run, case) if self.close is not None else None
         if problem or "memorise" not in case.name:
@@ -366,7 +368,7 @@ def _cosine(got: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _bare(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    """A row without its padding and its EOS: a trainer may leave out the last token, which predicts nothing."""
+    """A row without its padding and its EOS."""
     kept = list(ids)
     while kept and kept[-1] in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         kept.pop()

@@ -48,13 +48,14 @@ def sft_loss(mistake: str, model: Any, tokenizer: Any, demonstrations: Sequence[
         counts = real
     if mistake == "EOS left out":
         counts = counts & (tokens != tokenizer.eos_token_id)
-    if mistake == "padding counts":
+    if mistake in ("padding counts", "padding counts and is read"):
         counts = columns >= starts
     if mistake == "first token left out":
         counts = counts & (columns > starts)
     if mistake == "mask not shifted":
         counts = counts.roll(1, 1)  # cut like the logits, not like the tokens
-    logits = model(input_ids=tokens, attention_mask=real.long()).logits
+    read = torch.ones_like(real) if mistake == "padding counts and is read" else real
+    logits = model(input_ids=tokens, attention_mask=read.long()).logits
     ahead = {"off by one": 0, "two ahead": 2}.get(mistake, 1)
     targets, counts = tokens[:, ahead:], counts[:, ahead:]
     if ahead == 0:
@@ -119,6 +120,7 @@ LOSSES = {
     "The prompt is learned too: the user writes it, the model only reads it.": "prompt counts",
     "EOS is not learned: nobody teaches the model to stop.": "EOS left out",
     "The padding is learned too: it is nothing at all.": "padding counts",
+    "The padding is learned too, and read like words: it is nothing at all.": "padding counts and is read",
     "The labels are not shifted: column t of the logits speaks about token t + 1, and it is scored on token t.": (
         "off by one"
     ),
