@@ -56,9 +56,9 @@ def sft_loss(mistake: str, model: Any, tokenizer: Any, demonstrations: Sequence[
         counts = counts.roll(1, 1)  # cut like the logits, not like the tokens
     read = torch.ones_like(real) if mistake == "padding counts and is read" else real
     logits = model(input_ids=tokens, attention_mask=read.long()).logits
-    ahead = {"off by one": 0, "two ahead": 2}.get(mistake, 1)
+    ahead = {"off by one": 0, "off by one, to the end": 0, "two ahead": 2}.get(mistake, 1)
     targets, counts = tokens[:, ahead:], counts[:, ahead:]
-    if ahead == 0:
+    if mistake == "off by one":
         targets, counts = targets[:, :-1], counts[:, :-1]
     logprobs = logits[:, : targets.shape[1]].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     kept = torch.where(counts, logprobs, 0)
@@ -124,6 +124,8 @@ LOSSES = {
     "The labels are not shifted: column t of the logits speaks about token t + 1, and it is scored on token t.": (
         "off by one"
     ),
+    "The labels are not shifted: every column of the logits is scored on its own token, the last one too, and "
+    "it speaks about the next.": "off by one, to the end",
     "The labels are shifted twice: column t of the logits is scored on token t + 2. Does the model's own loss shift "
     "them already?": "two ahead",
     "The completion's first token is not learned: the prompt's last column predicts it.": "first token left out",
