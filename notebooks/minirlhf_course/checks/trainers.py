@@ -178,8 +178,8 @@ class TrainerExercise(Exercise):
         parts = [self.rows(tokenizer, example) for example in examples]
         for number, rows in enumerate(parts):
             known.update({_bare(ids, tokenizer): (number, which) for which, ids in rows.items()})
-        for bare, part in list(known.items()):  # the last token predicts nothing, so it may be left out
-            known.setdefault(bare[:-1], part)
+        for bare, owner in list(known.items()):  # the last token predicts nothing, so it may be left out
+            known.setdefault(bare[:-1], owner)
         for place, step in enumerate(run.steps, 1):
             read: Counter[Part] = Counter()
             for ids in step.read:
