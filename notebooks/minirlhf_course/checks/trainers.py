@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from minirlhf_course.checks.exercise import Case, Exercise, Verdict
-from minirlhf_course.checks.outcome import Outcome
+from minirlhf_course.checks.outcome import Outcome, raised
 from minirlhf_course.checks.untouched import is_untouched
-from minirlhf_course.studios.session import complaint
 
 __all__ = ["Run", "Step", "TrainerExercise", "trainer_exercise", "watch"]
 
@@ -61,7 +60,7 @@ class Run:
         return self._scratch
 
 
-def watch(trainer: Callable[..., Any], args: tuple[Any, ...]) -> Run:
+def watch(trainer: Callable[..., Any], args: tuple[Any, ...], arguments: Sequence[str] = ()) -> Run:
     """Run a trainer on a copy of the model, its first argument. A model with hooks goes through transformers."""
     model, *others = args
     run = Run(copy.deepcopy(model), model)
@@ -94,7 +93,7 @@ def watch(trainer: Callable[..., Any], args: tuple[Any, ...]) -> Run:
         try:
             run.returned = trainer(run.model, *others)
         except Exception as error:  # whatever a learner's code may raise becomes the verdict
-            run.fault = complaint(error, trainer)
+            run.fault = raised(error, trainer, arguments)
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,11 +130,11 @@ class TrainerExercise(Exercise):
             return super().mark(answer)
         cases, runs = list(self.cases()), []
         for place, case in enumerate(cases):
-            runs.append(watch(answer, case.args))
+            runs.append(watch(answer, case.args, self.arguments))
             problem, more = self._look(runs[-1], case)
             if problem:
                 if "gradient of step" in problem:  # it has a name if all cases' first steps agree
-                    runs += [watch(answer, other.args) for other in cases[place + 1 :]]
+                    runs += [watch(answer, other.args, self.arguments) for other in cases[place + 1 :]]
                     problem = self._named(cases, runs) or problem
                 shown = f"Smallest failing case: {case.name}\n{more}".rstrip()
                 return Verdict("failed", f"{problem}\n\n{shown}", self.reference, answer)
@@ -144,7 +143,7 @@ class TrainerExercise(Exercise):
 
     def run(self, function: Callable[..., Any], case: Case) -> Outcome:
         """The first loss that a trainer returns: what a case's `expected` is."""
-        run = watch(function, case.args)
+        run = watch(function, case.args, self.arguments)
         first = _losses(run)[:1]
         return Outcome(fault=run.fault) if run.fault else Outcome(torch.tensor(first[0]) if first else None)
 

@@ -17,7 +17,7 @@ from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.training import learning_rate_factor, set_learning_rate
 from minirlhf_course.checks.exercise import Case
 from minirlhf_course.checks.trainers import trainer_exercise
-from minirlhf_course.studios.tables import word_tokenizer
+from minirlhf_course.words import word_tokenizer
 
 WORDS = ("who", "where", "why", "owl", "fox", "frog", "bee", "lives", "eats", "sings", "here", "there", "well", "now")
 SIZE = ModelConfig(hidden_size=16, layers=1, heads=2, intermediate_size=32, init_std=0.2)
