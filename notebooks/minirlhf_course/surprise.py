@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minirlhf.data import Comparison
 from minirlhf.language.forward import hidden_states
-from minirlhf.language.models import pad, scalar_model_from
+from minirlhf.language.models import pad, response_logprobs, scalar_model_from
 from minirlhf.language.reward_model import RewardModelConfig
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import linear_token_logprobs, ranking_loss
@@ -134,3 +134,15 @@ def train_with_surprise(
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
     return model
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
+) -> Tensor:
+    """The log-probability of each whole answer, EOS included, under a causal model: [B]."""
+    pad_id = tokenizer.pad_token_id
+    before, _ = pad(encode_prompts(tokenizer, prompts), pad_id, "left")
+    after, counts = pad(encode_responses(tokenizer, answers), pad_id)
+    tokens = torch.cat((before, after), 1)
+    return response_logprobs(model, tokens, tokens != pad_id, counts).sum(1)

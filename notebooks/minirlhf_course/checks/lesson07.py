@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
 from minirlhf import losses
+from minirlhf_course.checks import write07
 from minirlhf_course.checks.cases07 import loss_cases, mask_cases, micro_cases, perplexity_cases, shift_cases
 from minirlhf_course.checks.exercise import exercise
 
@@ -224,7 +225,7 @@ def next_token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
         "These are probabilities: a log-likelihood is a sum of log-probabilities, as they come.": (
             lambda logprobs, mask: -(torch.where(mask, logprobs, 0).exp() * mask).sum() / mask.sum()
         ),
-        "This is the perplexity (7.5): the loss is its logarithm.": (
+        "This is the perplexity (7.6): the loss is its logarithm.": (
             lambda logprobs, mask: losses.sft_loss(logprobs, mask).exp()
         ),
     },
@@ -239,7 +240,9 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return losses.sft_loss(logprobs, mask)
 
 
-# 7.4 -----------------------------------------------------------------------------------------------------------------
+fine_tune = write07.fine_tune  # 7.4
+
+# 7.5 -----------------------------------------------------------------------------------------------------------------
 
 
 def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -247,7 +250,7 @@ def _parts(logprobs: Tensor, mask: Tensor, size: int) -> list[tuple[Tensor, Tens
 
 
 @exercise(
-    "7.4",
+    "7.5",
     "a batch in pieces",
     difficulty=3,
     minutes=12,
@@ -345,7 +348,7 @@ def piece_losses(logprobs: Tensor, mask: Tensor, size: int) -> Tensor:
     return torch.stack([losses.sft_loss(x, m, denominator=total) for x, m in _parts(logprobs, mask, size)])
 
 
-# 7.5 -----------------------------------------------------------------------------------------------------------------
+# 7.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -353,7 +356,7 @@ def _nats(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 @exercise(
-    "7.5",
+    "7.6",
     "perplexity",
     difficulty=1,
     minutes=5,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import losses
+from minirlhf_course.checks import write08
 from minirlhf_course.checks.cases08 import (
     ceiling_cases,
     last_cases,
@@ -403,3 +404,6 @@ def noise_ceiling(scores: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def score_offset(model: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Tensor:
     """The mean score of all rows [N, T], a 0-d tensor: model(batch [n, T]) gives [n], n at most batch_size."""
     return torch.cat([model(batch) for batch in rows.split(batch_size)]).mean()
+
+
+fit_rewards = write08.fit_rewards  # 8.7

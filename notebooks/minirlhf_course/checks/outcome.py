@@ -92,7 +92,7 @@ def run_on(
                 again = run_on(function, narrow, names, leaves, observe, limit)
                 if again.fault is None:
                     return again
-            return Outcome(fault=_raised(error, function, names))
+            return Outcome(fault=raised(error, function, names))
     for name, before, after in zip(names, args, given, strict=True):
         if isinstance(before, Tensor) and not equal(before, after.detach(), 0.0):
             fault = (
@@ -141,7 +141,8 @@ def _gradients(result: Any, sources: dict[str, Tensor]) -> tuple[dict[Place, Ten
     return found, cut
 
 
-def _raised(error: Exception, function: Callable[..., Any], names: Sequence[str]) -> str:
+def raised(error: Exception, function: Callable[..., Any], names: Sequence[str]) -> str:
+    """What an answer raised, and in which of its lines."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     code = getattr(function, "__code__", None)
     where = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is code]

@@ -4,6 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from minirlhf.language.tokenization import encode_prompts, encode_responses
 
 # 7.1 completion_mask -------------------------------------------------------------------------------------------------
 
@@ -106,7 +109,118 @@ def loss_shifted_again(logprobs, mask):
     return -torch.where(shifted[1], shifted[0], 0.0).sum() / shifted[1].sum()
 
 
-# 7.4 piece_losses ----------------------------------------------------------------------------------------------------
+# 7.4 fine_tune -------------------------------------------------------------------------------------------------------
+
+
+def tuned_as_nanogpt(model, tokenizer, demonstrations, config):  # x, y, a get_lr of its own, ignore_index
+    data = []
+    for row in demonstrations:
+        before = encode_prompts(tokenizer, [row.prompt])[0]
+        after = tokenizer.encode(row.completion, add_special_tokens=False)
+        after.append(tokenizer.eos_token_id)
+        data.append((before + after, [-1] * len(before) + after))
+    max_iters = int(config.epochs * len(data) / config.batch_size)
+
+    def get_lr(it):
+        if it < config.warmup:
+            return config.lr * (it + 1) / config.warmup
+        ratio = (it - config.warmup) / (max_iters - config.warmup)
+        coeff = 0.5 * (1.0 + math.cos(math.pi * ratio))
+        return 0.1 * config.lr + coeff * (config.lr - 0.1 * config.lr)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    history, queue = [], []
+    model.train()
+    for it in range(max_iters):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(it)
+        if len(queue) < config.batch_size:
+            queue = torch.randperm(len(data)).tolist()
+        picked, queue = queue[: config.batch_size], queue[config.batch_size :]
+        longest = max(len(data[i][0]) for i in picked)
+        x = torch.full((len(picked), longest), tokenizer.pad_token_id)
+        y = torch.full((len(picked), longest), -1)
+        for n, i in enumerate(picked):
+            x[n, : len(data[i][0])] = torch.tensor(data[i][0])
+            y[n, : len(data[i][1])] = torch.tensor(data[i][1])
+        logits = model(x[:, :-1]).logits
+        loss = F.cross_entropy(logits.reshape(-1, logits.size(-1)), y[:, 1:].reshape(-1), ignore_index=-1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append(loss.item())
+    model.eval()
+    return history
+
+
+def tuned_as_trl(model, tokenizer, demonstrations, config):  # a collator, labels of -100, the model's own loss
+    def collate(rows):
+        prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+        answers = encode_responses(tokenizer, [row.completion for row in rows])
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        input_ids, labels, attention = [], [], []
+        for p, a in zip(prompts, answers, strict=True):
+            gap = width - len(p) - len(a)
+            input_ids.append([tokenizer.eos_token_id] * gap + p + a)  # on the left, with EOS
+            labels.append([-100] * (gap + len(p)) + a)
+            attention.append([0] * gap + [1] * (len(p) + len(a)))
+        return torch.tensor(input_ids), torch.tensor(labels), torch.tensor(attention)
+
+    loader = DataLoader(demonstrations, batch_size=config.batch_size, shuffle=True, collate_fn=collate)
+    total = round(config.epochs * len(loader))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+
+    def factor(step):
+        if step < config.warmup:
+            return step / config.warmup
+        progress = (step - config.warmup) / max(1, total - config.warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for _ in range(int(config.epochs)):
+        for input_ids, labels, attention in loader:
+            loss = model(input_ids=input_ids, attention_mask=attention, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.detach())
+    model.eval()
+    return torch.stack(losses)
+
+
+def tuned_row_by_row(model, tokenizer, demonstrations, config):  # one row at a time, gradients added up
+    rows = []
+    for row in demonstrations:
+        (before,), (after,) = encode_prompts(tokenizer, [row.prompt]), encode_responses(tokenizer, [row.completion])
+        rows.append((torch.tensor(before + after), len(before)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    total = int(config.epochs * len(rows) / config.batch_size)
+    losses = []
+    for _ in range(int(config.epochs)):
+        for batch in torch.randperm(len(rows)).split(config.batch_size):
+            optimizer.zero_grad()
+            count = sum(len(rows[i][0]) - rows[i][1] for i in batch)
+            losses.append(0.0)
+            for i in batch:
+                ids, start = rows[i]
+                logprobs = model(ids[None]).logits[0].log_softmax(-1)
+                nll = -logprobs[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum() / count
+                nll.backward()
+                losses[-1] += nll.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            step = len(losses)
+            rise = step / max(1, config.warmup)
+            fall = 0.55 + 0.45 * math.cos(math.pi * (step - config.warmup) / max(1, total - config.warmup))
+            optimizer.param_groups[0]["lr"] = config.lr * min(rise, fall if step > config.warmup else 1.0)
+            optimizer.step()
+    return losses
+
+
+# 7.5 piece_losses ----------------------------------------------------------------------------------------------------
 
 
 def pieces_by_range(logprobs, mask, size):  # trl: num_items_in_batch, counted beforehand
@@ -184,6 +298,11 @@ RIGHT = {
         "one by one": loss_one_by_one,
         "CleanRL": loss_with_floats,
     },
+    "fine_tune": {
+        "nanoGPT": tuned_as_nanogpt,
+        "trl": tuned_as_trl,
+        "row by row": tuned_row_by_row,
+    },
     "piece_losses": {
         "trl": pieces_by_range,
         "index_add": pieces_by_index_add,
@@ -253,6 +372,35 @@ WRONG = {
             -(torch.where(mask, logprobs, 0).sum(1) / mask.sum(1).clamp(min=1)).mean())),
         ("It divides by the rows", lambda logprobs, mask: -torch.where(mask, logprobs, 0).sum(1).mean()),
         (None, lambda logprobs, mask: -logprobs[mask].sum() / (mask.sum() - 1).clamp(min=1)),
+    ],
+    "fine_tune": [
+        ("The prompt is learned too", tuned_as_nanogpt, ("[-1] * len(before) + after)", "before + after)")),
+        ("EOS is not learned", tuned_as_nanogpt, ("        after.append(tokenizer.eos_token_id)\n", "")),
+        ("The padding is learned too", tuned_as_nanogpt,
+         ("y = torch.full((len(picked), longest), -1)", "y = torch.full((len(picked), longest), 0)")),
+        ("The labels are not shifted", tuned_as_nanogpt, ("y[:, 1:].reshape", "y[:, :-1].reshape")),
+        ("optimizer.zero_grad() is missing", tuned_as_nanogpt,
+         ("        optimizer.zero_grad(set_to_none=True)\n", "")),
+        ("left in train mode", tuned_as_nanogpt, ("    model.eval()\n", "")),
+        ("It raises", tuned_as_nanogpt, ("model(x[:, :-1])", "model(x)")),
+        (None, tuned_as_nanogpt, ("ignore_index=-1)", "ignore_index=-1, label_smoothing=0.1)")),
+        ("EOS is not learned", tuned_as_trl,
+         ("[-100] * (gap + len(p)) + a)", "[-100] * (gap + len(p)) + a[:-1] + [-100])")),
+        ("The labels are shifted twice", tuned_as_trl,
+         ("labels=labels).loss", "labels=labels.roll(-1, 1)).loss")),
+        ("The learning rate never changes", tuned_as_trl, ("            scheduler.step()\n", "")),
+        ("in the order of the data", tuned_as_trl, ("shuffle=True", "shuffle=False")),
+        ("The gradient is not clipped", tuned_as_trl,
+         ("            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)\n", "")),
+        ("Each number of the gradient is clipped", tuned_as_trl, ("clip_grad_norm_", "clip_grad_value_")),
+        ("Each row is averaged first", tuned_row_by_row,
+         (".sum() / count", ".mean() / len(batch)")),
+        ("The loss is a sum", tuned_row_by_row, (".sum() / count", ".sum()")),
+        ("The sign is flipped", tuned_row_by_row, ("nll = -logprobs", "nll = logprobs")),
+        ("The learning rate does not fall along a cosine", tuned_row_by_row,
+         ("fall if step > config.warmup else 1.0", "1.0")),
+        ("does not return a list", tuned_row_by_row, ("return losses", "return sum(losses)")),
+        ("not in the optimizer", tuned_row_by_row, ("Adam(model.parameters()", "Adam(list(model.parameters())[1:]")),
     ],
     "piece_losses": [
         ("It divides by the piece's own positions", pieces_of_own_size),

@@ -1,9 +1,14 @@
 """Answers to lesson 08 in other hands; test_corpus.py says how to read them."""
 
 import itertools
+import math
+import random
 
 import torch
 import torch.nn.functional as F
+
+from minirlhf.language import models
+from minirlhf.language.tokenization import encode_prompts, encode_responses
 
 # 8.1 pair_loss -------------------------------------------------------------------------------------------------------
 
@@ -278,6 +283,93 @@ def offset_running(model, rows, batch_size):
     return mean
 
 
+# 8.7 fit_rewards -----------------------------------------------------------------------------------------------------
+
+
+def fitted_as_trl(model, tokenizer, comparisons, demonstrations, config):  # transformers' own scores, pairs by name
+    def collate(prompts, responses):
+        before, after = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, responses)
+        rows = [torch.tensor(p + a) for p, a in zip(before, after, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long()}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    total = int(config.epochs * len(comparisons) / config.batch_size)
+
+    def factor(step):
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / (total - config.warmup)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    losses = []
+    for _ in range(int(config.epochs)):
+        for batch in torch.randperm(len(comparisons)).split(config.batch_size):
+            rows = [comparisons[i] for i in batch]
+            prompts = [row.prompt for row in rows for _ in row.responses]
+            rewards = model(**collate(prompts, [text for row in rows for text in row.responses])).logits.squeeze(-1)
+            loss, start = 0.0, 0
+            for row in rows:
+                pairs = []
+                for i, j in itertools.combinations(range(len(row.responses)), 2):
+                    if row.scores[i] == row.scores[j]:
+                        continue
+                    w, r = (i, j) if row.scores[i] > row.scores[j] else (j, i)
+                    pairs.append(-F.logsigmoid(rewards[start + w] - rewards[start + r]))
+                loss = loss + torch.stack(pairs).mean() / len(rows)
+                start += len(row.responses)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            losses.append(float(loss.detach()))
+    model.eval()
+    with torch.no_grad():
+        shown = collate([row.prompt for row in demonstrations], [row.completion for row in demonstrations])
+        model.config.score_offset = model(**shown).logits.mean().item()
+    return losses
+
+
+def fitted_prompt_by_prompt(model, tokenizer, comparisons, demonstrations, config):  # gradients added up
+    def reward(prompt, text):
+        (before,), (after,) = encode_prompts(tokenizer, [prompt]), encode_responses(tokenizer, [text])
+        ids = torch.tensor([before + after])
+        return models.token_values(model, ids, torch.ones_like(ids).bool())[0, -1]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    total = int(config.epochs * len(comparisons)) // config.batch_size
+    order, losses = [], []
+    for step in range(total):
+        if len(order) < config.batch_size:
+            order = list(range(len(comparisons)))
+            random.Random(step).shuffle(order)
+        total_loss = 0.0
+        for _ in range(config.batch_size):
+            row = comparisons[order.pop()]
+            rewards = torch.stack([reward(row.prompt, text) for text in row.responses])
+            targets = torch.tensor(row.scores)
+            signs = (targets.unsqueeze(1) - targets.unsqueeze(0)).sign()
+            upper = torch.triu(signs, diagonal=1)
+            nll = F.softplus(-upper * (rewards.unsqueeze(1) - rewards.unsqueeze(0)))
+            loss = nll[upper != 0].mean() / config.batch_size
+            loss.backward()
+            total_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        ramp = min(1.0, (step + 1) / max(1, config.warmup))
+        decay = math.cos(math.pi / 2 * max(0, step - config.warmup) / max(1, total - config.warmup)) ** 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * ramp * decay
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total_loss)
+    with torch.no_grad():
+        mean = sum(float(reward(row.prompt, row.completion)) for row in demonstrations) / len(demonstrations)
+    model.config.score_offset += mean
+    return losses
+
+
 RIGHT = {
     "pair_loss": {
         "trl": lambda chosen, rejected: -F.logsigmoid(chosen - rejected).mean(),
@@ -333,6 +425,7 @@ RIGHT = {
             sum(float(score) for batch in rows.split(batch_size) for score in model(batch)) / len(rows)
         ),
     },
+    "fit_rewards": {"trl": fitted_as_trl, "prompt by prompt": fitted_prompt_by_prompt},
 }
 
 WRONG = {
@@ -439,5 +532,31 @@ WRONG = {
         ("The model is not asked", lambda model, rows, batch_size: rows.mean()),
         (None, lambda model, rows, batch_size: (
             torch.cat([model(rows[i : i + batch_size]) for i in range(len(rows))]).mean())),
+    ],
+    "fit_rewards": [
+        ("Ties count", fitted_as_trl, ("                        continue\n", "                        pass\n"),
+         ("row.scores[i] > row.scores[j] else", "row.scores[i] >= row.scores[j] else")),
+        ("The first answer is taken for the best", fitted_as_trl,
+         ("w, r = (i, j) if row.scores[i] > row.scores[j] else (j, i)", "w, r = i, j"),
+         ("== row.scores[j]", "is None")),
+        ("The sign is flipped", fitted_as_trl, ("> row.scores[j] else", "< row.scores[j] else")),
+        ("The prompts are added up", fitted_as_trl, (".mean() / len(rows)", ".mean()")),
+        ("1/C(K, 2) is missing", fitted_as_trl, ("torch.stack(pairs).mean()", "torch.stack(pairs).sum()")),
+        ("optimizer.zero_grad() is missing", fitted_as_trl, ("            optimizer.zero_grad()\n", "")),
+        ("The offset was measured before training", fitted_as_trl,
+         ("    model.train()\n", "    model.train()\n    early = models.clone(model)\n"),
+         ("score_offset = model(**shown)", "score_offset = early(**shown)")),
+        ("The offset is not set", fitted_as_trl, ("        model.config.score_offset = ", "        offset = ")),
+        ("left in train mode", fitted_as_trl, ("    model.eval()\n", "")),
+        ("The offset has the wrong sign", fitted_prompt_by_prompt, ("score_offset += mean", "score_offset -= mean")),
+        ("The gradient is not clipped", fitted_prompt_by_prompt,
+         ("        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)\n", "")),
+        ("The log is missing", fitted_prompt_by_prompt, ("F.softplus(-upper * (", "-torch.sigmoid(upper * (")),
+        ("An answer goes through the model twice", fitted_prompt_by_prompt,
+         ("for text in row.responses])", "for text in row.responses for _ in (0, 1)][::2])")),
+        ("in the order of the data", fitted_prompt_by_prompt,
+         ("random.Random(step).shuffle(order)", "order.reverse()")),
+        ("The score is read one token before the end", fitted_prompt_by_prompt, ("[0, -1]", "[0, -2]")),
+        (None, fitted_prompt_by_prompt, ("F.softplus(-upper * (", "F.softplus(0.1 - upper * (")),
     ],
 }  # fmt: skip

@@ -2,6 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.training import learning_rate_factor
 
 
 def completion_mask(tokens, prompt_lengths, pad_id):
@@ -23,6 +27,29 @@ def sft_loss(logprobs, mask):
 def mean_of_rows(logprobs, mask):
     per_row = -torch.where(mask, logprobs, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
     return per_row[mask.any(-1)].mean()
+
+
+def fine_tune(model, tokenizer, demonstrations, config):
+    before = encode_prompts(tokenizer, [row.prompt for row in demonstrations])
+    after = encode_responses(tokenizer, [row.completion for row in demonstrations])
+    ids = [torch.tensor(p + a) for p, a in zip(before, after, strict=True)]
+    labels = [torch.tensor([-100] * len(p) + a) for p, a in zip(before, after, strict=True)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    total, losses, queue = int(config.epochs * len(ids) / config.batch_size), [], []
+    for step in range(total):
+        queue = queue or list(torch.randperm(len(ids)).split(config.batch_size))
+        batch = queue.pop()
+        inputs = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=tokenizer.pad_token_id)
+        targets = pad_sequence([labels[i] for i in batch], batch_first=True, padding_value=-100)
+        logits = model(input_ids=inputs).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(step, total, config.warmup)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def piece_losses(logprobs, mask, size):
@@ -52,6 +79,11 @@ WRONG = {
          ("logprobs.masked_fill(~mask, 0.0)", "(logprobs * mask.to(logprobs.dtype))")),
         ("-", "Each row is averaged first", mean_of_rows),
         ("-", "It divides by all positions", sft_loss, (".sum() / mask.sum()", ".mean()")),
+    ],
+    "fine_tune": [
+        (17, "The prompt is learned too", fine_tune, ("[-100] * len(p) + a", "p + a")),
+        (23, "The labels are not shifted", fine_tune,
+         ("logits[:, :-1].flatten(0, 1), targets[:, 1:]", "logits.flatten(0, 1), targets")),
     ],
     "piece_losses": [
         ("-", "A mean of means", piece_losses, ("x[m].sum() / mask.sum()", "x[m].mean() / -(-len(mask) // size)")),

@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from minirlhf.language.models import pad, token_values
+from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.training import learning_rate_factor
+
 
 def pair_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
@@ -51,6 +55,36 @@ def score_offset(model, rows, batch_size):
     return torch.stack(scores).mean()
 
 
+def fit_rewards(model, tokenizer, comparisons, demonstrations, config):
+    def score(prompt, texts):
+        (before,) = encode_prompts(tokenizer, [prompt])
+        tokens, mask = pad([before + after for after in encode_responses(tokenizer, texts)], tokenizer.pad_token_id)
+        values = token_values(model, tokens, mask)
+        return values[torch.arange(len(texts)), mask.sum(1) - 1]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    total, losses, queue = int(config.epochs * len(comparisons) / config.batch_size), [], []
+    for step in range(total):
+        queue = queue or list(torch.randperm(len(comparisons)).split(config.batch_size))
+        loss = 0.0
+        for index in queue.pop():
+            row = comparisons[index]
+            r = score(row.prompt, row.responses)
+            s = torch.tensor(row.scores)
+            pairs = s[:, None] > s
+            loss = loss - F.logsigmoid(r[:, None] - r)[pairs].mean() / config.batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(step, total, config.warmup)
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        scores = torch.cat([score(row.prompt, [row.completion]) for row in demonstrations])
+    model.config.score_offset = scores.mean().item()
+    return losses
+
+
 WRONG = {
     "pair_loss": [
         (19, "log(sigmoid(x)) is unstable", pair_loss,
@@ -94,5 +128,12 @@ WRONG = {
          ("        scores.extend", "        scores = []\n        scores.extend")),
         ("-", "It is the mean of the batches' means", score_offset,
          ("extend(model(batch))", "append(model(batch).mean())")),
+    ],
+    "fit_rewards": [
+        (15, "The score is the mean over all tokens", fit_rewards,
+         ("values[torch.arange(len(texts)), mask.sum(1) - 1]", "values.sum(1) / mask.sum(1)")),
+        (18, "The offset is not set", fit_rewards, ("model.config.score_offset = scores.mean().item()", "scores = []")),
+        (19, "The log is missing", fit_rewards, ("F.logsigmoid", "torch.sigmoid")),
+        ("-", "Ties count", fit_rewards, ("s[:, None] > s\n", "(s[:, None] > s) | (s[:, None] == s).triu(1)\n")),
     ],
 }  # fmt: skip
