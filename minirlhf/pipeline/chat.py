@@ -104,9 +104,7 @@ def ask(
     if room < 1:
         raise UserError(f"the prompt takes {length} tokens, but the models read {context}, answer included; shorten it")
     if room < max_response_tokens:
-        notes.append(
-            f"answers are cut after {room} tokens: the models read {context}, and the prompt takes {length}"
-        )
+        notes.append(f"answers are cut after {room} tokens: the models read {context}, and the prompt takes {length}")
     return Asked(prompt, room, notes)
 
 

@@ -68,11 +68,15 @@ def chat(models: Models, tokenizer: PreTrainedTokenizerBase, instruction: str) -
 
     notes, said = answers(models, tokenizer, instruction)
     width = max(map(len, said), default=0)
-    lines = [instruction, *(f"({note})" for note in notes), *(f"{name:>{width}}  {text}" for name, text in said.items())]
+    lines = [
+        instruction,
+        *(f"({note})" for note in notes),
+        *(f"{name:>{width}}  {text}" for name, text in said.items()),
+    ]
     display({"text/plain": "\n".join(lines), "text/html": _page(instruction, notes, said)}, raw=True)
 
     typed = ipywidgets.Text(
-        placeholder="an instruction, such as: how can i bake bread ?",
+        placeholder="an instruction, such as: explain bread to a pirate",
         description="instruction",
         layout={"width": "min(100%, 44em)"},
     )
@@ -97,4 +101,4 @@ def _page(instruction: str, notes: list[str], said: dict[str, str]) -> str:
         f'<tr><th style="text-align:right">{html.escape(name)}</th><td style="text-align:left">{text(what)}</td></tr>'
         for name, what in said.items()
     )
-    return f'{text(instruction)}{"".join(text(f"({note})") for note in notes)}<table>{rows}</table>'
+    return f"{text(instruction)}{''.join(text(f'({note})') for note in notes)}<table>{rows}</table>"

@@ -48,7 +48,9 @@ def test_an_instruction_longer_than_the_context_gets_one_sentence(models) -> Non
     (note,), said = answers(models, tokenizer(), "moon " * CONTEXT)
     assert said == {} and note.startswith("No answer: the prompt takes ") and f"read {CONTEXT}" in note
     notes, said = answers(models, tokenizer(), "moon " * (CONTEXT - 10))
-    assert [note.partition(":")[0] for note in notes] == ["answers are cut after 10 tokens"] and len(said) == len(models)
+    assert [note.partition(":")[0] for note in notes] == ["answers are cut after 10 tokens"] and len(said) == len(
+        models
+    )
 
 
 def test_the_table_is_text_also_where_it_looks_like_markup(models, shown, monkeypatch) -> None:
