@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from minirlhf.config import RunConfig
 from minirlhf.data import Comparison, DataFolder, Demonstration, Prompt
 from minirlhf.language.evaluation import EvaluationConfig, answer
-from minirlhf.language.models import ModelConfig, clone, pad, response_logprobs, scalar_model_from, tiny_llama
+from minirlhf.language.models import ModelConfig, clone, pad, scalar_model_from, tiny_llama
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.language.sft import SFTConfig, train_sft
 from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.losses import token_logprobs
 from minirlhf_course.checks.exercise import Case, Exercise
 from minirlhf_course.checks.outcome import Outcome
 from minirlhf_course.studios.tables import word_tokenizer
@@ -90,7 +91,9 @@ def _log_probability(model: Any) -> torch.Tensor:
     starts = torch.tensor([len(x) for x in prompts])[:, None]
     of_answer = mask & (torch.arange(tokens.shape[1]) >= starts)
     with torch.no_grad():
-        return response_logprobs(model, tokens, mask, of_answer).sum(1)
+        logits = model(input_ids=tokens, attention_mask=mask.long()).logits
+    logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])
+    return torch.where(of_answer[:, 1:], logprobs, 0.0).sum(1)
 
 
 def _observe(returned: Any, args: tuple[Any, ...]) -> dict[str, Any] | str:
