@@ -34,12 +34,12 @@ __all__ = ["pipeline"]
 WORDS = ("ant", "bee", "cat", "dog", "eel", "fox", "big", "small", "the", "is", "tell", "me", "of")
 MODEL = ModelConfig(hidden_size=16, layers=1, heads=2, intermediate_size=32, init_std=0.2)
 SETTINGS = RunConfig(
-    sft=SFTConfig(epochs=3, batch_size=4, lr=2e-2, warmup=0),
-    reward_model=RewardModelConfig(epochs=3, batch_size=2, lr=1e-2, warmup=0),
+    sft=SFTConfig(epochs=1, batch_size=4, lr=3e-2, warmup=0),
+    reward_model=RewardModelConfig(epochs=1, batch_size=2, lr=2e-2, warmup=0),
     rlhf=RLHFConfig(
-        steps=3, batch_size=8, minibatch_size=4, lr=5e-3, value_lr=5e-3, warmup=0, beta=0.3, max_response_tokens=4
+        steps=2, batch_size=6, minibatch_size=6, lr=1e-2, value_lr=1e-2, warmup=0, beta=0.3, max_response_tokens=3
     ),
-    evaluation=EvaluationConfig(max_response_tokens=4),
+    evaluation=EvaluationConfig(max_response_tokens=3),
 )
 ASKED = ["tell me of the ant", "the fox"]
 SAID = ["the ant is big", "small fox"]
@@ -112,18 +112,28 @@ def _observe(returned: Any, args: tuple[Any, ...]) -> dict[str, Any] | str:
     }
 
 
+_OUTCOMES: dict[tuple[Callable[..., Any], str], Outcome] = {}
+"""Of the reference and the suspects, by function and case: a pipeline takes a third of a second."""
+
+
 def _without_bar(*args: Any, **options: Any) -> Any:
     return tqdm(*args, **(options | {"disable": True}))
 
 
 @dataclass(frozen=True)
 class PipelineExercise(Exercise):
-    """Runs each answer on a copy of the base model, without progress bars."""
+    """Runs each answer on a copy of the base model, without progress bars; what is known runs once."""
 
     def run(self, function: Callable[..., Any], case: Case) -> Outcome:
+        known = any(function is one for one in (self.reference, *self.suspects.values()))
+        if known and (function, case.name) in _OUTCOMES:
+            return _OUTCOMES[function, case.name]
         base, *others = case.args
         with patch("tqdm.auto.tqdm", _without_bar):
-            return super().run(function, replace(case, args=(clone(base), *others)))
+            outcome = super().run(function, replace(case, args=(clone(base), *others)))
+        if known:
+            _OUTCOMES[function, case.name] = outcome
+        return outcome
 
 
 def _texts(rows: list[Prompt]) -> list[str]:
