@@ -13,7 +13,7 @@ MINE = "my_rlhf = ...  # your trainer of Studio 4"
 SHORTER = {
     MINE: (NOTEBOOKS / "solutions" / "studios" / "04_rlhf.py").read_text(encoding="utf-8"),
     # The package's own run is not what is tested: one batch of it, and no gain asked of it.
-    "training_prompts, config,\n": "training_prompts, replace(config, steps=1),\n",
+    "    config, corpus_blocks=blocks,": "    replace(config, steps=1), corpus_blocks=blocks,",
     "assert gain[1] > 0.5": "assert gain[1] > 0",
     "for name, row in gains.items():": 'for name, row in [("yours", gains["yours"])]:',
     "replace(config, lr=0.55 * config.lr)": "replace(config, steps=50, lr=0.55 * config.lr)",

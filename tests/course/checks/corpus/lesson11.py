@@ -472,7 +472,7 @@ WRONG = {
         ("The reward model's scores are not centred", in_four_copies,
          ("        demonstrations=folder.demonstrations,\n", "")),
         ("It does not return four things", judged_by_a_function, ("return step_1, step_2, step_3,", "return step_3,")),
-        ("What should be the SFT model is something else", judged_by_a_function,
+        ("All results are right, but in the wrong order", judged_by_a_function,
          ("return step_1, step_2,", "return step_2, step_1,")),
         (None, judged_by_a_function, ("settings.rlhf, seed=0", "settings.rlhf, seed=1")),
     ],
