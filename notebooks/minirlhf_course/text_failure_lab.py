@@ -69,7 +69,7 @@ RUNS: dict[str, Planted] = {
         "is the temperature is not. Colder sampling fits the low entropy, but only a comparison of the "
         "log-probabilities token by token would tell it from top-k.",
         "Look at the first minibatch of the first step, where nothing has been learned yet.",
-        {"sample": sampled_colder, "_check_first_ratio": unchecked},
+        {"sample_by_rank": sampled_colder, "_check_first_ratio": unchecked},
     ),
     "B": Planted(
         2,
