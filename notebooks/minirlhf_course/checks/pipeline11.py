@@ -27,7 +27,7 @@ from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.losses import token_logprobs
 from minirlhf_course.checks.exercise import Case, Exercise
 from minirlhf_course.checks.outcome import Outcome
-from minirlhf_course.studios.tables import word_tokenizer
+from minirlhf_course.words import word_tokenizer
 
 __all__ = ["pipeline"]
 

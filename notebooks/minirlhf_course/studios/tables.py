@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minirlhf.language.tokenization import prepare
+from minirlhf_course.words import word_tokenizer
 
 ANSWER_WORDS = ("yes", "no", "so")
 PROMPT_WORDS = ("why", "how", "who", "when", "may", "can", "is", "it", "we")
@@ -22,19 +22,6 @@ PROMPTS = ("why", "how is it", "who", "when may we", "may we", "can it", "is it 
 ROWS = 800
 FASTER = 3.0
 """What all texts have in common moves this much faster, so that one token's update moves others' ratios too."""
-
-
-def word_tokenizer(words: tuple[str, ...]) -> Any:
-    """A tokenizer with one token a word; 0 is <pad>, 1 is <eos>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: n for n, word in enumerate(("<pad>", "<eos>", "<unk>", *words))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return prepare(
-        PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    )
 
 
 class Places:
