@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from minirlhf.language.tokenization import encode_prompts, load_tokenizer
 from minirlhf.pipeline.folder import POLICIES, Bodies, hide_loading_bars, load_policy, read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 
@@ -53,28 +53,60 @@ def chat(
     bodies: Bodies = {}  # adapters share one
     models = {name: load_policy(run, name, device, dtype=config.frozen_dtype, bodies=bodies) for name in names}
     tokenizer = load_tokenizer(run / names[0])
-    context = min(filter(None, map(context_of, models.values())), default=None)
-    wanted = max_response_tokens or config.evaluation.max_response_tokens
     for turn, typed in enumerate(prompts or _typed(run)):
-        # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
-        prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
-        if unknown := _unknown(tokenizer, prompt):
-            print(f"(these models have no word for: {visible(', '.join(unknown))})")
-        length = len(encode_prompts(tokenizer, [prompt])[0])
-        room = wanted if context is None else min(wanted, context - length)
-        if room < 1:
-            message = f"the prompt takes {length} tokens, but the models read {context}, answer included; shorten it"
+        try:
+            asked = ask(models.values(), tokenizer, typed, max_response_tokens or config.evaluation.max_response_tokens)
+        except UserError as error:
             if prompts:
-                raise UserError(message)
-            print(f"({message})")
+                raise
+            print(f"({error})")
             continue
-        if room < wanted:
-            print(f"(answers are cut after {room} tokens: the models read {context}, and the prompt takes {length})")
-        settings = EvaluationConfig(temperature=temperature, max_response_tokens=room)
+        for note in asked.notes:
+            print(f"({visible(note)})")
+        settings = EvaluationConfig(temperature=temperature, max_response_tokens=asked.room)
         for name in names:
-            said = answer(models[name], tokenizer, [prompt], settings, seed=seed + turn, greedy=greedy)
+            said = answer(models[name], tokenizer, [asked.prompt], settings, seed=seed + turn, greedy=greedy)
             cut = "" if said.ended[0] else " ..."
             print(f"  {NAMES[name]:>8}  {visible(said.responses[0])}{cut}")
+
+
+class Asked(NamedTuple):
+    """An instruction as the models are asked it."""
+
+    prompt: str
+    room: int
+    """Maximum tokens of an answer."""
+    notes: list[str]
+    """What the one who typed it should know."""
+
+
+def ask(
+    models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, typed: str, max_response_tokens: int
+) -> Asked:
+    """Prepare what was typed for models that read a limited vocabulary and a limited number of tokens.
+
+    Args:
+        models: who will be asked.
+        tokenizer: theirs.
+        typed: the instruction.
+        max_response_tokens: maximum tokens per answer, where the models' context has room for them.
+
+    Raises:
+        UserError: the prompt leaves no room for an answer.
+    """
+    # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
+    prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
+    notes = []
+    if unknown := _unknown(tokenizer, prompt):
+        notes.append(f"these models have no word for: {', '.join(unknown)}")
+    context = min(filter(None, map(context_of, models)), default=None)
+    length = len(encode_prompts(tokenizer, [prompt])[0])
+    room = max_response_tokens if context is None else min(max_response_tokens, context - length)
+    if room < 1:
+        raise UserError(f"the prompt takes {length} tokens, but the models read {context}, answer included; shorten it")
+    if room < max_response_tokens:
+        notes.append(f"answers are cut after {room} tokens: the models read {context}, and the prompt takes {length}")
+    return Asked(prompt, room, notes)
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:

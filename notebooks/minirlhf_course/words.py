@@ -1,4 +1,4 @@
-"""A tokenizer for problems so small that their words can be listed."""
+"""A tokenizer for texts of a few known words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lesson 11, the whole pipeline: win rates and their intervals, examples before a prompt, the tax that was repaired."""
+"""Lesson 11, the whole pipeline: win rates and their intervals, examples before a prompt, the tax, all steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minirlhf_course.checks import pipeline11
 from minirlhf_course.checks.exercise import exercise
 from minirlhf_course.checks.mistakes11 import (
     examples_cases,
@@ -359,3 +360,8 @@ def tax_repaired(base: Tensor, ppo: Tensor, ppo_ptx: Tensor) -> Tensor:
     base, ppo, ppo_ptx [S, K] float64: their losses, one row per seed.
     """
     return 1 - (ppo_ptx - base).mean(0) / (ppo - base).mean(0)
+
+
+# 11.6 ----------------------------------------------------------------------------------------------------------------
+
+pipeline = pipeline11.pipeline

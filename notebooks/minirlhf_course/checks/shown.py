@@ -12,6 +12,8 @@ from minirlhf_course.checks.outcome import Outcome, close, equal, flat, largest,
 
 LONGEST = 16
 """A tensor with more numbers is shown by its shape and the first place that differs."""
+LONGEST_TEXT = 200
+"""Whatever has a longer one (a model, a folder of rows) is shown by its type."""
 
 
 def show(x: Any) -> str:
@@ -28,7 +30,8 @@ def show(x: Any) -> str:
         return _rounded(x.tolist())
     if isinstance(x, float):
         return f"{x:.6g}"
-    return getattr(x, "__name__", str(x))
+    text = getattr(x, "__name__", str(x))
+    return text if len(text) <= LONGEST_TEXT else f"a {type(x).__name__}"
 
 
 def _rounded(x: Any) -> str:

@@ -29,7 +29,7 @@ from minirlhf.training import Recorder, generator_for
 from minirlhf_course.studios.given import Trainer, run
 from minirlhf_course.studios.session import complaint
 from minirlhf_course.studios.studio import Failure, Notes
-from minirlhf_course.studios.tables import word_tokenizer
+from minirlhf_course.words import word_tokenizer
 
 EARLY = ("ant", "bee", "cat", "dog", "eel")
 LATE = ("rat", "seal", "tuna", "wasp", "yak")

@@ -181,3 +181,46 @@ def test_the_planted_mistakes_are_mistakes():
     values, ends = torch.zeros(1, 3), torch.tensor([[False, True, False]])
     advantages, returns = text_failure_lab.targets_from_whitened(right, values, ends, gamma=1.0, lam=1.0, mask=mask)
     assert torch.allclose(advantages, returns) and abs(float(returns.sum())) < 1e-6
+
+
+def test_what_the_clues_of_the_text_lab_say_is_so():
+    with (ROOT / "data" / "results" / "text_failure_lab.csv").open(encoding="utf-8", newline="") as file:
+        file.readline()
+        rows = text_failure_lab.evidence(list(csv.DictReader(file)))
+    found = {(letter, what.split(",")[0]): numbers for letter, what, *numbers in rows}
+    assert len(found) == len(rows) and all("*How sure:*" in run.clue for run in text_failure_lab.RUNS.values())
+
+    own, healthy = found["A", "first ratio - 1"]
+    assert own.min() > 0.78 and healthy.max() < 2e-5
+    own, healthy = found["A", "KL before any update"]
+    assert own.min() > 0.03 and abs(healthy).max() < 1e-3
+    own, healthy = found["A", "entropy"]
+    assert own.max() < healthy.min()
+    own, healthy = found["B", "KL"]
+    assert own.min() > 120 and healthy.max() < 4
+    own, healthy = found["B", "entropy"]
+    assert own.min() > 2 * healthy.max()
+    own, healthy = found["C", "KL"]
+    assert 0.5 * healthy.min() < own.min() and own.max() < 1.5 * healthy.max()
+    own, healthy = found["D", "expl. variance"]
+    assert own.max() < healthy.min() - 0.5
+    own, healthy = found["D", "value loss"]
+    assert own.max() < 0.7 * healthy.min()
+    own, healthy = found["E", "value loss"]
+    assert round(own.min(), 2) >= 0.42 and round(own.max(), 2) <= 0.51
+    assert healthy.min() < own.min() and own.max() < healthy.max(), "they pass through there"
+    own, healthy = found["E", "expl. variance"]
+    assert own.min() > 0 > healthy.max()
+    for letter in text_failure_lab.RUNS:
+        own, healthy = found[letter, "score"]
+        if letter in "BDE":
+            assert own.max() < healthy.min() - 0.25
+        else:
+            assert own.min() > healthy.min() - 0.2, "of A the score says nothing"
+
+
+def test_no_penalty_at_all_ends_far_nearer_than_the_text_labs_b():
+    with (ROOT / "data" / "results" / "ppo_kl_ptx_sweep.csv").open(encoding="utf-8", newline="") as file:
+        file.readline()
+        free = [float(row["kl"]) for row in csv.DictReader(file) if row["beta"] and float(row["beta"]) == 0]
+    assert len(free) == 3 and 8 < sum(free) / 3 < 12

@@ -1,9 +1,16 @@
 """Answers to lesson 11 in other hands; test_corpus.py says how to read them."""
 
+import copy
 import math
 from statistics import NormalDist, fmean, mean, stdev
 
 import torch
+
+from minirlhf.language import evaluation
+from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
+from minirlhf.language.rlhf import train_rlhf
+from minirlhf.language.sft import train_sft
+from minirlhf.training import Recorder
 
 # 11.1 win_rate_interval ----------------------------------------------------------------------------------------------
 
@@ -263,6 +270,55 @@ def repaired_by_columns(base, ppo, ppo_ptx):
     return torch.tensor(shares)
 
 
+# 11.6 pipeline -------------------------------------------------------------------------------------------------------
+
+
+def in_four_copies(base, tokenizer, folder, settings):  # as trl's scripts have it: each model with a name of its own
+    sft_model = copy.deepcopy(base)
+    train_sft(sft_model, tokenizer, folder.demonstrations, settings.sft)
+    reward_model = train_reward_model(
+        copy.deepcopy(sft_model),
+        tokenizer,
+        folder.comparisons,
+        settings.reward_model,
+        demonstrations=folder.demonstrations,
+    )
+    policy, ref_policy = copy.deepcopy(sft_model), copy.deepcopy(sft_model)
+    value_model = copy.deepcopy(reward_model)
+    train_rlhf(
+        policy,
+        value_model,
+        ref_policy,
+        RewardModelScorer(reward_model, tokenizer),
+        tokenizer,
+        [p.text for p in folder.prompts],
+        settings.rlhf,
+        recorder=Recorder("ppo", progress=False),
+    )
+    prompts = [p.text for p in folder.heldout_prompts]
+    scores = RewardModelScorer(reward_model, tokenizer)(
+        prompts, evaluation.answer(policy, tokenizer, prompts, settings.evaluation).responses
+    )
+    return [sft_model, reward_model, policy, sum(scores.tolist()) / len(prompts)]
+
+
+def judged_by_a_function(base, tokenizer, folder, settings):
+    def texts(rows):
+        return [row.text for row in rows]
+
+    step_1 = train_sft(copy.deepcopy(base), tokenizer, folder.demonstrations, settings.sft)
+    step_2 = train_reward_model(
+        step_1, tokenizer, folder.comparisons, settings.reward_model, demonstrations=folder.demonstrations, seed=0
+    )
+    judge = RewardModelScorer(step_2, tokenizer)
+    start = copy.deepcopy(step_1), copy.deepcopy(step_2), step_1
+    step_3 = train_rlhf(
+        *start, lambda x, y: judge(x, y).tolist(), tokenizer, texts(folder.prompts), settings.rlhf, seed=0
+    )
+    said = evaluation.answer(step_3, tokenizer, texts(folder.heldout_prompts), settings.evaluation)
+    return step_1, step_2, step_3, judge(texts(folder.heldout_prompts), said.responses).mean().item()
+
+
 RIGHT = {
     "win_rate_interval": {
         "statsmodels": wilson_unrounded,
@@ -295,6 +351,10 @@ RIGHT = {
         "means": repaired_by_means,
         "columns": repaired_by_columns,
         "sums": lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).sum(0) / (ppo - base).sum(0),
+    },
+    "pipeline": {
+        "trl": in_four_copies,
+        "a function as the judge": judged_by_a_function,
     },
 }
 
@@ -396,5 +456,24 @@ WRONG = {
         ("This compares losses, not taxes", lambda base, ppo, ppo_ptx: 1 - ppo_ptx.sum(0) / ppo.sum(0)),
         (None, lambda base, ppo, ppo_ptx: (ppo - ppo_ptx)[0] / (ppo - base)[0]),
         (None, lambda base, ppo, ppo_ptx: (ppo - ppo_ptx).mean(0) / (ppo_ptx - base).mean(0)),
+    ],
+    "pipeline": [
+        ("It raises UserError: the policy and the reference share", in_four_copies,
+         ("policy, ref_policy = copy.deepcopy(sft_model), copy.deepcopy(sft_model)",
+          "policy = ref_policy = copy.deepcopy(sft_model)")),
+        ("It raises UserError: the value model and the reward model share", in_four_copies,
+         ("value_model = copy.deepcopy(reward_model)", "value_model = reward_model")),
+        ("The reference is the base model", judged_by_a_function,
+         ("copy.deepcopy(step_2), step_1", "copy.deepcopy(step_2), base")),
+        ("The base model itself is trained", judged_by_a_function,
+         ("train_sft(copy.deepcopy(base)", "train_sft(base")),
+        ("PPO trains on the held-out prompts:", in_four_copies,
+         ("for p in folder.prompts", "for p in folder.heldout_prompts")),
+        ("The reward model's scores are not centred", in_four_copies,
+         ("        demonstrations=folder.demonstrations,\n", "")),
+        ("It does not return four things", judged_by_a_function, ("return step_1, step_2, step_3,", "return step_3,")),
+        ("All results are right, but in the wrong order", judged_by_a_function,
+         ("return step_1, step_2,", "return step_2, step_1,")),
+        (None, judged_by_a_function, ("settings.rlhf, seed=0", "settings.rlhf, seed=1")),
     ],
 }  # fmt: skip

@@ -2,6 +2,12 @@
 
 import torch
 
+from minirlhf.language import evaluation
+from minirlhf.language.models import clone, scalar_model_from  # noqa: F401 (an edit below uses it)
+from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
+from minirlhf.language.rlhf import train_rlhf
+from minirlhf.language.sft import train_sft
+
 
 def win_rate_interval(scores, others):
     z, n = 1.96, len(scores)
@@ -43,6 +49,19 @@ def seed_interval(rates, t):
     return torch.stack((mean, mean - t * error, mean + t * error))
 
 
+def all_steps(base, tokenizer, folder, settings):
+    sft = reference = train_sft(clone(base), tokenizer, folder.demonstrations, settings.sft)
+    known = {"demonstrations": folder.demonstrations}
+    judge = train_reward_model(sft, tokenizer, folder.comparisons, settings.reward_model, **known)
+    reward = RewardModelScorer(judge, tokenizer)
+    policy = clone(sft)
+    value = clone(judge)
+    asked, heldout = ([row.text for row in rows] for rows in (folder.prompts, folder.heldout_prompts))
+    train_rlhf(policy, value, reference, reward, tokenizer, asked, settings.rlhf)
+    scores = reward(heldout, evaluation.answer(policy, tokenizer, heldout, settings.evaluation).responses)
+    return sft, judge, policy, scores.mean()
+
+
 WRONG = {
     "win_rate_interval": [
         ("-", "Ties count as won", win_rate_interval,
@@ -80,5 +99,15 @@ WRONG = {
          lambda base, ppo, ppo_ptx: (ppo_ptx.mean(0) - base.mean(0)) / (ppo.mean(0) - base.mean(0))),
         ("-", "This compares losses, not taxes: ",
          lambda base, ppo, ppo_ptx: (ppo.mean(0) - ppo_ptx.mean(0)) / ppo.mean(0)),
+    ],
+    "pipeline": [
+        ("-", "The value network starts with a fresh head", all_steps,
+         ("value = clone(judge)", "value = scalar_model_from(sft, seed=0)")),
+        ("-", "The policy starts from the base model", all_steps, ("policy = clone(sft)", "policy = clone(base)")),
+        ("-", "The SFT model is trained as the policy", all_steps,
+         ("policy = clone(sft)", "policy, reference = sft, clone(sft)")),
+        ("-", "The reward model is trained as the value network", all_steps,
+         ("value = clone(judge)", "value = judge"), ("reward = RewardModelScorer(judge, tokenizer)",
+                                                     "reward = RewardModelScorer(clone(judge), tokenizer)")),
     ],
 }  # fmt: skip
