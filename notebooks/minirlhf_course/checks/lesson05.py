@@ -194,12 +194,12 @@ def fisher_vector_product(policy: Callable[[Tensor], Tensor], theta: Tensor, vec
     difficulty=4,
     minutes=40,
     task="The whole update. The direction is $x = F^{-1} g$, with $g = \\nabla L$ at $\\theta$; the length "
-    "$\\sqrt{2 \\delta / x^\\top F x}$ uses up the budget if the KL is a perfect bowl. It isn't: so try this length, then "
-    "half of it, and so on, up to ten halvings, and take the first that makes $L$ larger *and* keeps the mean "
-    "$\\mathrm{KL}(\\pi_\\text{old} \\| \\pi_\\theta)$ within $\\delta$ (`max_kl`). If none does, $\\theta$ stays as it was. "
-    "Add `damping` times $v$ to every $F v$: it stops a nearly flat direction from giving a huge step. For ten rounds "
-    "of conjugate gradient and for $F v$ you have the functions that you have just written, `conjugate_gradient` and "
-    "`fisher_vector_product`.",
+    "$\\sqrt{2 \\delta / x^\\top F x}$ uses up the budget if the KL is a perfect bowl. It isn't: so try this length, "
+    "then half of it, and so on, up to ten halvings, and take the first that makes $L$ larger *and* keeps the mean "
+    "$\\mathrm{KL}(\\pi_\\text{old} \\| \\pi_\\theta)$ within $\\delta$ (`max_kl`). If none does, $\\theta$ stays as "
+    "it was. Add `damping` times $v$ to every $F v$: it stops a nearly flat direction from giving a huge step. For ten "
+    "rounds of conjugate gradient and for $F v$ you have the functions that you have just written, "
+    "`conjugate_gradient` and `fisher_vector_product`.",
     cases=step_cases,
     suspects={
         "It comes back to the old parameters every time. Either the step goes downhill (L is to grow: F x = +g), or "
