@@ -185,7 +185,8 @@ def step_cases() -> list[Case]:
         (3, (5, 2, 4), 0.01, 0.1),
     ):
         name = "random, {} states, {} inputs and {} actions".format(*size)
-        cases.append(Case(name, (*_of_a_batch(seed, *size), max_kl, damping)))
+        # A looser tolerance: a solver that stops at r . r < 1e-10 is right too.
+        cases.append(Case(name, (*_of_a_batch(seed, *size), max_kl, damping), rtol=1e-3))
     return cases
 
 
