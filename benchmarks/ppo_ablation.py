@@ -1,8 +1,9 @@
 """Which of PPO's details matter, and what its mistakes look like: the long runs of lesson 05.
 
-    .venv/bin/python benchmarks/ppo_ablation.py                  both tables; about 20 minutes with two processes
+    .venv/bin/python benchmarks/ppo_ablation.py                  all tables; about 20 minutes with two processes
     .venv/bin/python benchmarks/ppo_ablation.py --only details
     .venv/bin/python benchmarks/ppo_ablation.py --only bugs
+    .venv/bin/python benchmarks/ppo_ablation.py --only methods
 
 details -> data/results/ppo_ablation.csv: PPO as shipped, and with one detail changed at a time (DETAILS below), 5 seeds
 on CartPole-v1 and 3 on Pendulum-v1. One row a run:
@@ -14,6 +15,9 @@ on CartPole-v1 and 3 on Pendulum-v1. One row a run:
 
 bugs -> data/results/failure_lab.csv: every run of `minirlhf_course.failure_lab`, and PPO as shipped ("healthy"), on
 CartPole-v1; one row an update, with the metrics that lesson 05 draws.
+
+methods -> data/results/trust_regions.csv: TRPO, PPO with its clip and PPO with the adaptive KL penalty, 5 seeds each on
+CartPole-v1; one row an update.
 
 A command that was stopped goes on where it was (build/ppo_ablation holds the runs that are done, as long as neither
 `minirlhf.control` nor this script changes). Each run uses one thread; the first line of a file names machine, date and
@@ -74,6 +78,26 @@ FAILURE_METRICS = (
     "policy/entropy",
     "value/explained_variance",
     "value/loss",
+)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "TRPO": {},
+    "PPO, clip": {},
+    "PPO, adaptive KL": DETAILS["no clip, adaptive KL penalty"],
+}
+
+METHOD_METRICS = (
+    "policy/kl",
+    "policy/approx_kl",
+    "policy/clip_fraction",
+    "policy/entropy",
+    "policy/ratio_max",
+    "value/explained_variance",
+    "policy/grad_norm",
+    "policy/beta",
+    "policy/backtracks",
+    "policy/accepted",
 )
 
 
@@ -160,6 +184,35 @@ def bug_run(job: tuple[str, int]) -> list[Row]:
     ]
 
 
+def method_run(job: tuple[str, int]) -> list[Row]:
+    import torch
+
+    from minirlhf.control.evaluation import Evaluator
+    from minirlhf.control.ppo import PPOConfig, train_ppo
+    from minirlhf.control.trpo import TRPOConfig, train_trpo
+
+    torch.set_num_threads(1)
+    method, seed = job
+    evaluator = Evaluator("CartPole-v1", every=2_500)  # as in lessons 01 to 05
+    options: dict[str, Any] = {"seed": seed, "callback": evaluator}
+    if method == "TRPO":
+        result = train_trpo("CartPole-v1", TRPOConfig(total_steps=BUDGET["CartPole-v1"]), **options)
+    else:
+        config = PPOConfig(total_steps=BUDGET["CartPole-v1"], **METHODS[method])
+        result = train_ppo("CartPole-v1", config, **options)
+    returns = {row.env_steps: round(row.mean_return, 1) for row in evaluator.rows}
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "env_steps": int(row["perf/env_steps"]),
+            "return": returns.get(int(row["perf/env_steps"]), ""),
+            **{metric: f"{row[metric]:.4g}" if metric in row else "" for metric in METHOD_METRICS},
+        }
+        for row in result.history
+    ]
+
+
 def _mean(history: list[dict[str, float]], metric: str) -> str:
     return f"{sum(row[metric] for row in history) / len(history):.4g}"
 
@@ -197,12 +250,17 @@ def main() -> None:
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description="The long runs of lesson 05.")
-    parser.add_argument("--only", choices=("details", "bugs"), help="one table; left out: both")
+    parser.add_argument("--only", choices=("details", "bugs", "methods"), help="one table; left out: all")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     details = [(env, detail, seed) for env in BUDGET for detail in DETAILS for seed in SEEDS[env]]
-    tables = {"bugs": ("failure_lab.csv", bug_run, bug_jobs()), "details": ("ppo_ablation.csv", detail_run, details)}
+    methods = [(method, seed) for method in METHODS for seed in SEEDS["CartPole-v1"]]
+    tables: dict[str, tuple[str, Callable[[Any], list[Row]], list[Any]]] = {
+        "bugs": ("failure_lab.csv", bug_run, bug_jobs()),
+        "details": ("ppo_ablation.csv", detail_run, details),
+        "methods": ("trust_regions.csv", method_run, methods),
+    }
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for name, (file, function, jobs) in tables.items():
             if options.only in (None, name):

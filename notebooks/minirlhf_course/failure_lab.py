@@ -246,7 +246,8 @@ RUNS: dict[str, Planted] = {
         "logprobs.detach()).exp()`. The clip never acts, and ten epochs on one batch run away.",
         "the KL is exactly 0 in every update (its line lies on the floor of the panel), and so is the clip fraction, "
         "while the entropy falls: the policy does move, and the meter does not. In a healthy run both rise as soon as "
-        "the first minibatch is over.",
+        "the first minibatch is over. *How sure:* certain. No working trainer has a KL of exactly 0, and no other run "
+        "here has one.",
         "One of its meters stands still in every update while another moves. How can both be true?",
         {"ppo_loss": ratio_of_the_policy_to_itself},
     ),
@@ -257,7 +258,9 @@ RUNS: dict[str, Planted] = {
         "the state alone and says nothing about the action: a baseline with nothing to subtract it from, whose mean "
         "gradient is 0 (lesson 02). The policy wanders.",
         "nothing looks sick, and nothing is learned: the KL begins *below* the healthy band, the entropy drifts, and "
-        "the greedy return sits at 9 (a nearly random policy with a favourite action) or wherever chance took it.",
+        "the greedy return sits at 9 (a nearly random policy with a favourite action) or wherever chance took it. *How "
+        "sure:* fairly. Its first KL lies between A's 0 and all others, but too low a learning rate would push it down "
+        "as well; what settles it is a step by hand.",
         "No update is too large, and yet the return goes nowhere. What does a policy have to hear from an advantage?",
         {"gae": reward_minus_value},
     ),
@@ -268,7 +271,9 @@ RUNS: dict[str, Planted] = {
         "should stop, and zero where it should pull back.",
         "the first KL is tens of times too large and the next ones are no better, because nothing ends a step. The "
         "entropy falls off a cliff, and once it is 0 nothing new is tried any more: all meters come to rest, with the "
-        "return at 9.",
+        "return at 9. *How sure:* that nothing holds the step, certain; that it is `max` for `min`, less so. No clip "
+        "at all, or a rate ten times too high, could do the same, and only F's lower entropy tells these two apart "
+        "here.",
         "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update.",
         {"ppo_loss": max_for_min},
     ),
@@ -276,7 +281,9 @@ RUNS: dict[str, Planted] = {
         1,
         "nothing is wrong",
         "None: this run is healthy, under other seeds than the band.",
-        "every curve runs inside the grey band, or close to it. (Leaving alone what works is part of the job.)",
+        "every curve runs inside the grey band, or close to it. (Leaving alone what works is part of the job.) *How "
+        "sure:* never quite. Its return is no better than that of H and of two seeds of E: curves can show a mistake, "
+        "and not that there is none.",
         "Hold each curve against the grey band before you accuse it.",
         {},
     ),
@@ -288,7 +295,8 @@ RUNS: dict[str, Planted] = {
         "the value loss is near 1/2 from the first update to the last: half the variance of a whitened advantage. It "
         "is small because the targets run along with the values. (The explained variance, measured against the same "
         "wrong targets, looks better than healthy.) The return still rises, only later: on this task whitening hides "
-        "the damage.",
+        "the damage. *How sure:* certain from the first update on, where every other run's value loss is some fifty "
+        "times as large.",
         "The policy's meters are well. Look at the value loss of the first updates, where nothing is learned yet.",
         {"gae": targets_from_whitened},
     ),
@@ -298,7 +306,9 @@ RUNS: dict[str, Planted] = {
         "The minus sign is missing: `loss = torch.minimum(...).mean()`. The optimizer makes good actions rarer.",
         "the return falls to 9 at once, the fastest way to drop the pole, and hardly ever leaves it. The clip is gone "
         "with the sign: the first KL is tens of times too large, and that single update takes nearly all the entropy. "
-        "The value loss drops with it: falling over at once is easy to predict.",
+        "The value loss drops with it: falling over at once is easy to predict. *How sure:* quite. A return that falls "
+        "below a random policy's needs a sign; but rewards or advantages with the wrong sign would draw the same "
+        "curves.",
         "Two runs begin with a KL that is far too large. Compare how much entropy each has left after one update.",
         {"ppo_loss": minus_missing},
     ),
@@ -309,9 +319,11 @@ RUNS: dict[str, Planted] = {
         "`truncated_values = where(ends, V(s'), 0)`. Falling costs little, since the value network promises a future "
         "after it.",
         "all policy meters look well, but the return stalls or comes and goes. And while the policy is still bad, the "
-        "value loss falls below the healthy one: every state is worth about 1 / (1 - gamma) = 100, whatever the policy "
-        "does, and a constant is easy to learn. (A healthy run ends like that too, once every episode lasts 500 steps: "
-        "then all states really are worth the same, and the explained variance means nothing.)",
+        "value loss falls below the healthy one: every state is worth about 1 / (1 - gamma) = 100, whatever the policy"
+        " does, and a constant is easy to learn. (A healthy run ends like that too, once every episode lasts 500 "
+        "steps: then all states really are worth the same, and the explained variance means nothing.) *How sure:* only"
+        " with two meters. Among the runs whose first update looks healthy no other has a value loss this small after "
+        "20 to 30 updates; C and F are as low, for another reason.",
         "Look at the value loss while the return is still bad. Which targets are that easy to learn?",
         {"gae": termination_as_truncation},
     ),
@@ -322,12 +334,41 @@ RUNS: dict[str, Planted] = {
         "first step of each episode counts as its last, and the real last step is credited with the next episode.",
         "the least visible of all: it learns, only later, and then the return is perfect. But the value loss stays in "
         "the tens where a healthy one falls to nearly 0, because the first step of each episode has the target 1 and "
-        "all others 100. Only a test is sure to find it: two episodes in one row, worked by hand.",
+        "all others 100. Only a test is sure to find it: two episodes in one row, worked by hand. *How sure:* that the "
+        "targets are wrong, yes. Which flag is shifted no curve tells.",
         "Look at the value loss at the end, where the return is perfect. What can still surprise the value network?",
         {"gae": end_kept_with_the_next_observation},
     ),
 }
 """The runs of the lab by letter."""
+
+
+NUMBERS: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
+    ("A", "largest KL of an update", "policy/approx_kl", lambda x: x.max(1)),
+    ("B", "KL of the first update", "policy/approx_kl", lambda x: x[:, 0]),
+    ("B", "median return", "return", lambda x: np.median(x, 1)),
+    ("C", "entropy after one update", "policy/entropy", lambda x: x[:, 1]),
+    ("D", "return at the end", "return", lambda x: x[:, -5:].mean(1)),
+    ("E", "value loss of the first update", "value/loss", lambda x: x[:, 0]),
+    ("F", "entropy after one update", "policy/entropy", lambda x: x[:, 1]),
+    ("G", "value loss, updates 20 to 30", "value/loss", lambda x: np.median(x[:, 20:30], 1)),
+    ("H", "value loss, last ten updates", "value/loss", lambda x: np.median(x[:, -10:], 1)),
+)
+"""What the clues speak of: a letter, the number in words, the metric, and the number of each seed from its curve."""
+
+
+def evidence(rows: Sequence[Mapping[str, str]]) -> str:
+    """The numbers behind the clues: of the run's own seeds, and of every other run that has a seed among them."""
+    lines = [f"{'':<34}{'lowest':>9}{'highest':>9}   between them, or next to them"]
+    for letter, words, metric, of in NUMBERS:
+        own, others = of(curves(rows, letter, metric, "env_steps")[1]), []
+        for run in ("healthy", *RUNS):
+            others += [(x, run) for x in of(curves(rows, run, metric, "env_steps")[1]) if run != letter]
+        among = sorted({run for x, run in others if own.min() <= x <= own.max()})
+        nearest, run = min(others, key=lambda pair: min(abs(pair[0] - x) for x in own))
+        told = "seeds of " + ", ".join(among) if among else f"nobody; next {nearest:.3g} ({run})"
+        lines.append(f"{letter}  {words:<31}{own.min():9.3g}{own.max():9.3g}   {told}")
+    return "\n".join(lines)
 
 
 LAB = Lab(ppo, RUNS)

@@ -42,6 +42,7 @@ __all__ = [
     "gradient_estimates",
     "gridworld",
     "text_mdp",
+    "two_junctions",
 ]
 
 F64 = torch.float64
@@ -311,6 +312,21 @@ def gridworld(
     begins = torch.tensor([float(grid[y][x] == "S") for y, x in cells], dtype=F64)
     names = tuple(f"{y},{x}" for y, x in cells)
     return TinyMDP(transitions, rewards, begins / begins.sum(), gamma, names, ("up", "right", "down", "left"))
+
+
+def two_junctions() -> TinyMDP:
+    """Two junctions in a row. Left at the first ends the walk with nothing; at the second left pays 1 and right -1.
+
+    Who takes them for one and goes right with probability p at both has J = p (1 - 2 p).
+
+    >>> alike = torch.tensor([[0.75, 0.25]] * 2, dtype=torch.float64).log()  # the best p there is
+    >>> float(two_junctions().expected_return(alike))
+    0.125
+    """
+    transitions, rewards = torch.zeros(2, 2, 2, dtype=F64), torch.tensor([[0.0, 0.0], [1.0, -1.0]], dtype=F64)
+    transitions[0, 1, 1] = 1.0
+    start = torch.tensor([1.0, 0.0], dtype=F64)
+    return TinyMDP(transitions, rewards, start, 1.0, ("first junction", "second junction"), ("left", "right"))
 
 
 def _agreement(words: tuple[str, ...]) -> float:

@@ -33,6 +33,26 @@ def my_fisher_vector_product(policy, theta, vector):
     return torch.autograd.grad(gradient @ vector, theta)[0]
 
 
+conjugate_gradient, fisher_vector_product = my_conjugate_gradient, my_fisher_vector_product
+
+
+def my_trpo_step(policy, surrogate, theta, max_kl, damping):
+    def curved(v):
+        return fisher_vector_product(policy, theta, v) + damping * v
+
+    leaf = theta.clone().requires_grad_()
+    old_L = surrogate(leaf)
+    (g,) = torch.autograd.grad(old_L, leaf)
+    x = conjugate_gradient(curved, g, 10)
+    step = (2 * max_kl / (x @ curved(x))).sqrt() * x
+    for k in range(11):
+        new = theta + 0.5**k * step
+        kl = exact_kl(policy(theta), policy(new)).mean()
+        if surrogate(new) > old_L and kl <= max_kl:
+            return new
+    return theta
+
+
 def my_clipped_loss(logprobs, old_logprobs, advantages, clip_range):
     ratio = (logprobs - old_logprobs.detach()).exp()
     advantages = advantages.detach()

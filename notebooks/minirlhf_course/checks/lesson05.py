@@ -1,4 +1,4 @@
-"""Lesson 05, from TRPO to PPO: the ratio, conjugate gradient, Fisher-vector products, the clip, two details."""
+"""Lesson 05, from TRPO to PPO: the ratio, TRPO's step and its two parts, the clip, two details."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from minirlhf.kl import exact_kl, kl_k3
 from minirlhf_course.checks.cases import tensor, two_logprobs
 from minirlhf_course.checks.exercise import Case, exercise
 from minirlhf_course.checks.mistakes05 import (
+    Scores,
     clip_cases,
     clipped_with,
     fisher_cases,
@@ -21,6 +22,8 @@ from minirlhf_course.checks.mistakes05 import (
     fisher_without_product,
     solve_with,
     solver_cases,
+    step_cases,
+    step_with,
     value_cases,
     value_with,
 )
@@ -187,6 +190,78 @@ def fisher_vector_product(policy: Callable[[Tensor], Tensor], theta: Tensor, vec
 
 @exercise(
     "5.4",
+    "TRPO's step",
+    difficulty=4,
+    minutes=40,
+    task="The whole update. The direction is $x = F^{-1} g$, with $g = \\nabla L$ at $\\theta$; the length "
+    "$\\sqrt{2 \\delta / x^\\top F x}$ uses up the budget if the KL is a perfect bowl. It isn't: so try this length, "
+    "then half of it, and so on, up to ten halvings, and take the first that makes $L$ larger *and* keeps the mean "
+    "$\\mathrm{KL}(\\pi_\\text{old} \\| \\pi_\\theta)$ within $\\delta$ (`max_kl`). If none does, $\\theta$ stays as "
+    "it was. Add `damping` times $v$ to every $F v$: it stops a nearly flat direction from giving a huge step. For ten "
+    "rounds of conjugate gradient and for $F v$ you have the functions that you have just written, "
+    "`conjugate_gradient` and `fisher_vector_product`.",
+    cases=step_cases,
+    suspects={
+        "It comes back to the old parameters every time. Either the step goes downhill (L is to grow: F x = +g), or "
+        "the line search refuses what it should accept.": partial(step_with, "downhill"),
+        "The square root is missing: the length is sqrt(2 max_kl / (x . F x)).": partial(step_with, "no root"),
+        "The KL is not checked: a step that goes further than max_kl must be halved, however much L promises.": (
+            partial(step_with, "any KL")
+        ),
+        "The line search accepts a step that makes L worse: it must be larger than at the old parameters.": (
+            partial(step_with, "any L")
+        ),
+        "When no length helps, the last one tried stays: give back the old parameters.": (
+            partial(step_with, "not restored")
+        ),
+        "There is no line search: the length is right only for a perfect bowl. Halve it until L is larger and the KL "
+        "within max_kl.": partial(step_with, "no search"),
+        "The 2 is missing: the KL is x . F x / 2, so the length is sqrt(2 max_kl / (x . F x)).": (
+            partial(step_with, "no two")
+        ),
+        "The direction is the plain gradient: it is x, with F x = g.": partial(step_with, "plain"),
+        "x is taken as it is: its length must be sqrt(2 max_kl / (x . F x)).": partial(step_with, "no length"),
+        "max_kl is used as a learning rate: the length is sqrt(2 max_kl / (x . F x)).": partial(step_with, "delta"),
+        "The length is upside down: sqrt(2 max_kl / (x . F x)).": partial(step_with, "inverse"),
+        "The step is measured in weights: its length is sqrt(2 max_kl / (x . F x)), with F between.": (
+            partial(step_with, "norm")
+        ),
+        "The damping is missing: F v + damping * v wherever F is applied.": partial(step_with, "undamped"),
+        "The damping is missing in the length: there, too, F x is F x + damping * x.": (
+            partial(step_with, "length undamped")
+        ),
+        "The halvings pile up (1, 1/2, 1/8, 1/64): each length is half of the one before.": partial(
+            step_with, "pile up"
+        ),
+        "L is compared with 0: compare it with L at the old parameters, which need not be 0.": (
+            partial(step_with, "against 0")
+        ),
+        "The line search takes a step because L is worse there: L is to grow.": partial(step_with, "worse"),
+        "The KL is measured the other way round: it is the mean of KL(old || new).": partial(step_with, "reversed"),
+        "The KL is summed over the states: the bound is on its mean.": partial(step_with, "sum"),
+        "The bound is on the mean KL over the states, not on the largest.": partial(step_with, "max"),
+    },
+    hints=(
+        "Three parts: `g` by `torch.autograd.grad` of `surrogate` at a leaf made from `theta`; `x` by "
+        "`conjugate_gradient(curved, g, 10)`, where `curved(v)` is your product plus `damping * v`; a loop over "
+        "`range(11)` with two conditions. After the loop: `return theta`.",
+        "`step = (2 * max_kl / (x @ curved(x))).sqrt() * x`. In the loop: `new = theta + 0.5**k * step`; `kl = "
+        "exact_kl(policy(theta), policy(new)).mean()`, from `minirlhf.kl`; `if surrogate(new) > surrogate(theta) and "
+        "kl <= max_kl: return new`.",
+    ),
+)
+def trpo_step(policy: Scores, surrogate: Scores, theta: Tensor, max_kl: float, damping: float) -> Tensor:
+    """TRPO's update of theta [P], or theta itself where no step helps: policy(theta) gives logits [N, A],
+    surrogate(theta) the 0-d L. The step is halved up to ten times.
+    """
+    return step_with("", policy, surrogate, theta, max_kl, damping)
+
+
+# 5.5 -----------------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "5.5",
     "the clipped loss",
     difficulty=3,
     minutes=15,
@@ -246,7 +321,7 @@ def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cli
     return losses.clipped_surrogate(logprobs, old_logprobs, advantages, clip_range=clip_range)
 
 
-# 5.5 -----------------------------------------------------------------------------------------------------------------
+# 5.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def _kl_cases() -> list[Case]:
@@ -260,7 +335,7 @@ def _kl_cases() -> list[Case]:
 
 
 @exercise(
-    "5.5",
+    "5.6",
     "how far has the policy moved?",
     difficulty=2,
     minutes=12,
@@ -316,11 +391,11 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return kl_k3(old_logprobs.detach(), logprobs)
 
 
-# 5.6 -----------------------------------------------------------------------------------------------------------------
+# 5.7 -----------------------------------------------------------------------------------------------------------------
 
 
 @exercise(
-    "5.6",
+    "5.7",
     "the clipped value loss",
     difficulty=2,
     minutes=10,

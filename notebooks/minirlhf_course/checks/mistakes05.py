@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from minirlhf import losses
+from minirlhf.control import trpo
 from minirlhf.kl import exact_kl
-from minirlhf_course.checks.cases import F64, SIZES, generators, normal, tensor
+from minirlhf_course.checks.cases import F64, SIZES, generators, normal, row, tensor
 from minirlhf_course.checks.exercise import Case
 
 # 5.2, conjugate gradient ---------------------------------------------------------------------------------------------
@@ -118,7 +120,115 @@ def fisher_without_product(policy: Callable[[Tensor], Tensor], theta: Tensor, ve
     return torch.einsum("sap,sa,saq,q->p", jacobian, probabilities, jacobian, vector) / len(probabilities)
 
 
-# 5.4, the clipped loss -----------------------------------------------------------------------------------------------
+# 5.4, TRPO's step ----------------------------------------------------------------------------------------------------
+
+Scores = Callable[[Tensor], Tensor]
+"""A number, or logits, of a vector of weights."""
+
+
+def _against_zero(*inputs: float) -> Scores:
+    """Two actions: the first has the logit 0, the second in each state its input times the only weight."""
+
+    def policy(theta: Tensor) -> Tensor:
+        logit = theta * theta.new_tensor(inputs)
+        return torch.stack((torch.zeros_like(logit), logit), -1)
+
+    return policy
+
+
+def _pays(policy: Scores, *of_second: float) -> Scores:
+    """The mean reward where the second action pays this in each state, and the first nothing."""
+
+    def surrogate(theta: Tensor) -> Tensor:
+        return (policy(theta).softmax(-1)[:, 1] * theta.new_tensor(of_second)).mean()
+
+    return surrogate
+
+
+def _top_is_near(theta: Tensor) -> Tensor:
+    return 1 - 1000 * (theta - 1e-4).square().sum()
+
+
+def _of_a_batch(seed: int, states: int, inputs: int, actions: int) -> tuple[Scores, Scores, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features, theta = normal(generator, states, inputs), normal(generator, inputs * (actions - 1))
+
+    def policy(theta: Tensor) -> Tensor:
+        logits = features.to(theta.dtype) @ theta.reshape(inputs, actions - 1)
+        return torch.cat((torch.zeros_like(logits[:, :1]), logits), -1)
+
+    chosen = torch.multinomial(policy(theta).softmax(-1), 1, generator=generator)
+    advantages = 30 * normal(generator, states)  # beside its slope an epsilon in a denominator is small
+    old_logprobs = policy(theta).log_softmax(-1).gather(1, chosen)[:, 0]
+
+    def surrogate(theta: Tensor) -> Tensor:
+        logprobs = policy(theta).log_softmax(-1).gather(1, chosen)[:, 0]
+        return ((logprobs - old_logprobs.to(theta.dtype)).exp() * advantages.to(theta.dtype)).mean()
+
+    return policy, surrogate, theta
+
+
+def step_cases() -> list[Case]:
+    one, two = _against_zero(1.0), _against_zero(1.0, 4.0)
+    half = math.sqrt(1 / (math.exp(3) / (1 + math.exp(3)) ** 2)) / 2  # of the step: F = p (1 - p), x = -1
+    quarter = math.sqrt(4 / 2.125) / 4  # F = (1 + 16) / 8
+    cases = [
+        Case("the first length fits", (one, _pays(one, 1.0), row(0.0), 0.01, 0.0), row(math.sqrt(0.08))),
+        Case("no length that it tries helps", (one, _top_is_near, row(0.0), 0.5, 0.0), row(0.0)),
+        Case("the first length goes too far", (one, _pays(one, -10.0), row(3.0), 0.5, 0.0), row(3 - half)),
+        Case("L falls again along the step", (two, _pays(two, -3.0, 1.0), row(0.0), 2.0, 0.0), row(quarter)),
+    ]
+    for seed, size, max_kl, damping in (
+        (22, (4, 2, 2), 0.5, 0.1),
+        (35, (6, 2, 3), 0.3, 0.1),
+        (13, (8, 3, 3), 0.8, 0.1),
+        (3, (5, 2, 4), 0.01, 0.1),
+    ):
+        name = "random, {} states, {} inputs and {} actions".format(*size)
+        # A looser tolerance: a solver that stops at r . r < 1e-10 is right too.
+        cases.append(Case(name, (*_of_a_batch(seed, *size), max_kl, damping), rtol=1e-3))
+    return cases
+
+
+def step_with(
+    bug: str, policy: Scores, surrogate: Scores, theta: Tensor, max_kl: float, damping: float, halvings: int = 10
+) -> Tensor:
+    """Exercise 5.4 with one mistake planted."""
+
+    def fisher(vector: Tensor, damping: float = damping) -> Tensor:
+        return fisher_with("sum" if bug == "sum in F" else "", policy, theta, vector) + damping * vector
+
+    def curved(vector: Tensor) -> Tensor:
+        return fisher(vector, 0.0 if bug == "undamped" else damping)
+
+    leaf = theta.clone().requires_grad_()
+    L_old = surrogate(leaf)
+    (g,) = torch.autograd.grad(L_old, leaf)
+    x = g if bug == "plain" else trpo.conjugate_gradient(curved, -g if bug == "downhill" else g, 10, tolerance=1e-20)
+    curvature = float(x @ (fisher(x, 0.0) if bug == "length undamped" else curved(x)))
+    length = {
+        "no root": 2 * max_kl / curvature,
+        "no two": math.sqrt(max_kl / curvature),
+        "no length": 1.0,
+        "delta": max_kl,
+        "inverse": math.sqrt(curvature / (2 * max_kl)),
+        "norm": math.sqrt(2 * max_kl) / float(x.norm()),
+    }.get(bug, math.sqrt(2 * max_kl / curvature))
+    before, new = policy(theta), theta + length * x
+    if bug == "no search":
+        return new
+    for k in range(halvings + 1):
+        new = theta + 0.5 ** (k * (k + 1) / 2 if bug == "pile up" else k) * length * x
+        after = policy(new)
+        kl = exact_kl(after, before) if bug == "reversed" else exact_kl(before, after)
+        near = bool((kl.sum() if bug == "sum" else kl.max() if bug == "max" else kl.mean()) <= max_kl)
+        better = bool(surrogate(new) > (0.0 if bug == "against 0" else L_old))
+        if {"any L": near, "any KL": better, "worse": near and not better}.get(bug, near and better):
+            return new
+    return new if bug == "not restored" else theta.clone()
+
+
+# 5.5, the clipped loss -----------------------------------------------------------------------------------------------
 
 
 def clip_cases() -> list[Case]:
@@ -142,7 +252,7 @@ def clip_cases() -> list[Case]:
 
 
 def clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Exercise 5.4 with one mistake planted."""
+    """Exercise 5.5 with one mistake planted."""
     old = new.detach() if bug == "ratio 1" else old.detach()
     advantages = advantages if bug == "leak" else advantages.detach()
     ratio = (old - new).exp() if bug == "inverse" else (new - old).exp()
@@ -179,7 +289,7 @@ def clipped_with(bug: str, new: Tensor, old: Tensor, advantages: Tensor, clip_ra
     return total if bug == "sign" else -total
 
 
-# 5.6, the clipped value loss -----------------------------------------------------------------------------------------
+# 5.7, the clipped value loss -----------------------------------------------------------------------------------------
 
 
 def value_cases() -> list[Case]:
@@ -198,7 +308,7 @@ def value_cases() -> list[Case]:
 
 
 def value_with(bug: str, values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Exercise 5.6 with one mistake planted."""
+    """Exercise 5.7 with one mistake planted."""
     old, target = old_values if bug == "leak" else old_values.detach(), returns.detach()
     if bug == "around 0":
         near = values.clamp(-clip_range, clip_range)

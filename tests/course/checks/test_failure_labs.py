@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from minirlhf_course import failure_lab, text_failure_lab
@@ -130,6 +131,62 @@ def test_the_clues_are_there(histories):
     assert first["C"]["policy/approx_kl"] > 10 * healthy["policy/approx_kl"]
     assert all(row["value/loss"] < 0.7 for row in histories["E"]) and healthy["value/loss"] > 5
     assert last["F"]["objective/episode_return"] < 12 and last["F"]["policy/entropy"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with (ROOT / "data" / "results" / "failure_lab.csv").open(encoding="utf-8", newline="") as file:
+        file.readline()
+        rows = list(csv.DictReader(file))
+
+    def of(run, metric):
+        return failure_lab.curves(rows, run, metric, "env_steps")[1]
+
+    return rows, of
+
+
+def test_what_the_folds_say_holds_in_the_stored_runs(stored):
+    _, of = stored
+    kl, entropy, loss, explained = "policy/approx_kl", "policy/entropy", "value/loss", "value/explained_variance"
+    others = {letter: ["healthy", *(run for run in failure_lab.RUNS if run != letter)] for letter in failure_lab.RUNS}
+    first = {run: of(run, kl)[:, 0] for run in others["A"] + ["A"]}
+    assert (of("A", kl) == 0).all() and (of("A", "policy/clip_fraction") == 0).all()
+    assert all((of(run, kl).max(1) > 0).all() for run in others["A"])
+    assert first["B"].min() > 0 and first["B"].max() < min(first[run].min() for run in others["B"] if run != "A")
+    assert all(x > 10 * first["healthy"].max() for run in "CF" for x in first[run])
+    assert of("C", kl)[:, :5].mean() > first["C"].mean(), "the next ones are no better"
+    after = {run: of(run, entropy)[:, 1] for run in first}
+    assert after["F"].max() < 0.15 < after["A"].max() < after["C"].min() and after["C"].max() < after["D"].min()
+    assert all(np.median(of(run, "return")) < 12 for run in "BCF")
+    assert of("D", "return")[:, -5:].mean() > 475
+    assert of("H", "return")[:, -5:].min() > 475 and (of("E", "return")[:, -5:].mean(1) > 475).sum() == 2
+    assert of("E", loss).min() > 0.2 and of("E", loss).max() < 0.6
+    assert min(of(run, loss)[:, 0].min() for run in others["E"]) > 40 * of("E", loss)[:, 0].max()
+    assert of("E", explained).mean() > of("healthy", explained).mean()
+    assert np.median(of("G", loss)[:, 25]) < 0.5 * np.median(of("healthy", loss)[:, 25])
+    assert of("G", "return").mean(1).max() < of("healthy", "return").mean(1).min()
+    later = {run: np.median(of(run, loss)[:, 20:30], 1) for run in first}
+    alike = [run for run in others["G"] if first[run].min() > 0.005 and first[run].max() < 0.01]
+    assert set(alike) == {"healthy", "D", "E", "H"} and later["G"].max() < min(later[run].min() for run in alike)
+    assert min(later["C"].min(), later["F"].min()) < later["G"].min()
+    late = {run: np.median(of(run, loss)[:, -10:], 1) for run in first}
+    assert late["H"].min() > 30 and np.median(late["H"]) > 100 * np.median(late["healthy"])
+
+
+def test_the_evidence_is_of_every_run_and_names_who_lies_among_its_seeds(stored):
+    rows, of = stored
+    _, *lines = failure_lab.evidence(rows).splitlines()
+    assert {line[0] for line in lines} == set(failure_lab.RUNS) and len(lines) == len(failure_lab.NUMBERS)
+    told = {(line[0], line[3:34].strip()): line[34:].split(maxsplit=2) for line in lines}
+    assert (
+        told["A", "largest KL of an update"][:2] == ["0", "0"] and "nobody" in told["A", "largest KL of an update"][2]
+    )
+    low, high, among = told["C", "entropy after one update"]
+    seeds = of("C", "policy/entropy")[:, 1]
+    assert [float(low), float(high)] == pytest.approx([seeds.min(), seeds.max()], rel=1e-2)
+    nearest = max(of("A", "policy/entropy")[:, 1])
+    assert among == f"nobody; next {nearest:.3g} (A)"
+    assert told["D", "return at the end"][2] == "seeds of E, H, healthy"
 
 
 def test_wrong_versions_on_two_episodes_in_one_row():

@@ -126,6 +126,70 @@ def fisher_in_float32(policy, theta, vector):
 # 5.4 -----------------------------------------------------------------------------------------------------------------
 
 
+def step_spinning_up(policy, surrogate, theta, delta, damping_coeff):
+    """A loss to be minimised, so the step is taken away; an epsilon in the length; restores at the last try."""
+
+    def hvp(v):
+        return fisher_spinning_up(policy, theta.clone(), v) + damping_coeff * v
+
+    params = theta.detach().clone().requires_grad_(True)
+    pi_l_old = -surrogate(params)
+    g = torch.autograd.grad(pi_l_old, params)[0]
+    x = cg_spinning_up(hvp, g, 10)
+    alpha = torch.sqrt(2 * delta / (torch.dot(x, hvp(x)) + 1e-8))
+    before = Categorical(logits=policy(theta))
+    for j in range(11):
+        new = theta - alpha * x * 0.5**j
+        with torch.no_grad():
+            kl = kl_divergence(before, Categorical(logits=policy(new))).mean()
+            pi_l_new = -surrogate(new)
+        if kl <= delta and pi_l_new <= pi_l_old:
+            break
+        if j == 10:
+            new = theta
+    return new
+
+
+def step_hands_on(policy, surrogate, theta, kl_constraint, damping):
+    def hessian_vector(v):
+        return fisher_by_jacobian(policy, theta, v) + damping * v
+
+    leaf = theta.clone().requires_grad_()
+    obj_grad = torch.autograd.grad(surrogate(leaf), leaf)[0].detach()
+    d = cg_hands_on(hessian_vector, obj_grad, 10)
+    Hd = hessian_vector(d)
+    max_coef = torch.sqrt(2 * kl_constraint / (torch.dot(d, Hd) + 1e-8))
+    old_dist, old_obj = Categorical(logits=policy(theta)), surrogate(theta)
+    for i in range(11):
+        coef = 0.5**i
+        new_para = theta + coef * max_coef * d
+        new_obj = surrogate(new_para)
+        kl_div = torch.mean(kl_divergence(old_dist, Categorical(logits=policy(new_para))))
+        if new_obj > old_obj and kl_div < kl_constraint:
+            return new_para
+    return theta
+
+
+def step_by_a_direct_solve(policy, surrogate, theta, max_kl, damping):
+    """The whole matrix, and x . g in place of x . F x, which is the same number; each length is half of the last."""
+    eye = torch.eye(len(theta), dtype=theta.dtype)
+    matrix = torch.stack([fisher_by_hessian(policy, theta, e) for e in eye], 1) + damping * eye
+    g = torch.func.grad(surrogate)(theta)
+    x = torch.linalg.solve(matrix, g)
+    step = x * (2 * max_kl / (x @ g)) ** 0.5
+    old = policy(theta).log_softmax(-1)
+    for _ in range(11):
+        new = policy(theta + step).log_softmax(-1)
+        kl = (old.exp() * (old - new)).sum(-1).mean()
+        if surrogate(theta + step) > surrogate(theta) and kl <= max_kl:
+            return theta + step
+        step = step / 2
+    return theta.clone()
+
+
+# 5.5 -----------------------------------------------------------------------------------------------------------------
+
+
 def clip_cleanrl(logprobs, old_logprobs, advantages, clip_range):
     mb_advantages = advantages.detach()
     ratio = (logprobs - old_logprobs.detach()).exp()
@@ -149,7 +213,7 @@ def clip_hands_on(logprobs, old_logprobs, advantages, eps):
     return torch.mean(-torch.min(surr1, surr2))
 
 
-# 5.5 -----------------------------------------------------------------------------------------------------------------
+# 5.6 -----------------------------------------------------------------------------------------------------------------
 
 
 def kl_schulman(logprobs, old_logprobs):
@@ -174,7 +238,7 @@ def kl_cleanrl(logprobs, old_logprobs):
     return (ratio - 1) - logratio
 
 
-# 5.6 -----------------------------------------------------------------------------------------------------------------
+# 5.7 -----------------------------------------------------------------------------------------------------------------
 
 
 def value_cleanrl(newvalue, b_values, b_returns, clip_coef):
@@ -219,6 +283,11 @@ RIGHT = {
         "the Jacobian": fisher_by_jacobian,
         "torch.func.hessian": fisher_by_hessian,
         "float32": fisher_in_float32,
+    },
+    "trpo_step": {
+        "Spinning Up: a loss, an epsilon, float32": step_spinning_up,
+        "Hands-on-RL": step_hands_on,
+        "the whole matrix": step_by_a_direct_solve,
     },
     "clipped_loss": {"CleanRL": clip_cleanrl, "Spinning Up": clip_spinning_up, "Hands-on-RL": clip_hands_on},
     "approx_kl": {"expm1": kl_schulman, "in float64": kl_in_double, "a series": kl_series},
@@ -298,6 +367,46 @@ WRONG = {
             ("torch.autograd.grad(torch.dot(g, vector), theta)[0]", "g.detach() * vector"),
         ),
         (None, fisher_by_jacobian, ("softmax(-1)", "softmax(-1) ** 2")),
+    ],
+    "trpo_step": [
+        (
+            "The square root is missing",
+            step_hands_on,
+            ("torch.sqrt(2 * kl_constraint / (torch.dot(d, Hd) + 1e-8))", "2 * kl_constraint / torch.dot(d, Hd)"),
+        ),
+        ("The KL is not checked", step_hands_on, (" and kl_div < kl_constraint", "")),
+        ("accepts a step that makes L worse", step_hands_on, ("new_obj > old_obj and ", "")),
+        ("the last one tried stays", step_hands_on, ("return theta", "return new_para")),
+        ("the last one tried stays", step_spinning_up, ("            new = theta\n", "            pass\n")),
+        ("It comes back to the old parameters every time", step_spinning_up, ("theta - alpha", "theta + alpha")),
+        ("There is no line search", step_hands_on, ("if new_obj > old_obj and kl_div < kl_constraint", "if True")),
+        ("The 2 is missing", step_by_a_direct_solve, ("(2 * max_kl / (x @ g))", "(max_kl / (x @ g))")),
+        (
+            "The direction is the plain gradient",
+            step_hands_on,
+            ("cg_hands_on(hessian_vector, obj_grad, 10)", "obj_grad"),
+        ),
+        ("The damping is missing: F v", step_by_a_direct_solve, (" + damping * eye", "")),
+        (
+            "The halvings pile up",
+            step_hands_on,
+            (
+                "        new_para = theta + coef * max_coef * d\n",
+                "        d = coef * d\n        new_para = theta + max_coef * d\n",
+            ),
+        ),
+        ("L is compared with 0", step_hands_on, ("new_obj > old_obj", "new_obj > 0")),
+        ("The KL is summed over the states", step_hands_on, ("torch.mean(kl_div", "torch.sum(kl_div")),
+        (
+            "The KL is measured the other way round",
+            step_spinning_up,
+            (
+                "kl_divergence(before, Categorical(logits=policy(new)))",
+                "kl_divergence(Categorical(logits=policy(new)), before)",
+            ),
+        ),
+        (None, step_hands_on, ("0.5**i", "0.8**i")),
+        (None, step_hands_on, ("return new_para", "return theta + 0.9 * (new_para - theta)")),
     ],
     "clipped_loss": [
         (
