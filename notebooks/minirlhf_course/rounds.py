@@ -1,0 +1,90 @@
+"""Steps 2 and 3 again, on a lesson's models: a run's folder to go on from, labelers for its answers, and the command.
+
+run_of(folder / "first", data, rankings, {"base": base, "sft": sft, ...}, tokenizer, RunConfig())
+rank_all(folder / "new.jsonl", items_to_rank(folder / "first"), make_labelers(world), Random(0))
+at_terminal("minirlhf round --run first --comparisons new.jsonl --out second", folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from minirlhf.checkpoints import save_model, write_json
+from minirlhf.cli import main
+from minirlhf.config import RunConfig
+from minirlhf.data import Comparison
+from minirlhf.labeling import Item, RankingFile
+from minirlhf.pipeline.settings import settings_of
+from minirlhf_course.world import SimulatedLabeler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["at_terminal", "rank_all", "run_of"]
+
+
+def run_of(
+    out: Path,
+    data: Path,
+    rankings: Sequence[Comparison],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+) -> None:
+    """Write the folder of a finished run, as if `minirlhf run` had trained these models.
+
+    Args:
+        out: the run's folder; must not exist yet.
+        data: a folder of data; the run's is a copy of it, but for the rankings.
+        rankings: what the run's reward model has learned from.
+        models: base, sft, reward_model, ppo and ppo_ptx.
+        tokenizer: of all of them.
+        config: the settings that the next rounds take over.
+    """
+    own = out / "data"
+    shutil.copytree(data, own)
+    for file in own.glob("comparisons.jsonl*"):
+        file.unlink()
+    with (own / "comparisons.jsonl").open("w", encoding="utf-8") as stream:
+        for row in rankings:
+            stream.write(json.dumps({"prompt": row.prompt, "responses": row.responses, "scores": row.scores}) + "\n")
+    for step, model in models.items():
+        save_model(out / step, model, tokenizer)
+    write_json(out / "config.json", settings_of(replace(config, out=out, data=own), own))
+
+
+def rank_all(file: Path, items: Sequence[Item], labelers: Sequence[SimulatedLabeler], draw: Random) -> None:
+    """Rank each item by one of the labelers, and append the rankings to a file, as `minirlhf label` does.
+
+    Args:
+        file: JSON lines.
+        items: prompts with K answers.
+        labelers: one of them is drawn for each item.
+        draw: of labelers and of their noise.
+    """
+    files = {labeler.name: RankingFile(file, labeler.name) for labeler in labelers}
+    for item in items:
+        labeler = draw.choice(labelers)
+        scores = labeler.rank(item.prompt, item.responses, draw)["scores"]
+        files[labeler.name].append(item, [1 + sum(other > score for other in scores) for score in scores])
+
+
+def at_terminal(command: str, folder: Path) -> None:
+    """Run a `minirlhf` command as a terminal in that folder would, and print it.
+
+    Raises:
+        RuntimeError: the command failed; what it said stands above.
+    """
+    print(f"$ {command}", flush=True)
+    with contextlib.chdir(folder):
+        code = main(shlex.split(command)[1:])
+    if code != 0:
+        raise RuntimeError(f"exit code {code}: {command}")
