@@ -1,6 +1,6 @@
 """Steps 2 and 3 again, on a lesson's models: a run's folder to go on from, labelers for its answers, and the command.
 
-run_of(folder / "first", data, rankings, {"base": base, "sft": sft, ...}, tokenizer, RunConfig())
+run_of(folder / "first", data, rankings, heldout, {"base": base, "sft": sft, ...}, tokenizer, RunConfig())
 rank_all(folder / "new.jsonl", items_to_rank(folder / "first"), make_labelers(world), Random(0))
 at_terminal("minirlhf round --run first --comparisons new.jsonl --out second", folder)
 """
@@ -8,16 +8,19 @@ at_terminal("minirlhf round --run first --comparisons new.jsonl --out second", f
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from minirlhf.checkpoints import save_model, write_json
+from minirlhf.checkpoints import save_model, sealed, write_json
 from minirlhf.cli import main
 from minirlhf.config import RunConfig
 from minirlhf.data import Comparison
@@ -30,11 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["at_terminal", "rank_all", "run_of"]
 
+DEMONSTRATIONS = 200
+
 
 def run_of(
     out: Path,
     data: Path,
     rankings: Sequence[Comparison],
+    heldout: Sequence[Comparison],
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
@@ -43,22 +49,28 @@ def run_of(
 
     Args:
         out: the run's folder; must not exist yet.
-        data: a folder of data; the run's is a copy of it, but for the rankings.
+        data: a folder of packed data with held-out rows; the run's is a copy of it, but for the rankings, and with the
+            first DEMONSTRATIONS alone: every new reward model scores them all, to find its zero.
         rankings: what the run's reward model has learned from.
+        heldout: what the next reward models are measured on.
         models: base, sft, reward_model, ppo and ppo_ptx.
         tokenizer: of all of them.
         config: the settings that the next rounds take over.
     """
     own = out / "data"
     shutil.copytree(data, own)
-    for file in own.glob("comparisons.jsonl*"):
-        file.unlink()
-    with (own / "comparisons.jsonl").open("w", encoding="utf-8") as stream:
-        for row in rankings:
-            stream.write(json.dumps({"prompt": row.prompt, "responses": row.responses, "scores": row.scores}) + "\n")
+    for part, rows in ((own, rankings), (own / "heldout", heldout)):
+        (part / "comparisons.jsonl.gz").unlink()
+        with (part / "comparisons.jsonl").open("w", encoding="utf-8") as stream:
+            for row in rows:
+                fields = {"prompt": row.prompt, "responses": row.responses, "scores": row.scores}
+                stream.write(json.dumps(fields | {"labeler": row.labeler}) + "\n")
+    with gzip.open(own / "demonstrations.jsonl.gz", "rt", encoding="utf-8") as packed:
+        (own / "demonstrations.jsonl").write_text("".join(islice(packed, DEMONSTRATIONS)), encoding="utf-8")
+    (own / "demonstrations.jsonl.gz").unlink()
     for step, model in models.items():
         save_model(out / step, model, tokenizer)
-    write_json(out / "config.json", settings_of(replace(config, out=out, data=own), own))
+    write_json(out / "config.json", sealed(settings_of(replace(config, out=out, data=own), own)))
 
 
 def rank_all(file: Path, items: Sequence[Item], labelers: Sequence[SimulatedLabeler], draw: Random) -> None:
@@ -78,13 +90,15 @@ def rank_all(file: Path, items: Sequence[Item], labelers: Sequence[SimulatedLabe
 
 
 def at_terminal(command: str, folder: Path) -> None:
-    """Run a `minirlhf` command as a terminal in that folder would, and print it.
+    """Run a `minirlhf` command as a terminal in that folder would; print it, and what it says but for its time.
 
     Raises:
         RuntimeError: the command failed; what it said stands above.
     """
     print(f"$ {command}", flush=True)
-    with contextlib.chdir(folder):
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said):
         code = main(shlex.split(command)[1:])
+    print("\n".join(line for line in said.getvalue().splitlines() if not line.startswith("time: ")))
     if code != 0:
         raise RuntimeError(f"exit code {code}: {command}")

@@ -17,7 +17,7 @@ from minirlhf_course.checks import Exercise
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-LARGEST = 300_000
+LARGEST = 400_000
 WIDEST = 96
 FOLDED = {"source_hidden": True}
 DRAWING = ("draw", "plot", "show", "picture")

@@ -121,6 +121,6 @@ WRONG = {
         ("-", "PPO starts from the SFT model", rounds, ("train_policy(policies[-1]", "train_policy(sft")),
         ("-", "The reference moves along", rounds, ("judge, sft))", "judge, policies[-1]))")),
         ("-", "The judge starts from the policy", rounds, ("train_judge(sft", "train_judge(policies[-1]")),
-        ("-", "Labels come one round late", rounds, ("label(policies[-1]", "label([sft, *policies][len(policies) - 1]")),
+        ("-", "Labels come one round late", rounds, ("label(policies[-1]", "label([sft, *policies][-2]")),
     ],
 }  # fmt: skip
