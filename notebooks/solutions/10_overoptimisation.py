@@ -37,3 +37,15 @@ def my_ensemble_reward(scores, reference, how):
 def my_fresh_pairs(prompts, policies, scores):
     newest = policies == policies.max()
     return (prompts[:, None] == prompts) & newest[:, None] & newest & (scores[:, None] > scores)
+
+
+def my_rounds(sft, rankings, batches, label, train_judge, train_policy):
+    policy = sft
+    policies = []
+    for prompts in batches:
+        new = label(policy, prompts)  # of the newest policy
+        rankings = (*rankings, *new)  # old and new
+        judge = train_judge(sft, rankings)
+        policy = train_policy(policy, judge, sft)  # on from the last round, KL to the SFT model
+        policies.append(policy)
+    return policies

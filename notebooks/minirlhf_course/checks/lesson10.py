@@ -1,4 +1,4 @@
-"""Lesson 10, over-optimisation: best of n and its KL, the curve and its peak, when to stop, ensembles, fresh labels."""
+"""Lesson 10: best of n and its KL, the curve and its peak, when to stop, ensembles, fresh labels, rounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from minirlhf_course import overoptimisation
+from minirlhf_course.checks import rounds10
 from minirlhf_course.checks.exercise import exercise
 from minirlhf_course.checks.mistakes10 import (
     best_cases,
@@ -392,3 +393,9 @@ def fresh_pairs(prompts: Tensor, policies: Tensor, scores: Tensor) -> Tensor:
     newest = policies == policies.max()
     better = scores[:, None] > scores
     return (prompts[:, None] == prompts) & newest[:, None] & newest & better
+
+
+# 10.7 ----------------------------------------------------------------------------------------------------------------
+
+
+rounds = rounds10.rounds

@@ -3,6 +3,10 @@
     log = run(my_rlhf, policy, value_model, reference, reward, tokenizer, prompts, RLHFConfig(steps=20))
 
 runs a trainer on any models, with the prompts, samples and corpus blocks that `train_rlhf` would draw.
+
+    log = brought(my_rlhf, policy, value_model, ..., monitor=watch)
+
+does the same for a trainer that the reader has brought to a lesson, measured as the package's is; None for a stub.
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ from torch import Tensor
 from minirlhf.language.forward import inputs, is_plain_llama, next_token_logits, readable
 from minirlhf.language.generation import Samples, end_ids, sample
 from minirlhf.language.models import token_values
-from minirlhf.language.tokenization import encode_prompts
+from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.training import epoch_batch, generator_for
+from minirlhf_course.checks.untouched import is_untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from minirlhf.language.reward_model import RewardFunction
-    from minirlhf.language.rlhf import RLHFConfig
+    from minirlhf.language.rlhf import Monitor, RLHFConfig
 
-__all__ = ["Trainer", "run", "sampler", "token_logits", "token_values"]
+__all__ = ["Trainer", "brought", "run", "sampler", "token_logits", "token_values"]
 
 Trainer = Callable[..., Any]
 """What the learner writes."""
@@ -83,6 +88,7 @@ def run(
     *,
     corpus_blocks: Tensor | None = None,
     seed: int = 0,
+    monitor: Monitor | None = None,
 ) -> Any:
     """Run a learner's trainer, in place; the first samples and minibatches are `train_rlhf`'s under the same seed.
 
@@ -97,15 +103,24 @@ def run(
         config: the hyper-parameters.
         corpus_blocks: [N, L] int64 text for PPO-ptx.
         seed: of prompts, samples, minibatches and blocks.
+        monitor: extra measurements of the sampled answers, as `train_rlhf` takes them.
 
     Returns:
-        What the trainer returns: its log.
+        What the trainer returns: its log; with a monitor, each row holds its measurements too.
     """
     for model in (policy, value_model, reference):
         model.eval()
     rows = [epoch_batch(len(prompts), config.batch_size, step, seed, "rlhf/prompts") for step in range(config.steps)]
+    draw, measured = sampler(tokenizer, config, seed), []
+
+    def draw_and_measure(policy: PreTrainedModel, texts: Sequence[str]) -> Samples:
+        samples = draw(policy, texts)
+        if monitor is not None:
+            measured.append(monitor(texts, decode(tokenizer, samples.responses()), samples.ended.tolist()))
+        return samples
+
     with torch.enable_grad():
-        return trainer(
+        log = trainer(
             policy,
             value_model,
             reference,
@@ -113,7 +128,22 @@ def run(
             tokenizer,
             [[prompts[row] for row in batch] for batch in rows],
             config,
-            sample=sampler(tokenizer, config, seed),
+            sample=draw_and_measure,
             corpus=None if corpus_blocks is None else blocks_from(corpus_blocks, config, seed),
             generator=generator_for(seed, "rlhf/minibatch", 0, 0),
         )
+    return log if monitor is None else [row | more for row, more in zip(log, measured, strict=True)]
+
+
+def brought(trainer: Trainer, *models: Any, **settings: Any) -> Any:
+    """Run the trainer that a reader brings from Studio 4 to a lesson; an untouched stub gives None, and says so.
+
+    Args:
+        trainer: `my_rlhf`, pasted into the lesson.
+        models: see `run`, as everything else.
+        settings: see `run`.
+    """
+    if is_untouched(trainer):
+        print("my_rlhf: not attempted (the package's run stands alone)")
+        return None
+    return run(trainer, *models, **settings)

@@ -10,7 +10,7 @@ from minirlhf_course.studios import text_probes
 from minirlhf_course.studios.credit import gae, rewards, strangers, text_of, weights_of, whitened
 from minirlhf_course.studios.dictation import score_of, watch
 from minirlhf_course.studios.equation2 import BASE
-from minirlhf_course.studios.given import run, token_logits, token_values
+from minirlhf_course.studios.given import brought, run, token_logits, token_values
 from minirlhf_course.studios.ledger import parallel
 from minirlhf_course.studios.tables import PROMPTS
 from minirlhf_course.studios.text_losses import value_errors
@@ -149,3 +149,34 @@ def test_a_run_on_models_begins_with_the_packages_answers():
     run(asks, *models, seed=3)
     train_rlhf(*models, seed=3, recorder=Recorder("rlhf", progress=False))
     assert heard[0] == heard[1]
+
+
+def test_a_trainer_brought_to_a_lesson_is_measured_as_the_package_is(capsys):
+    config = replace(text_probes.CONFIG, steps=2, batch_size=4, minibatch_size=4)
+    reference = text_probes.fresh(0)
+
+    def models():
+        value = scalar_model_from(reference, 0).eval()
+        return clone(reference), value, reference, lambda x, y: [0.0] * len(x), text_probes.tokenizer()
+
+    def watch(prompts, responses, ended):
+        assert len(prompts) == len(responses) == len(ended) == 4
+        return {"words": sum(len(text.split()) for text in responses) / 4}
+
+    def learns_nothing(policy, value_model, reference, reward, tokenizer, batches, config, *, sample, **more):
+        return [{"score": sum(reward(texts, sample(policy, texts).lengths))} for texts in batches]
+
+    log = brought(learns_nothing, *models(), text_probes.PROMPTS, config, seed=3, monitor=watch)
+    assert [row["score"] for row in log] == [0.0, 0.0]
+    recorder = Recorder("rlhf", progress=False)
+    frozen = replace(config, lr=0.0, value_lr=0.0)
+    train_rlhf(*models(), text_probes.PROMPTS, frozen, seed=3, recorder=recorder, monitor=watch)
+    assert [row["words"] for row in log] == [row["words"] for row in recorder.history], "the same answers"
+    assert "not attempted" not in capsys.readouterr().out
+
+    def my_rlhf(policy, value_model, reference, reward, tokenizer, batches, config, *, sample, corpus, generator):
+        """The stub."""
+        ...  # your code here
+
+    assert brought(my_rlhf, *models(), text_probes.PROMPTS, config, monitor=watch) is None
+    assert "my_rlhf: not attempted" in capsys.readouterr().out

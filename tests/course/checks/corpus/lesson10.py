@@ -316,7 +316,97 @@ def fresh_of_latest_number(prompts, policies, scores):
     return (prompts[:, None] == prompts) & newest[:, None] & newest & (scores[:, None] > scores)
 
 
+# 10.7 rounds ---------------------------------------------------------------------------------------------------------
+
+
+def rounds_with_lists(sft, rankings, batches, label, train_judge, train_policy):
+    data, out = list(rankings), [sft]
+    for prompts in batches:
+        data += label(out[-1], prompts)
+        out.append(train_policy(out[-1], train_judge(sft, data), sft))
+    return out[1:]
+
+
+def rounds_by_recursion(sft, rankings, batches, label, train_judge, train_policy):
+    def after(policy, known, left):
+        if not left:
+            return []
+        known = label(policy, left[0]) + known
+        policy = train_policy(policy, judge=train_judge(sft, known), reference=sft)
+        return [policy, *after(policy, known, left[1:])]
+
+    return after(sft, rankings, batches)
+
+
+def rounds_with_a_generator(sft, rankings, batches, label, train_judge, train_policy):
+    def run():
+        policy, seen = sft, [rankings]
+        for number in range(len(batches)):
+            seen.append(label(policy, batches[number]))
+            judge = train_judge(sft, [ranking for rows in seen for ranking in rows])
+            policy = train_policy(policy, judge, sft)
+            yield policy
+
+    return tuple(run())
+
+
+def rounds_edited(**changes):
+    """The loop with one place changed: which, and what stands there, a function of (sft, policy, old, new)."""
+    asked = changes.get("asked", lambda sft, policy: policy)
+    start = changes.get("start", lambda sft, policy: policy)
+    reference = changes.get("reference", lambda sft, policy: sft)
+    body = changes.get("body", lambda sft, policy: sft)
+    data = changes.get("data", lambda old, new: (*old, *new))
+
+    def loop(sft, rankings, batches, label, train_judge, train_policy):
+        policy, known, out = sft, rankings, []
+        for prompts in batches:
+            known = data(known, label(asked(sft, policy), prompts))
+            judge = train_judge(body(sft, policy), known)
+            policy = train_policy(start(sft, policy), judge, reference(sft, policy))
+            out.append(policy)
+        return out
+
+    return loop
+
+
+def rounds_last_only(*args):
+    return rounds_with_lists(*args)[-1]
+
+
+def rounds_with_the_start(*args):
+    return [args[0], *rounds_with_lists(*args)]
+
+
+def rounds_that_extend(sft, rankings, batches, label, train_judge, train_policy):
+    rankings.extend(label(sft, batches[0]))
+    return rounds_with_lists(sft, rankings, batches, label, train_judge, train_policy)
+
+
+def rounds_in_place(sft, rankings, batches, label, train_judge, train_policy):
+    known, out = rankings, []
+    for prompts in batches:
+        known = (*known, *label(sft, prompts))
+        sft.copy_(train_policy(sft, train_judge(sft, known), sft))
+        out.append(sft.clone())
+    return out
+
+
+def rounds_with_one_judge(sft, rankings, batches, label, train_judge, train_policy):
+    policy, out = sft, []
+    judge = train_judge(sft, (*rankings, *label(sft, batches[0])))
+    for _ in batches:
+        policy = train_policy(policy, judge, sft)
+        out.append(policy)
+    return out
+
+
 RIGHT = {
+    "rounds": {
+        "lists": rounds_with_lists,
+        "recursion": rounds_by_recursion,
+        "a generator, as a tuple": rounds_with_a_generator,
+    },
     "best_of_n_kl": {
         "closed form": lambda counts: torch.log(counts) - 1 + 1 / counts,
         "math": lambda counts: torch.tensor([math.log(n) - (n - 1) / n for n in counts.tolist()]),
@@ -354,6 +444,20 @@ RIGHT = {
 }
 
 WRONG = {
+    "rounds": [
+        ("The SFT model's answers are labelled in every round", rounds_edited(asked=lambda sft, policy: sft)),
+        ("The judge learns from the new rankings alone", rounds_edited(data=lambda old, new: new)),
+        ("PPO starts from the SFT model in every round", rounds_edited(start=lambda sft, policy: sft)),
+        ("The reference moves along", rounds_edited(reference=lambda sft, policy: policy)),
+        ("The judge starts from the policy", rounds_edited(body=lambda sft, policy: policy)),
+        ("The judge of the first round stays", rounds_with_one_judge),
+        ("It returns one tensor", rounds_last_only),
+        ("It returns", rounds_with_the_start),
+        ("object has no attribute 'extend'", rounds_that_extend),
+        ("It writes into its argument `sft`", rounds_in_place),
+        (None, rounds_edited(data=lambda old, new: (*new, *new, *old))),
+        (None, rounds_edited(asked=lambda sft, policy: sft, start=lambda sft, policy: sft)),
+    ],
     "best_of_n_kl": [
         ("It takes off 1", lambda counts: counts.log() - 1),
         ("The sign is flipped", lambda counts: (counts - 1) / counts - counts.log()),

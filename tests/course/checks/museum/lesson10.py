@@ -61,6 +61,15 @@ def fresh_pairs(prompts, policies, scores):
     return pairs & (scores.view(-1, 1) > scores.view(1, -1))
 
 
+def rounds(sft, rankings, batches, label, train_judge, train_policy):
+    policies = [sft]
+    for prompts in batches:
+        rankings += label(policies[-1], prompts)
+        judge = train_judge(sft, rankings)
+        policies.append(train_policy(policies[-1], judge, sft))
+    return policies[1:]
+
+
 WRONG = {
     "best_of_n_kl": [
         ("-", "log n is only the first term", lambda counts: torch.log(counts)),
@@ -105,5 +114,13 @@ WRONG = {
          ("scores.view(-1, 1) > scores.view(1, -1))", "scores.view(-1, 1) >= scores) & ~torch.eye(len(new)).bool()")),
         ("-", "Answers to different prompts are compared", fresh_pairs,
          (" & (prompts.view(-1, 1) == prompts.view(1, -1))", "")),
+    ],
+    "rounds": [
+        ("-", "The SFT model's answers are labelled in every round", rounds, ("label(policies[-1]", "label(sft")),
+        ("-", "The judge learns from the new rankings alone", rounds, ("rankings += label", "rankings = label")),
+        ("-", "PPO starts from the SFT model", rounds, ("train_policy(policies[-1]", "train_policy(sft")),
+        ("-", "The reference moves along", rounds, ("judge, sft))", "judge, policies[-1]))")),
+        ("-", "The judge starts from the policy", rounds, ("train_judge(sft", "train_judge(policies[-1]")),
+        ("-", "Labels come one round late", rounds, ("label(policies[-1]", "label([sft, *policies][-2]")),
     ],
 }  # fmt: skip
