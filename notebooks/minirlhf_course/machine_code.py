@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["count", "package_counts"]
+__all__ = ["count", "count_own", "package_counts"]
 
 COLUMNS, ROW_STRIDE = 50_257, 50_257
 """GPT-2's vocabulary: a row begins anywhere, and ends inside a block."""
@@ -55,6 +55,15 @@ def count(
         raise RuntimeError("it does not compile:\n" + "\n".join(done.stderr.splitlines()[-12:]))
     found: dict[str, dict[str, float]] = json.loads(done.stdout)
     return found
+
+
+def count_own(root: Path, kernel: Any) -> str:
+    """A sentence on a learner's kernel of float32 logits: its instructions per logit, or why it does not compile."""
+    try:
+        found = count(root, (), {"yours": (kernel, {"BLOCK": 2048, "num_warps": 4})}, dtype="float32")
+    except RuntimeError as error:
+        return str(error)
+    return f"yours: {found['yours']['instructions_per_element']:.1f} instructions per float32 logit;"
 
 
 def package_counts(root: Path) -> dict[str, float]:
