@@ -1,7 +1,7 @@
 """How long things take on this machine, beside their floor: a plain copy of the bytes that they have to move.
 
-    rows = definitions()                 # the kernels' definitions on one thread of this CPU
-    rows += results(folder)["NVIDIA ..."]  # what `make bench` has measured on a GPU, in the same form
+rows = definitions()                 # the kernels' definitions on one thread of this CPU
+rows += results(folder)["NVIDIA ..."]  # what `make bench` has measured on a GPU, in the same form
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from minirlhf_kernels import reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["count_operations", "definitions", "microseconds", "on_gpu", "results"]
 
@@ -89,9 +88,8 @@ def on_gpu(own: Any = None) -> dict[str, float]:
     Args:
         own: a learner's kernel, compiled by `triton.jit`, with the arguments of lesson 06's 6.3.
     """
-    from triton.testing import do_bench
-
     from minirlhf_kernels import fused
+    from triton.testing import do_bench
 
     logits = torch.randn(4096, 50_257, device="cuda")
     tokens, out = torch.randint(50_257, (4096,), device="cuda"), torch.empty(4096, device="cuda")

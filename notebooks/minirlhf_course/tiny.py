@@ -182,7 +182,9 @@ class TinyMDP:
 
     def step(self, state: int, action: int, generator: torch.Generator | None = None) -> tuple[float, int, bool]:
         """One step: (reward, the state that it led to, whether the episode ended; the state is then 0)."""
-        moves = torch.cat((self.transitions[state, action], (1 - self.transitions[state, action].sum()).clamp(min=0)[None]))
+        moves = torch.cat(
+            (self.transitions[state, action], (1 - self.transitions[state, action].sum()).clamp(min=0)[None])
+        )
         after = int(torch.multinomial(moves, 1, generator=generator))
         reward = float(self.rewards[state, action])
         if self.reward_noise:

@@ -67,4 +67,6 @@ def test_the_packages_kernels_are_counted_in_its_budgets():
     assert set(counts) == {
         f"{way}, {what}" for way in ("forward", "backward") for what in ("log-probs alone", "with the entropy")
     }
-    assert counts["forward, log-probs alone"] < counts["forward, with the entropy"] < counts["backward, with the entropy"]
+    assert (
+        counts["forward, log-probs alone"] < counts["forward, with the entropy"] < counts["backward, with the entropy"]
+    )

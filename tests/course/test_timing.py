@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from minirlhf_course import timing
-
 from minirlhf_kernels import reference
 
 
