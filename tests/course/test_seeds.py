@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from minirlhf_course.seeds import SeedRun, run_seeds
 
 from minirlhf.control.evaluation import Evaluation
-from minirlhf.control.reinforce import ReinforceConfig, train_reinforce
 
 
 def test_the_first_evaluation_at_a_level_counts_and_a_later_fall_does_not():
@@ -17,5 +16,18 @@ def test_the_first_evaluation_at_a_level_counts_and_a_later_fall_does_not():
 
 
 def test_seeds_may_come_one_by_one():
-    runs = run_seeds(train_reinforce, "CartPole-v1", ReinforceConfig(total_steps=200), iter([3, 1]), episodes=1)
-    assert [run.seed for run in runs] == [3, 1] and all(run.evaluations for run in runs)
+    """As from a progress bar: each is trained before the next is asked for."""
+    order = []
+
+    def seeds():
+        for seed in (3, 1):
+            order.append(f"seed {seed}")
+            yield seed
+
+    def train(env, config, *, seed, callback, progress):
+        order.append(f"trained {seed}")
+        return SimpleNamespace()
+
+    runs = run_seeds(train, "CartPole-v1", None, seeds())
+    assert [run.seed for run in runs] == [3, 1]
+    assert order == ["seed 3", "trained 3", "seed 1", "trained 1"]
