@@ -7,6 +7,7 @@ package's kernels to their budgets.
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["count"]
+__all__ = ["count", "count_own", "package_counts"]
 
 COLUMNS, ROW_STRIDE = 50_257, 50_257
 """GPT-2's vocabulary: a row begins anywhere, and ends inside a block."""
@@ -53,6 +54,29 @@ def count(
     if done.returncode:
         raise RuntimeError("it does not compile:\n" + "\n".join(done.stderr.splitlines()[-12:]))
     found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+def count_own(root: Path, kernel: Any) -> str:
+    """A sentence on a learner's kernel of float32 logits: its instructions per logit, or why it does not compile."""
+    try:
+        found = count(root, (), {"yours": (kernel, {"BLOCK": 2048, "num_warps": 4})}, dtype="float32")
+    except RuntimeError as error:
+        return str(error)
+    return f"yours: {found['yours']['instructions_per_element']:.1f} instructions per float32 logit;"
+
+
+def package_counts(root: Path) -> dict[str, float]:
+    """Instructions per logit of the package's log-prob kernels on an H100, as its budgets have them (newest Triton)."""
+    with (root / "kernels" / "benchmarks" / "budgets.csv").open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["target"] == "sm_90"]
+    newest = max((row["triton"] for row in rows), key=lambda version: [int(part) for part in version.split(".")])
+    found = {}
+    for row in rows:
+        if row["triton"] == newest and row["call"].startswith("token_logprobs") and "bfloat16, long" in row["call"]:
+            way = "backward" if "backward" in row["kernel"] else "forward"
+            what = "with the entropy" if "entropy" in row["call"] else "log-probs alone"
+            found[f"{way}, {what}"] = float(row["instructions_per_element"])
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from minirlhf.control.environments import Environment
@@ -18,12 +18,16 @@ class SeedRun(NamedTuple):
     evaluations: list[Evaluation]
     reached: Evaluation | None
 
+    def first_at(self, level: float) -> int | None:
+        """The environment steps of the first evaluation with this mean return or more; None if there was none."""
+        return next((row.env_steps for row in self.evaluations if row.mean_return >= level), None)
+
 
 def run_seeds(
     train: Callable[..., Result],
     env: Environment,
     config: Any,
-    seeds: Sequence[int],
+    seeds: Iterable[int],
     *,
     every: int = 2048,
     episodes: int = 20,
@@ -31,6 +35,8 @@ def run_seeds(
     progress: bool = False,
 ) -> list[SeedRun]:
     """The same training under several seeds, evaluated on one schedule: what a curve with a band is made of.
+
+    `seeds` may be a progress bar, `tqdm(range(5))`.
 
     Example:
         >>> runs = run_seeds(train_ppo, "CartPole-v1", PPOConfig(), range(5), target=475)  # doctest: +SKIP

@@ -181,6 +181,17 @@ class TinyMDP:
             s = torch.where(running, after, 0)
         return Episodes(*(torch.stack(part, 1) for part in zip(*columns, strict=True)))
 
+    def step(self, state: int, action: int, generator: torch.Generator | None = None) -> tuple[float, int, bool]:
+        """One step: (reward, the state that it led to, whether the episode ended; the state is then 0)."""
+        moves = torch.cat(
+            (self.transitions[state, action], (1 - self.transitions[state, action].sum()).clamp(min=0)[None])
+        )
+        after = int(torch.multinomial(moves, 1, generator=generator))
+        reward = float(self.rewards[state, action])
+        if self.reward_noise:
+            reward += self.reward_noise * float(torch.randn((), generator=generator, dtype=F64))
+        return (reward, 0, True) if after == len(self.rewards) else (reward, after, False)
+
     def enumerate(self, theta: Tensor, *, max_episodes: int = 200_000) -> tuple[Episodes, Tensor]:
         """Every episode that can happen, and the probability of each [N], which sum to 1.
 

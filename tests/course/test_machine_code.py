@@ -48,3 +48,25 @@ def test_what_does_not_compile_says_what_the_compiler_said():
 
     with pytest.raises(RuntimeError, match="missing is not defined"):
         machine_code.count(ROOT, (), {"wrong": (wrong, {"BLOCK": 16})})
+
+
+def test_a_learners_kernel_is_counted_or_the_compiler_speaks():
+    options = {"BLOCK": 2048, "num_warps": 4}
+    counted = machine_code.count(ROOT, (), {"lanes": (of_lanes, options)}, dtype="float32")
+    each = counted["lanes"]["instructions_per_element"]
+    assert machine_code.count_own(ROOT, of_lanes) == f"yours: {each:.1f} instructions per float32 logit;"
+
+    def wrong(logits, tokens, results, columns, row_stride, BLOCK: tl.constexpr):
+        tl.store(results, missing)  # noqa: F821
+
+    assert machine_code.count_own(ROOT, wrong).startswith("it does not compile:")
+
+
+def test_the_packages_kernels_are_counted_in_its_budgets():
+    counts = machine_code.package_counts(ROOT)
+    assert set(counts) == {
+        f"{way}, {what}" for way in ("forward", "backward") for what in ("log-probs alone", "with the entropy")
+    }
+    assert (
+        counts["forward, log-probs alone"] < counts["forward, with the entropy"] < counts["backward, with the entropy"]
+    )

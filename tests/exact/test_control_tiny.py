@@ -149,3 +149,13 @@ IMPOSSIBLE = {
 def test_impossible_problems_are_refused(message):
     with pytest.raises(UserError, match=message):
         IMPOSSIBLE[message]()
+
+
+def test_single_steps_follow_the_tables():
+    generator = torch.Generator().manual_seed(0)
+    problem = chain(2, slip=0.3)
+    rewards, after, ended = zip(*(problem.step(1, 1, generator) for _ in range(2000)), strict=True)
+    assert set(rewards) == {float(problem.rewards[1, 1])} and set(after) == {0}, "out on the right, or back to cell 0"
+    assert abs(sum(ended) / 2000 - 0.7) < 0.04
+    noisy = torch.tensor([bandit((1.0, 5.0), reward_noise=2.0).step(0, 1, generator)[0] for _ in range(2000)])
+    assert abs(float(noisy.mean()) - 5) < 0.2 and abs(float(noisy.std()) - 2) < 0.15

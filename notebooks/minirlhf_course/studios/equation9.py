@@ -200,7 +200,26 @@ def logs_what_happened(trainer: Trainer, notes: Notes) -> Failure | None:
         clips, kl = _measured(iteration)
         right.append({"env_steps": [float(number * N * T)], "clip_fraction": clips, "approx_kl": [kl]})
     problem = log_problem(run.log, right, 1e-3)
-    return Failure(problem) if problem else None
+    if problem:
+        return Failure(problem)
+    notes.remarks += _lost_digits(trainer)
+    return None
+
+
+def _lost_digits(trainer: Trainer) -> list[str]:
+    """A remark on a KL whose digits cancel: right trainers log one too, and it matters to whoever stops by it."""
+    run = watched(trainer, lr=1e-5)
+    if run.problem:
+        return []
+    for row, iteration in zip(run.log, run.iterations, strict=True):
+        _, kl = _measured(iteration)
+        got = float(row["approx_kl"])
+        if abs(got - kl) > 0.2 * kl:
+            return [
+                f"With a tiny learning rate approx_kl is {kl:.1e}, and you log {got:.1e}: in float32 (exp(x) - 1) - x "
+                "cancels when x is small (bug 13). x.expm1() - x does not."
+            ]
+    return []
 
 
 FIRST = ("first_ratio_error", "first_clip_fraction")

@@ -239,9 +239,10 @@ def _display(name: str, marks: Marks) -> None:
         print(text)
         return
     colour = COLOURS.get(marks.status, QUIET)
+    cell = "text-align:left;padding:1px 14px 1px 0"
     lines = "".join(
-        f'<tr><td style="text-align:left;color:{COLOURS.get(row.status, QUIET)}">{MARKS[row.status]} {row.status}</td>'
-        f'<td style="text-align:left">{html.escape(row.title)}</td></tr>'
+        f'<tr><td style="{cell};white-space:nowrap;color:{COLOURS.get(row.status, QUIET)}">'
+        f'{MARKS[row.status]} {row.status}</td><td style="{cell}">{html.escape(row.title)}</td></tr>'
         for row in marks.rows
     )
     table = f'<table style="margin:4px 0">{lines}</table>' if lines else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from minirlhf_course.studios import ledger, mistakes, probes, targets
+from minirlhf_course.studios import equation9, ledger, mistakes, probes, targets
 from minirlhf_course.studios.advantages import ADVANTAGES, CLIPS, clip_weights, gae
 from minirlhf_course.studios.environments import Environments
 from minirlhf_course.studios.ledger import batch_of, parallel, weights_of
 from minirlhf_course.studios.session import watch
+from minirlhf_course.studios.studio import Notes
 
 SETTINGS = {"total_steps": 40, "gamma": 0.5}
 
@@ -136,3 +139,16 @@ def test_a_trainer_that_never_stops_is_stopped():
         trainer, lambda n: probes.Probe(lambda *_: 1.0), probes.networks(2), SETTINGS, num_envs=2, watched=False
     )
     assert run.fault is not None and "plays on after" in run.fault
+
+
+def test_a_kl_whose_digits_cancel_is_remarked_on_and_right_all_the_same():
+    """As CleanRL writes it, k3 is 0 or negative after a tiny step: no mistake in a loop that only logs it."""
+    file = Path(__file__).resolve().parents[3] / "notebooks" / "solutions" / "studios" / "03_ppo.py"
+    text, space = file.read_text(encoding="utf-8"), {}
+    precise, cancelling = "((ratio - 1) - ratio.log())", "((ratio - 1) - (policy.logprobs(outputs, act) - old))"
+    assert text.count(precise) == 1
+    for formula, remarks in ((precise, 0), (cancelling, 1)):
+        exec(text.replace(precise, formula), space)
+        notes = Notes()
+        assert equation9.logs_what_happened(space["my_ppo"], notes) is None
+        assert len(notes.remarks) == remarks and all("bug 13" in remark for remark in notes.remarks)
