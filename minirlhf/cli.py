@@ -142,6 +142,8 @@ class RoundConfig(Settings, option=""):
     """cpu, cuda, or auto."""
     save_seconds: NotNegative = 10.0
     """Seconds between saves of the training state."""
+    allow_shared_rows: bool = False
+    """Train although more than 5 % of the held-out rows are in the training files too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,7 +266,8 @@ def _round(arguments: list[str]) -> None:
     from minirlhf.pipeline.folder import next_round
 
     following = next_round(config.run, config.comparisons, config.out)
-    following = replace(following, device=config.device, save_seconds=config.save_seconds)
+    kept = {name: getattr(config, name) for name in ("device", "save_seconds", "allow_shared_rows")}
+    following = replace(following, **kept)
     _run_to_report(following, "minirlhf round " + shlex.join(arguments), began)
 
 

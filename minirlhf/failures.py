@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
 import sys
 import tempfile
 import traceback
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from minirlhf.errors import UserError, visible
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-NO_SPACE = ("no space left", "disk quota exceeded", "file too large")
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+NO_SPACE = ("no space left", "disk quota exceeded")
 
 
 def say(error: Exception, arguments: Sequence[str] = (), *, aloud: bool = True) -> int:
@@ -52,7 +53,7 @@ def known(error: Exception) -> str | None:
         package = str(error.name).split(".")[0]
         return None if package.startswith("minirlhf") else f'{package} is not installed: pip install "minirlhf[run]"'
     # The Rust of safetensors and tokenizers knows no OSError: it gives the system's words in errors of its own.
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or any(words in said.lower() for words in NO_SPACE):
         return f"the disk is full ({said}): free some space, and run the same command again to continue"
     if isinstance(error, MemoryError) or any(words in said.lower() for words in NO_MEMORY):
@@ -64,7 +65,7 @@ def known(error: Exception) -> str | None:
         return "something is nested too deeply to be read: look for it in the data and in the tokenizer's template"
     kinds = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     if "jinja2" in kinds:
-        return f"the tokenizer's chat template fails ({said}): mend chat_template in its files"
+        return f"the tokenizer's chat template fails ({said}): fix chat_template in its files"
     if isinstance(error, IndexError) and "index out of range in self" in said:  # torch's embedding
         return "a token id is beyond the model's vocabulary: the tokenizer belongs to another model"
     if isinstance(error, (OSError, ValueError)):
@@ -90,7 +91,7 @@ def _unknown(error: Exception, arguments: Sequence[str]) -> str:
     what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:
         handle, name = tempfile.mkstemp(prefix="minirlhf-error-", suffix=".txt")
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write("\n".join(lines))
     except OSError as failure:
         return f"a bug in minirlhf ({what}); its report could not be written either ({failure})"
@@ -98,6 +99,6 @@ def _unknown(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def end_quietly() -> int:
-    """The reader of a pipe is gone, as in ``minirlhf evaluate | head -1``: that is no failure."""
+    """The reader of a pipe is gone, as in ``minirlhf evaluate | head -1``: nobody is left to tell."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return 128 + signal.SIGPIPE

@@ -236,11 +236,16 @@ def load_scalar_model(path: str | Path) -> PreTrainedModel:
 
 
 def half(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast a model that is not trained, in place. A scalar head stays as it is: scores need more than 8 bits."""
-    head = copy.deepcopy(model.score) if getattr(model, "score", None) is not None else None
-    model.to(dtype)
-    if head is not None:
-        model.score = head
+    """Cast the weights of a model that is not trained, in place, as `from_pretrained` does with a dtype.
+
+    A scalar head stays as it is: scores need more than 8 bits. So do buffers: rotary frequencies that were rounded to
+    bfloat16 would turn a token at position 1,000 by a radian too much.
+    """
+    head = getattr(model, "score", None)
+    kept = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -26,7 +26,8 @@ import torch
 
 from minirlhf import PROCESSORS
 from minirlhf.config import COMMANDED, UNSAVED, RunConfig
-from minirlhf.errors import TrainingError, UserError
+from minirlhf.errors import TrainingError
+from minirlhf.failures import say
 from minirlhf.pipeline.folder import hide_loading_bars, read_config
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.steps import train_step
@@ -117,9 +118,8 @@ def child() -> None:
         config = replace(read_config(run), **settings["unsaved"])
         inputs = load_inputs(config, find_data(config))
         train_step(step, config, inputs, progress=settings["progress"], beside=True, began=began)
-    except UserError as failure:
-        print(f"minirlhf: error: {failure}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as failure:  # as the command line does it: one sentence
+        sys.exit(say(failure, [step, "beside", str(run)]))
 
 
 def _end_with_parent() -> None:

@@ -45,5 +45,5 @@ def export_model(run: Path, step: str, out: Path) -> None:
     stored = run / body_of(run) if is_adapter(folder) else folder
     if is_adapter(folder):
         model = model.merge_and_unload()
-    half(model, AutoConfig.from_pretrained(stored).dtype or torch.float32)
+    half(model, AutoConfig.from_pretrained(stored, trust_remote_code=False).dtype or torch.float32)
     save_model(out, model, load_tokenizer(folder))

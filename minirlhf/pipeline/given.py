@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class FileReward:
         if spec is None or spec.loader is None:
             raise UserError(f"--reward {named}: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their own module up
         self._call(spec.loader.exec_module, module)
         self._function: Any = getattr(module, name, None)
         if not callable(self._function):

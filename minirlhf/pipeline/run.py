@@ -19,7 +19,7 @@ import torch
 from minirlhf import parallel
 from minirlhf.checkpoints import STATE, SUMMARY, remove_partial, sealed, verify_model, write_json
 from minirlhf.config import RunConfig
-from minirlhf.errors import CheckpointError
+from minirlhf.errors import CheckpointError, visible
 from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
 from minirlhf.pipeline.folder import find_device, hide_loading_bars, locked, read_report, steps_of_run
@@ -102,7 +102,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     if config.pretrained is not None and config.preset != "pretrained" and config.previous is None:
         notes.append(UNFIT)
     for note in notes if parallel.rank() == 0 else ():
-        print(note, file=sys.stderr)
+        print(visible(note), file=sys.stderr)
     if "base" not in left:
         check_context(out, inputs.context_length)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is

@@ -127,7 +127,7 @@ class Harness:
         problem = None
         if "Traceback" in said or (wanted == 2 and code == 2 and len(lines) != 1):
             problem = f"said {_last(said)!r}"
-        elif code not in (wanted, 0):
+        elif code != wanted and (wanted == 137 or code != 0):
             problem = f"exit code {code}, not {wanted}: {_last(said)!r}"
         if problem is None:
             code, said = in_fork(lambda: self._main(out))

@@ -79,6 +79,10 @@ class Table(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=self._ids)
 
