@@ -183,7 +183,7 @@ def within(model: Any, compute: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather all weights of a sharded model: inside, its forward is no matter of the other processes."""
+    """Gather all weights of a sharded model: inside, its forward does not involve the other processes."""
     parts: list[Any] = [m for m in model.modules() if hasattr(m, "unshard")] if hasattr(model, "_compute") else []
     for part in parts:
         part.unshard()

@@ -71,7 +71,7 @@ def check_samples(samples: Samples, prompts: Sequence[Sequence[int]], max_new_to
     """Check what a sampler returned.
 
     Raises:
-        UserError: it does not answer these prompts, is longer than allowed, or has log-probs that are none.
+        UserError: it does not answer these prompts, is longer than allowed, or has values that are not log-probs.
     """
 
     def require(fits: bool | Tensor, wanted: str) -> None:
