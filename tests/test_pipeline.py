@@ -519,7 +519,10 @@ def test_a_child_that_is_killed_stops_the_run_at_once(unfinished: Path, fast_run
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert os.sched_getaffinity(int(child)) == os.sched_getaffinity(0)  # that of the shell, as taskset leaves it
     os.kill(int(child), signal.SIGKILL)
-    assert process.wait(timeout=20) == 2
+    try:
+        assert process.wait(timeout=20) == 2
+    finally:
+        process.kill()
     said = background.log.read_text()
     assert "the process that trained ppo was ended by SIGKILL" in said and "Traceback" not in said
     assert said.count("minirlhf: error") == 1 and not (unfinished / "report.json").exists()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,19 +63,21 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
     command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]
     # A parent whose threads are bound would bind the child to the same core.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
-        body = _Interruptible()
-        threading.Thread(target=lambda: body.interrupt() if process.wait() else None, daemon=True).start()
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process,
+        _interruptible() as (interrupt, over),
+    ):
+        threading.Thread(target=lambda: interrupt() if process.wait() else None, daemon=True).start()
         try:
             yield
-            body.over()
+            over()
             code = process.wait()
-        except BaseException:
-            body.over()
+        except BaseException as failure:
+            over()
             code = process.poll() or 0  # not 0 where the child failed first
             process.terminate()
             process.wait()
-            if not body.interrupted:
+            if not isinstance(failure, _ChildFailedError):
                 raise
     if code < 0:
         raise TrainingError(
@@ -87,21 +89,37 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
         raise TrainingError(f"{step} stopped with exit code {code}: see its message above")
 
 
-class _Interruptible:
-    """The body of a ``with`` in the main thread, which another thread may interrupt until it is over."""
+class _ChildFailedError(BaseException):
+    """Raised in the main thread when the child has failed: no ``except Exception`` of the body must catch it."""
 
-    def __init__(self) -> None:
-        self.interrupted, self._open, self._lock = False, True, threading.Lock()
 
-    def interrupt(self) -> None:
-        with self._lock:
-            if self._open:
-                self.interrupted = True
-                _thread.interrupt_main()
+@contextlib.contextmanager
+def _interruptible() -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Give two functions: one for another thread, which interrupts the ``with`` body, and one that says it is over.
 
-    def over(self) -> None:
-        with self._lock:
-            self._open = False
+    Only a body in the main thread can be interrupted. The signal is not Ctrl-C's, which may be ignored: it is in a job
+    that a shell started with ``&``.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None, lambda: None
+        return
+    number, open_ = getattr(signal, "SIGUSR1", signal.SIGINT), True
+
+    def answer(*_: object) -> None:
+        if open_:
+            over()
+            raise _ChildFailedError
+
+    def over() -> None:
+        nonlocal open_
+        open_ = False
+
+    before = signal.signal(number, answer)
+    try:
+        yield lambda: _thread.interrupt_main(number), over
+    finally:
+        over()
+        signal.signal(number, before)
 
 
 def child() -> None:
