@@ -96,7 +96,7 @@ def ppo_step(
         weights, gradients, moments, activations and logits.
 
     Example:
-        >>> shape = Shape(layers=2, width=64, intermediate=128, vocabulary=1000)
+        >>> shape = Shape(layers=6, width=512, intermediate=1408, vocabulary=32000)
         >>> full, small = ppo_step(shape), ppo_step(shape, rank=4, precision="bfloat16", checkpointing=True)
         >>> sum(small.values()) < sum(full.values()) / 3
         True

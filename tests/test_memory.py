@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from minirlhf.training import Recorder
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[1]
+ALONE, NAME = "MINIRLHF_TEST_ALONE", "test_the_formula_is_what_a_step_takes"
 ROWS, ANSWER = 16, 24  # two micro-batches of 8: in the second the gradients of the first are there
 PROMPT = "Tell me about the otter and the newt in the marsh."
 
@@ -65,6 +69,11 @@ def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
 
 @pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA, bfloat16, checkpointing"])
 def test_the_formula_is_what_a_step_takes(kind: str, benchmark, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ALONE not in os.environ:  # what other tests leave in a process counts in its peaks
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"{__file__}::{NAME}[{kind}]"]
+        done = subprocess.run(command, env={**os.environ, ALONE: "1"}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:]
+        return
     shape = Shape(layers=3, width=128, intermediate=352, vocabulary=4000, tied=False)
     monkeypatch.setattr(benchmark, "SHAPE", shape)
     for module in (memory, models):

@@ -134,6 +134,7 @@ def test_a_round_needs_the_data_of_the_last_one(run: Path, rankings: Path, tmp_p
     shutil.copytree(read_config(run).data, data)
     shutil.copytree(run, copy)
     settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    del settings["sha256"]
     (copy / "config.json").write_text(json.dumps(settings | {"data": str(data)}), encoding="utf-8")
     with (data / "prompts.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "one more"}\n')
@@ -153,6 +154,7 @@ def test_a_run_from_before_this_setting_is_recognised(run: Path, tmp_path: Path,
     shutil.copytree(run, out)
     settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
     del settings["comparisons"], settings["previous"]
+    del settings["sha256"]
     (out / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     report = (out / "report.json").read_bytes()
     assert main(fast_run(out, *ROOM)) == 0 and (out / "report.json").read_bytes() == report

@@ -172,7 +172,9 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             "choose another --out"
         )
     differences = _differences(old_settings, settings)
-    if set(old_settings["comparisons"].values()) == set(settings["comparisons"].values()):  # moved files are the same
+    if sorted(old_settings["comparisons"].values()) == sorted(
+        settings["comparisons"].values()
+    ):  # moved files are the same
         differences = {name: values for name, values in differences.items() if not name.startswith("comparisons.")}
         moved = old_settings["comparisons"] != settings["comparisons"]
     else:
