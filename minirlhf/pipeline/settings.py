@@ -172,9 +172,8 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             "choose another --out"
         )
     differences = _differences(old_settings, settings)
-    if sorted(old_settings["comparisons"].values()) == sorted(
-        settings["comparisons"].values()
-    ):  # moved files are the same
+    old_sums, new_sums = (sorted(each["comparisons"].values()) for each in (old_settings, settings))
+    if old_sums == new_sums:  # the same files, perhaps moved
         differences = {name: values for name, values in differences.items() if not name.startswith("comparisons.")}
         moved = old_settings["comparisons"] != settings["comparisons"]
     else:
