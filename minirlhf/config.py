@@ -71,7 +71,7 @@ class RunConfig(Settings, option=""):
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the models compute in. Weights that are trained are float32 in either case."""
     gradient_checkpointing: bool = False
-    """Keep only the input of each layer for backward and compute the rest again: less memory, a third more time."""
+    """Keep only the input of each layer for backward and compute the rest again: less memory, more time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters of low rank in place of full fine-tuning."""
     model_size: ModelConfig = field(default_factory=ModelConfig)
