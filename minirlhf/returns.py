@@ -104,6 +104,28 @@ def n_step_advantages(
     return advantages
 
 
+def group_advantages(rewards: Tensor, *, leave_one_out: bool, divide_by_std: bool = False) -> Tensor:
+    """How much better each of K answers is than the answers to the same prompt: rewards [N, K] give [N, K].
+
+    The baseline is the mean of the other K - 1 (RLOO; Kool et al. 2019), so it is independent of the answer and leaves
+    the mean gradient unchanged; or the mean of all K (GRPO; Shao et al. 2024), which is (K - 1) / K times that.
+    `divide_by_std` divides by each row's standard deviation (Bessel's) + 1e-6, so that equal answers give 0: GRPO's
+    weight for prompts whose answers hardly differ. Raises ValueError for K < 2.
+
+    >>> group_advantages(torch.tensor([[1.0, 2.0, 6.0]]), leave_one_out=True)
+    tensor([[-3.0000, -1.5000,  4.5000]])
+    >>> group_advantages(torch.tensor([[1.0, 2.0, 6.0]]), leave_one_out=False)
+    tensor([[-2., -1.,  3.]])
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [N, K], a row per prompt with K >= 2 answers, not {tuple(rewards.shape)}")
+    k = rewards.shape[1]
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if leave_one_out:
+        advantages = advantages * (k / (k - 1))
+    return advantages / (rewards.std(1, keepdim=True) + 1e-6) if divide_by_std else advantages
+
+
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """The sum of x where mask is True, over all dimensions or over `dim`. x and mask [...].
 

@@ -21,7 +21,7 @@ from minirlhf.data import Comparison
 from minirlhf.language.generation import end_ids, sample_by_rank
 from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.reward_model import encode_comparisons
-from minirlhf.language.rlhf import Monitor, check_learners
+from minirlhf.language.rollouts import Monitor, check_learners
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import count_ranked_prompts, implicit_rewards, pairwise_accuracy, ranking_loss, sft_loss
 from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, Settings

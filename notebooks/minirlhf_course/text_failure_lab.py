@@ -6,8 +6,8 @@
     print(text_failure_lab.match({"B": 3}))                 # your answers, by number
     print(text_failure_lab.reveal("B"))                     # after you have made up your mind
 
-As in `failure_lab`, a mistake is a wrong version of one function that `minirlhf.language.rlhf` calls, put in its place
-while the run lasts. Reading on spoils the lab.
+As in `failure_lab`, a mistake is a wrong version of one function that `minirlhf.language.rlhf` or `rollouts` calls, put
+in its place while the run lasts. Reading on spoils the lab.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.kl import kl_rewards
-from minirlhf.language import rlhf
+from minirlhf.language import rlhf, rollouts
 from minirlhf.language.generation import Samples, sample
 from minirlhf.language.rlhf import train_rlhf
 from minirlhf.returns import gae, whiten
@@ -126,7 +126,7 @@ RUNS: dict[str, Planted] = {
 """The runs of the lab by letter."""
 
 
-LAB = Lab(rlhf, RUNS)
+LAB = Lab((rlhf, rollouts), RUNS)
 planted, match, reveal = LAB.planted, LAB.match, LAB.reveal
 
 

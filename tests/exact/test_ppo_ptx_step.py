@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from minirlhf.language import rlhf
+from minirlhf.language import rollouts
 from minirlhf.language.models import clone, scalar_model_from
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.training import Recorder, generator_for
@@ -118,8 +118,8 @@ def test_two_optimizer_steps_are_those_made_by_hand(causal, tokenizer, monkeypat
     before = [p.clone() for p in theirs["policy"].parameters()]
     blocks = torch.randint(2, len(tokenizer), (12, 10), generator=generator_for(0))
     config, recorder, taken = RLHFConfig(**SETTINGS), Recorder("rlhf", progress=False), []
-    sample = rlhf.sample_by_rank
-    monkeypatch.setattr(rlhf, "sample_by_rank", lambda *a, **k: taken.append(sample(*a, **k)) or taken[-1])
+    sample = rollouts.sample_by_rank
+    monkeypatch.setattr(rollouts, "sample_by_rank", lambda *a, **k: taken.append(sample(*a, **k)) or taken[-1])
     words = lambda prompts, responses: [len(text) / 20 for text in responses]  # noqa: E731
     options = {"corpus_blocks": blocks, "seed": 1, "recorder": recorder}
     train_rlhf(policy, value, causal, words, tokenizer, PROMPTS, config, **options)
@@ -131,7 +131,8 @@ def test_two_optimizer_steps_are_those_made_by_hand(causal, tokenizer, monkeypat
         old = samples.logprobs[i, :length].double().tolist()
         rows.append((prompt, samples.response_tokens[i, :length].tolist(), old, bool(samples.ended[i])))
     texts = tokenizer.batch_decode(samples.responses(), skip_special_tokens=True)
-    order = [(index.tolist(), chosen.tolist()) for index, chosen in rlhf._updates(config, 1, 0, blocks)]
+    minibatches = rollouts.Rollouts(causal, words, tokenizer, PROMPTS, config, 1, blocks).minibatches(0)
+    order = [(index.tolist(), chosen.tolist()) for index, chosen in minibatches]
     norms = by_hand(theirs["policy"], theirs["value"], reference, rows, words(None, texts), order)
 
     (row,) = recorder.history
@@ -140,5 +141,5 @@ def test_two_optimizer_steps_are_those_made_by_hand(causal, tokenizer, monkeypat
         assert row[f"{name}/grad_norm"] == pytest.approx(sum(norms[name]) / 2, rel=1e-4)
         for own, exact in zip(model.parameters(), theirs[name].parameters(), strict=True):
             torch.testing.assert_close(own.double(), exact.detach(), atol=2e-6, rtol=1e-5)
-    moved = max(float((a.detach() - b).abs().max()) for a, b in zip(theirs["policy"].parameters(), before, strict=True))
+    moved = max(float((a - b).detach().abs().max()) for a, b in zip(theirs["policy"].parameters(), before, strict=True))
     assert moved > 1e-3

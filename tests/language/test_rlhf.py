@@ -15,6 +15,7 @@ from minirlhf.language.models import clone, scalar_model_from, token_values
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import scores_tensor
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
+from minirlhf.language.rollouts import Rollouts
 from minirlhf.language.tokenization import encode_prompts
 from minirlhf.training import Recorder, generator_for
 
@@ -230,17 +231,20 @@ def test_ptx_without_text_is_refused(make_causal, tokenizer) -> None:
         train(make_causal(), tokenizer, ptx_coef=0.3)
 
 
-def test_an_epoch_is_cut_into_equal_minibatches_that_hold_every_row_once() -> None:
+def test_an_epoch_is_cut_into_equal_minibatches_that_hold_every_row_once(causal, tokenizer) -> None:
+    def minibatches(config, step, blocks=None):
+        return Rollouts(causal, len, tokenizer, PROMPTS, config, 0, blocks).minibatches(step)
+
     config = RLHFConfig(batch_size=10, minibatch_size=4, epochs=2, ptx_coef=1.0, ptx_batch_size=3)
     blocks = torch.arange(30)[:, None]
-    updates = [u for step in range(2) for u in rlhf._updates(config, 0, step, blocks)]
+    updates = [u for step in range(2) for u in minibatches(config, step, blocks)]
     assert [len(rows) for rows, _ in updates] == [4, 3, 3] * 4
     for epoch in range(4):
         rows = torch.cat([rows for rows, _ in updates[3 * epoch : 3 * epoch + 3]])
         assert sorted(rows.tolist()) == list(range(10))
     mixed = torch.cat([chosen for _, chosen in updates]).flatten().tolist()  # 12 updates of 3 blocks: 30 and 6 more
     assert sorted(mixed[:30]) == list(range(30))
-    whole = list(rlhf._updates(RLHFConfig(batch_size=3, minibatch_size=64), 0, 0, None))
+    whole = list(minibatches(RLHFConfig(batch_size=3, minibatch_size=64), 0))
     assert [(len(rows), chosen) for rows, chosen in whole] == [(3, None)]
 
 

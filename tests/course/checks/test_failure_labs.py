@@ -14,31 +14,33 @@ from minirlhf_course import failure_lab, text_failure_lab
 from minirlhf.control import ppo
 from minirlhf.control.ppo import PPOConfig, train_ppo
 from minirlhf.errors import UserError
-from minirlhf.language import rlhf
+from minirlhf.language import rlhf, rollouts
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = PPOConfig(total_steps=6_000)
-LABS = {"05_trpo_to_ppo": (failure_lab, ppo), "09_ppo_kl_ptx": (text_failure_lab, rlhf)}
-LETTERS = [(lab, trainer, letter) for lab, trainer in LABS.values() for letter in lab.RUNS]
+LABS = {"05_trpo_to_ppo": (failure_lab, ppo), "09_ppo_kl_ptx": (text_failure_lab, rlhf, rollouts)}
+LETTERS = [(lab, trainers, letter) for lab, *trainers in LABS.values() for letter in lab.RUNS]
 
 
 # Both ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lab", "trainer", "letter"), LETTERS, ids=[f"{x[1].__name__}-{x[2]}" for x in LETTERS])
-def test_a_mistake_is_planted_while_it_lasts_and_gone_after(lab, trainer, letter):
+@pytest.mark.parametrize(("lab", "trainers", "letter"), LETTERS, ids=[f"{x[1][0].__name__}-{x[2]}" for x in LETTERS])
+def test_a_mistake_is_planted_while_it_lasts_and_gone_after(lab, trainers, letter):
     run = lab.RUNS[letter]
-    before = {name: getattr(trainer, name) for name in run.instead}
+    places = [(trainer, name) for trainer in trainers for name in run.instead if hasattr(trainer, name)]
+    assert {name for _, name in places} == set(run.instead)
+    before = [getattr(*place) for place in places]
     with pytest.raises(ZeroDivisionError), lab.planted(run.instead):
-        assert all(getattr(trainer, name) is function for name, function in run.instead.items())
+        assert all(getattr(trainer, name) is run.instead[name] for trainer, name in places)
         raise ZeroDivisionError
-    assert all(getattr(trainer, name) is function for name, function in before.items())
+    assert [getattr(*place) for place in places] == before
     assert lab.reveal(letter).startswith(f"**{letter}.** ")
 
 
 @pytest.mark.parametrize("lesson", LABS)
 def test_the_lesson_shows_what_the_lab_says_and_its_file_holds_every_run(lesson):
-    lab, _ = LABS[lesson]
+    lab = LABS[lesson][0]
     cells = nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     for letter, run in lab.RUNS.items():
