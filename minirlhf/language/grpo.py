@@ -230,7 +230,7 @@ def token_shares(response_mask: Tensor, counted: float, answers: int, config: GR
         tensor([[0.2500, 0.2500],
                 [0.5000, 0.0000]])
     """
-    counts = response_mask.float()
+    counts = response_mask.to(torch.get_default_dtype())
     if config.loss_over == "tokens":
         return counts / counted
     if config.loss_over == "sequences":
