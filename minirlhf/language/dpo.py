@@ -21,7 +21,7 @@ from minirlhf.data import Comparison
 from minirlhf.language.generation import end_ids, sample_by_rank
 from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.reward_model import encode_comparisons
-from minirlhf.language.rollouts import Monitor, check_learners
+from minirlhf.language.rollouts import Monitor, check_learners, reference_logprobs
 from minirlhf.language.tokenization import decode, encode_prompts
 from minirlhf.losses import count_ranked_prompts, implicit_rewards, pairwise_accuracy, ranking_loss, sft_loss
 from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, Settings
@@ -147,7 +147,8 @@ def train_dpo(
             sampled = _sampled(policy, reference, tokenizer, prompts, config, seed, step, monitor)
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo")
         counted = max(1, sum(ranked[row] for row in batch))
-        best_tokens = sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in batch)
+        teaching = [row for row in batch if ranked[row]]
+        best_tokens = max(1, sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in teaching))
         optimizer.zero_grad()
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         for chosen, answers, weight in shares(batch):
@@ -178,8 +179,8 @@ def train_dpo(
                 "dpo/loss": of_step["loss"],
                 "dpo/accuracy": of_step["correct"] / max(of_step["pairs"], 1.0),
                 "dpo/margin": of_step["margin"] / max(of_step["pairs"], 1.0),
-                "dpo/best_logprob": of_step["best"] / len(batch),
-                "dpo/worst_logprob": of_step["worst"] / len(batch),
+                "dpo/best_logprob": of_step["best"] / counted,
+                "dpo/worst_logprob": of_step["worst"] / counted,
                 "policy/grad_norm": float(norm),
                 "policy/lr": lr,
             }
@@ -206,9 +207,17 @@ class _Answers(NamedTuple):
         return each.new_zeros(self.present.shape).masked_scatter(self.present, each)
 
     def best(self) -> Tensor:
-        """The answers that are the first of the best to their prompt: [N] bool."""
+        """The answers that are the first of the best to their prompt, if not all are tied: [N] bool."""
         first = self.scores.masked_fill(~self.present, -torch.inf).argmax(1, keepdim=True)
-        return torch.zeros_like(self.present).scatter(1, first, True)[self.present]
+        return torch.zeros_like(self.present).scatter(1, first, self.ranked()[:, None])[self.present]
+
+    def ranked(self) -> Tensor:
+        """The prompts with two answers that the labeler told apart; the others teach nothing: [b] bool."""
+        low, high = (
+            self.scores.masked_fill(~self.present, torch.inf),
+            self.scores.masked_fill(~self.present, -torch.inf),
+        )
+        return low.amin(1) < high.amax(1)
 
 
 def _ranks(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
@@ -233,7 +242,8 @@ def _measure(rewards: Tensor, logprobs: Tensor, answers: _Answers) -> tuple[Tens
     best = scores.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
     worst = scores.masked_fill(~present, torch.inf).argmin(1, keepdim=True)
     margin = ((rewards[:, :, None] - rewards[:, None]) * better).sum()
-    return correct, pairs, margin, whole.gather(1, best).sum(), whole.gather(1, worst).sum()
+    ends = (whole.gather(1, index)[answers.ranked()].sum() for index in (best, worst))
+    return correct, pairs, margin, *ends
 
 
 @torch.no_grad()
@@ -256,7 +266,7 @@ def _sampled(
         eos_id=end_ids(policy, tokenizer),
         generator=[generator_for(seed, "dpo/sample", step, place) for place in range(len(prompts))],
     )
-    ref = response_logprobs(reference, samples.tokens, samples.mask, samples.response_mask)
+    ref = reference_logprobs(reference, samples, config.micro_batch_tokens)
     measured = {
         "objective/kl": float((samples.logprobs - ref).sum(1).mean()),
         "objective/response_length": float(samples.lengths.float().mean()),

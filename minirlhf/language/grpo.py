@@ -169,7 +169,7 @@ def _experience(
 ) -> tuple[Experience, dict[str, float]]:
     """Compare each answer with the others of its group."""
     samples, rewards = rollout.samples, rollout.scores
-    ref_logprobs = reference_logprobs(reference, samples, config)
+    ref_logprobs = reference_logprobs(reference, samples, config.micro_batch_tokens, config.temperature)
     if config.kl == "reward":
         rewards = rewards - config.beta * (samples.logprobs - ref_logprobs).sum(1)
     groups = rewards.view(-1, config.group_size)

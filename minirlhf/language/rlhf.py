@@ -176,8 +176,8 @@ def _experience(
     config: RLHFConfig,
 ) -> Experience:
     """Charge the KL, pay the score at the last token, and estimate advantages and returns."""
-    ref_logprobs = reference_logprobs(reference, samples, config)
-    values = over_tokens(lambda part: _response_values(value_model, part), samples, config)
+    ref_logprobs = reference_logprobs(reference, samples, config.micro_batch_tokens, config.temperature)
+    values = over_tokens(lambda part: _response_values(value_model, part), samples, config.micro_batch_tokens)
     rewards = kl_rewards(scores, samples.logprobs, ref_logprobs, samples.response_mask, beta)
     last = torch.zeros_like(samples.response_mask).scatter(1, samples.lengths[:, None] - 1, True)
     advantages, returns = gae(

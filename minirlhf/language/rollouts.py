@@ -213,31 +213,33 @@ def _scores(reward: RewardFunction, prompts: list[str], responses: list[str], wh
     return parallel.sum_over_ranks(scores)
 
 
-def micro_batch_rows(samples: Samples, index: Tensor, config: RolloutSettings) -> list[Tensor]:
+def micro_batch_rows(samples: Samples, index: Tensor, max_tokens: int) -> list[Tensor]:
     """Micro-batches of rows of similar length, so that little of a forward pass is padding."""
     lengths = samples.mask.sum(dim=1)[index].tolist()
-    return [index[group] for group in micro_batches(lengths, config.micro_batch_tokens)]
+    return [index[group] for group in micro_batches(lengths, max_tokens)]
 
 
 @torch.no_grad()
-def over_tokens(compute: Callable[[Samples], Tensor], samples: Samples, config: RolloutSettings) -> Tensor:
+def over_tokens(compute: Callable[[Samples], Tensor], samples: Samples, max_tokens: int) -> Tensor:
     """What ``compute`` returns per response token [b, T], for all rows: [B, T]. Each process computes its share."""
     found = torch.zeros(samples.response_mask.shape, device=samples.tokens.device)
     everything = torch.arange(len(found))
-    groups = micro_batch_rows(samples, parallel.my_rows(everything), config)
+    groups = micro_batch_rows(samples, parallel.my_rows(everything), max_tokens)
     for index, weight in parallel.even(groups, everything[:1]):
         part = samples.rows(index)
         found[index, : part.response_mask.shape[1]] += weight * compute(part)
     return parallel.sum_over_ranks(found)
 
 
-def reference_logprobs(reference: PreTrainedModel, samples: Samples, config: RolloutSettings) -> Tensor:
-    """The reference's log-prob of each response token: [B, T]."""
+def reference_logprobs(
+    reference: PreTrainedModel, samples: Samples, max_tokens: int, temperature: float = 1.0
+) -> Tensor:
+    """The reference's log-prob of each response token: [B, T], at most `max_tokens` at a time."""
 
     def compute(part: Samples) -> Tensor:
-        return response_logprobs(reference, part.tokens, part.mask, part.response_mask, config.temperature)
+        return response_logprobs(reference, part.tokens, part.mask, part.response_mask, temperature)
 
-    return over_tokens(compute, samples, config)
+    return over_tokens(compute, samples, max_tokens)
 
 
 @dataclass
@@ -335,7 +337,8 @@ def update(
         for optimizer in learners.optimizers.values():
             optimizer.zero_grad()
         parts = []
-        for group, weight in parallel.even(micro_batch_rows(samples, parallel.my_rows(index), config), index[:1]):
+        groups = micro_batch_rows(samples, parallel.my_rows(index), config.micro_batch_tokens)
+        for group, weight in parallel.even(groups, index[:1]):
             loss, metrics = loss_of(group, index)
             advice = f"lower --{config.option}.lr or raise --{config.option}.beta"
             recorder.check_finite(loss, f"rows {group[:4].tolist()}... of the batch", advice)

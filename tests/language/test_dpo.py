@@ -60,15 +60,15 @@ def test_loss_and_metrics_equal_enumeration(make_causal, tokenizer, smoothing: f
                 margins.append(d)
         if losses:
             prompts.append(sum(losses) / len(losses))
-        best.append(a[row.scores.index(max(row.scores))])
-        worst.append(a[row.scores.index(min(row.scores))])
+            best.append(a[row.scores.index(max(row.scores))])
+            worst.append(a[row.scores.index(min(row.scores))])
     (measured,) = train(policy, reference, tokenizer, label_smoothing=smoothing)
     assert len(prompts) == 3
     assert measured["dpo/loss"] == pytest.approx(sum(prompts) / 3, rel=1e-5)
     assert measured["dpo/accuracy"] == pytest.approx(right / len(margins))
     assert measured["dpo/margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-6)
-    assert measured["dpo/best_logprob"] == pytest.approx(sum(best) / 4, rel=1e-5)
-    assert measured["dpo/worst_logprob"] == pytest.approx(sum(worst) / 4, rel=1e-5)
+    assert measured["dpo/best_logprob"] == pytest.approx(sum(best) / 3, rel=1e-5)
+    assert measured["dpo/worst_logprob"] == pytest.approx(sum(worst) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -99,9 +99,11 @@ def test_micro_batches_change_nothing(make_causal, tokenizer, gradients, tokens:
 def test_the_sft_term_is_the_best_answers_mean_token(make_causal, tokenizer) -> None:
     policy, reference = make_causal(scale=4.0), make_causal(scale=4.0, seed=2)
     starts = [len(ids) for ids in encode_prompts(tokenizer, [row.prompt for row in ROWS])]
-    best = [row.scores.index(max(row.scores)) for row in ROWS]
-    tokens = sum(len(e[b]) - s for e, b, s in zip(encode_comparisons(tokenizer, ROWS), best, starts, strict=True))
-    mean = sum(row[b] for row, b in zip(sequence_logprobs(policy, tokenizer), best, strict=True)) / tokens
+    best = [row.scores.index(max(row.scores)) if len(set(row.scores)) > 1 else None for row in ROWS]
+    assert best.count(None) == 1, "a prompt whose answers are all tied has no best answer"
+    rows = zip(encode_comparisons(tokenizer, ROWS), sequence_logprobs(policy, tokenizer), best, starts, strict=True)
+    teaching = [(len(ids[b]) - start, logprobs[b]) for ids, logprobs, b, start in rows if b is not None]
+    mean = sum(logprob for _, logprob in teaching) / sum(tokens for tokens, _ in teaching)
     losses = [train(clone(policy), reference, tokenizer, sft_coef=c)[0]["dpo/loss"] for c in (0.0, 2.0)]
     assert losses[1] - losses[0] == pytest.approx(-2.0 * mean, rel=1e-5)
 
