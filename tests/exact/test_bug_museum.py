@@ -1,7 +1,7 @@
 """The bug museum (docs: what has bitten public projects), as far as it concerns the mathematics.
 
 Each check passes the package's function and refuses the mutated copies. Numbers are the museum's. (6, 7, 8, 10, 12, 22
-also stand in test_policy_gradient.py, 9, 10 and 14 in test_rlhf.py.)
+also stand in test_policy_gradient.py, 9, 10 and 14 in test_rlhf.py; 31 to 33 in test_grpo.py, 34 to 36 in test_dpo.py.)
 """
 
 import pytest
@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import logsigmoid, one_hot
 
 from minirlhf.kl import exact_kl, kl_k2, kl_k3
-from minirlhf.losses import clipped_surrogate, ranking_loss, token_logprobs
-from minirlhf.returns import gae, masked_mean, whiten
+from minirlhf.losses import clipped_surrogate, implicit_rewards, ranking_loss, token_logprobs
+from minirlhf.returns import gae, group_advantages, masked_mean, whiten
 
 F64 = torch.float64
 
@@ -104,6 +104,39 @@ def clip(new, old):
     return ratio, ratio.clamp(0.8, 1.2)
 
 
+def compared_with_the_others(advantages_of):
+    """Each answer against the mean of the other two; a group whose answers are all as good teaches nothing."""
+    got = advantages_of(tensor([1, 2, 6], [5, 5, 5]))
+    return close(got, tensor([-3, -1.5, 4.5], [0, 0, 0]))
+
+
+def in_units_of_the_deviation(advantages_of):
+    """The same for any scale of the rewards, 0 and not NaN where the answers are all as good."""
+    got = advantages_of(tensor([1, 2, 6], [10, 20, 60], [5, 5, 5]))
+    return close(got[0] * 7**0.5, tensor(-2, -1, 3), 1e-5) and close(got[1], got[0], 1e-5) and close(got[2], tensor(0))
+
+
+def implicit_reward(loss_of):
+    """log 2 at the reference; the chosen answer's tokens are pushed up, the other's down, each by beta / 2."""
+    mask = torch.tensor([[[True, True, True], [True, False, False]]])  # [1 prompt, 2 answers, 3 tokens]
+    ref = torch.full((1, 2, 3), -1.0, dtype=F64)
+    logprobs = ref.clone().requires_grad_()
+    loss = loss_of(logprobs, ref, mask, 0.1)
+    if not close(loss, tensor(2).log(), 1e-6):
+        return False
+    (grad,) = torch.autograd.grad(loss, logprobs, allow_unused=True, materialize_grads=True)
+    return close(grad, tensor([[-0.05, -0.05, -0.05], [0.05, 0.0, 0.0]]), 1e-6)
+
+
+def dpo_loss(logprobs, ref, mask, beta):
+    rewards = implicit_rewards(logprobs.flatten(0, 1), ref.flatten(0, 1), mask.flatten(0, 1), beta)
+    return ranking_loss(rewards.view(-1, 2), tensor([2, 1]))
+
+
+def preferred(rewards):
+    return -logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+
+
 def pairs(rewards, scores):
     better = scores.unsqueeze(2) > scores.unsqueeze(1)
     return (rewards.unsqueeze(2) - rewards.unsqueeze(1))[better]
@@ -125,6 +158,12 @@ RIGHT = [
     (ranking, lambda r, s: -logsigmoid(pairs(r, s)).mean()),
     (never_above_zero, token_logprobs),
     (each_token_is_predicted, lambda logits, ids: token_logprobs(logits[:, :-1], ids[:, 1:])),
+    (compared_with_the_others, lambda r: group_advantages(r, leave_one_out=True)),
+    (compared_with_the_others, lambda r: r - (r.sum(1, True) - r) / 2),
+    (in_units_of_the_deviation, lambda r: group_advantages(r, leave_one_out=False, divide_by_std=True)),
+    (in_units_of_the_deviation, lambda r: (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-6)),
+    (implicit_reward, dpo_loss),
+    (implicit_reward, lambda x, ref, m, beta: preferred(beta * ((x - ref) * m).sum(2))),
 ]
 WRONG = {
     "01 targets from whitened A": (value_targets, lambda r, v, e: whiten(gae(r, v, e, gamma=1.0, lam=1.0)[0]) + v),
@@ -150,6 +189,21 @@ WRONG = {
         never_above_zero, lambda z, t: z.gather(1, t[:, None])[:, 0] - z[:, :32].logsumexp(1)
     ),
     "23 off by one between logits and tokens": (each_token_is_predicted, token_logprobs),
+    "31 the own answer in the baseline": (compared_with_the_others, lambda r: r - r.mean(1, True)),
+    "31 the mean of the whole batch": (compared_with_the_others, lambda r: r - r.mean()),
+    "32 the deviation of a constant group": (
+        in_units_of_the_deviation, lambda r: (r - r.mean(1, True)) / r.std(1, keepdim=True)
+    ),
+    "32 the deviation of the whole batch": (in_units_of_the_deviation, lambda r: (r - r.mean(1, True)) / r.std()),
+    "33 summed where averaged": (mean_of_what_counts, lambda x, m: torch.where(m, x, 0).sum()),
+    "34 chosen and rejected swapped": (implicit_reward, lambda x, ref, m, b: preferred(b * ((ref - x) * m).sum(2))),
+    "34 a reference that moves": (implicit_reward, lambda x, ref, m, b: preferred(b * ((x - x) * m).sum(2))),
+    "34 no reference": (implicit_reward, lambda x, ref, m, b: preferred(b * (x * m).sum(2))),
+    "35 the tokens of prompt and padding too": (implicit_reward, lambda x, ref, m, b: preferred(b * (x - ref).sum(2))),
+    "36 a mean over tokens": (
+        implicit_reward, lambda x, ref, m, b: preferred(b * ((x - ref) * m).sum(2) / m.sum(2))
+    ),
+    "36 a mean over padding too": (implicit_reward, lambda x, ref, m, b: preferred(b * ((x - ref) * m).mean(2))),
 }  # fmt: skip
 
 
