@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from minirlhf.checkpoints import STATE, verify_model
 
 WORKER = Path(__file__).with_name("worker.py")
-TRAINERS = ("base", "sft", "reward_model", "rlhf", "dpo")
+TRAINERS = ("base", "sft", "reward_model", "rlhf", "grpo", "dpo")
 LONGEST = 30  # seconds in which everything has ended after one process was killed
 SMALL = ("--base.steps", "6", "--sft.epochs", "0.2", "--rlhf.steps", "2", "--rlhf.batch-size", "5")
 

@@ -21,6 +21,7 @@ from minirlhf import parallel
 from minirlhf.checkpoints import save_model
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.language.dpo import DPOConfig, train_dpo
+from minirlhf.language.grpo import GRPOConfig, train_grpo
 from minirlhf.language.models import clone, scalar_model_from
 from minirlhf.language.pretraining import PretrainingConfig, train_base
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, train_reward_model
@@ -29,7 +30,7 @@ from minirlhf.language.sft import SFTConfig, train_sft
 from minirlhf.language.tokenization import train_tokenizer
 from minirlhf.training import Recorder, generator_for
 
-TRAINERS = ("base", "sft", "reward_model", "rlhf", "dpo")
+TRAINERS = ("base", "sft", "reward_model", "rlhf", "grpo", "dpo")
 TEXTS = [f"The {a} {v} by the {p}." for a in ("otter", "newt") for v in ("naps", "digs") for p in ("barn", "marsh")]
 DEMONSTRATIONS = [Demonstration("say" + " so" * (i % 4), text) for i, text in enumerate(TEXTS)]
 RANKED = ((2.0, 1.0, 0.0), (1.0, 0.0))
@@ -69,6 +70,12 @@ def train(name: str, dtype: torch.dtype, steps: int, recorder: Recorder, said: l
             other.model.layers[0].mlp.up_proj.weight.mul_(0.5)  # a reference that is not the policy
         settings = DPOConfig(epochs=epochs, sft_coef=0.1, measured_prompts=3, measure_every=6, **shared)
         return train_dpo(model, other, TOKENIZER, COMPARISONS, settings, recorder=recorder)
+    if name == "grpo":
+        shared |= {"batch_size": 6, "group_size": 3, "minibatch_size": 5, "max_response_tokens": 9}
+        settings = GRPOConfig(steps=steps, epochs=2, ptx_coef=0.3, ptx_batch_size=3, **shared)
+        reward = RewardModelScorer(scalar_model_from(model, seed=3), TOKENIZER)
+        options = {"corpus_blocks": BLOCKS, "recorder": recorder}
+        return train_grpo(model, clone(model), reward, TOKENIZER, PROMPTS, settings, **options)
     settings = RLHFConfig(
         steps=steps,
         minibatch_size=2,
