@@ -25,7 +25,9 @@ ROWS = [
 
 def train(policy, reference, tokenizer, rows=ROWS, recorder=None, monitor=None, **settings):
     recorder = recorder or Recorder("dpo", progress=False)
-    config = DPOConfig(**({"batch_size": len(rows), "warmup": 0, "lr": 1e-2, "measured_prompts": 0} | settings))
+    config = DPOConfig(
+        **({"batch_size": len(rows), "warmup": 0, "lr": 1e-2, "beta": 0.1, "measured_prompts": 0} | settings)
+    )
     train_dpo(policy, reference, tokenizer, rows, config, recorder=recorder, seed=4, monitor=monitor)
     return recorder.history
 
