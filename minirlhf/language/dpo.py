@@ -55,8 +55,8 @@ class DPOConfig(Settings, option="dpo"):
     warmup: CountOrZero = 10
     """Steps of linear warm-up."""
     beta: Positive = 0.5
-    """Strength of the implicit KL penalty: the larger, the nearer the policy stays to the reference. The paper's 0.1 lets
-    the small world's policy go 8 nats away, where its answers are hardly better than the reference's."""
+    """Strength of the implicit KL penalty: the larger, the nearer the policy stays to the reference. The paper's 0.1
+    lets the small world's policy go 8 nats away, where its answers are hardly better than the reference's."""
     label_smoothing: Fraction = 0.0
     """Assumed probability that a label is the wrong way round (conservative DPO)."""
     sft_coef: NotNegative = 0.0
