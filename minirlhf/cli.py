@@ -140,8 +140,10 @@ class RoundConfig(Settings, option=""):
     """Folder of the next round; the same command resumes it."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    save_seconds: NotNegative = 10.0
-    """Seconds between saves of the training state."""
+    save_seconds: NotNegative | None = None
+    """Seconds between saves of the training state; default: as in the preset of the run."""
+    shard: bool = False
+    """With several processes (torchrun), split every model that is trained over them (FSDP2)."""
     allow_shared_rows: bool = False
     """Train although more than 5 % of the held-out rows are in the training files too."""
 
@@ -263,11 +265,13 @@ def _user() -> str:
 def _round(arguments: list[str]) -> None:
     began = time.monotonic()
     config = _parse(RoundConfig, "round", arguments)
+    from minirlhf.config import preset
     from minirlhf.pipeline.folder import next_round
 
     following = next_round(config.run, config.comparisons, config.out)
-    kept = {name: getattr(config, name) for name in ("device", "save_seconds", "allow_shared_rows")}
-    following = replace(following, **kept)
+    seconds = preset(following.preset).save_seconds if config.save_seconds is None else config.save_seconds
+    kept = {name: getattr(config, name) for name in ("device", "shard", "allow_shared_rows")}
+    following = replace(following, save_seconds=seconds, **kept)
     _run_to_report(following, "minirlhf round " + shlex.join(arguments), began)
 
 

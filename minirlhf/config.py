@@ -93,6 +93,8 @@ class RunConfig(Settings, option=""):
             raise UserError("--reward-model and --reward both take the place of step 2; leave one out")
         if self.lora.rank is not None and self.pretrained is None and self.previous is None:
             raise UserError("--lora.rank needs a pretrained model to adapt: give --model or --sft")
+        if self.shard and self.lora.rank is not None:
+            raise UserError("--shard: not with --lora.rank, whose body is whole in every process; leave one out")
         self._check_unused()
 
     @property
@@ -192,6 +194,7 @@ def _pretrained(config: RunConfig, faster: float) -> RunConfig:
             beta=0.05,
             max_response_tokens=256,
             ptx_coef=0.05,
+            cache_tokens=32_768,
         ),
         evaluation=EvaluationConfig(prompts=256, max_response_tokens=256, batch_size=64, corpus_blocks=64),
     )

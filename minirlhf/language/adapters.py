@@ -68,12 +68,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int, base: str) -
         base: the body's folder or hub name, which peft's own loaders read from adapter_config.json.
 
     Raises:
-        UserError: peft is not installed, or no matrix has such a name.
+        UserError: peft is not installed, no matrix has such a name, or it is a tied embedding's.
     """
     require_installed("peft", "lora")
     import peft
 
     assert config.rank is not None
+    _refuse_tied(model, config.targets)
     scalar = getattr(model, "score", None) is not None
     settings = peft.LoraConfig(
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
@@ -92,13 +93,25 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int, base: str) -
     return adapted.eval()
 
 
+def _refuse_tied(model: PreTrainedModel, targets: str) -> None:
+    """Embedding and head may be one matrix. An adapter would change it in one place, and merged into it in both."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return
+    for name, module in model.named_modules():
+        if module in ends and any(f".{name}".endswith(f".{target}") for target in targets.split(",")):
+            raise UserError(
+                f"--lora.targets {targets}: {name} is tied: embedding and head are one matrix of this model, so an "
+                "adapter on it can't be merged or exported; leave it out, or give all-linear"
+            )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without peft's notes on what it does right by itself (GPT-2's transposed matrices), and on its own code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         yield
 
 

@@ -17,6 +17,7 @@ from minirlhf import parallel
 from minirlhf.language.forward import decoder_for, without_adapter
 from minirlhf.language.models import pad
 from minirlhf.losses import token_logprobs
+from minirlhf.training import micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,11 +96,12 @@ def sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
+    cache_tokens: int | None = None,
 ) -> Samples:
     """Sample an answer to every prompt.
 
-    Each row has its own random numbers, one per token: an answer does not depend on which other rows have ended. With
-    one generator per row it does not depend on how the rows are batched either.
+    Each row has its own random numbers, one per token: an answer depends neither on which other rows have ended nor on
+    `cache_tokens`. With one generator per row it does not depend on which rows are given together either.
 
     Args:
         model: a causal model of transformers, in eval mode (dropout would make the log-probabilities wrong).
@@ -111,6 +113,8 @@ def sample(
         temperature: logits are divided by it before sampling; the returned log-probabilities are those of that
             distribution.
         greedy: take the most likely token instead of sampling.
+        cache_tokens: answer as many prompts at a time as fill a KV cache of so many tokens, each prompt and
+            max_new_tokens of its answer; None for all at once. Affects memory and speed.
 
     Returns:
         The samples, T being the longest response.
@@ -141,28 +145,35 @@ def sample(
     response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
 
-    decoder = decoder_for(model, prompt_tokens, prompt_mask, max_new_tokens)
     end_tokens = torch.tensor(sorted(ends), device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)  # the rows of the result that the computed rows belong to
-    running = torch.ones(rows, dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
     chances = _chances(generator, rows, max_new_tokens).to(device)
-    logits = decoder.prompt()
-    for step in range(max_new_tokens):
-        token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, chances[alive, step])
-        response_tokens[alive, step] = token.where(running, pad_id)
-        response_mask[alive, step] = running
-        logprobs[alive, step] = token_logprobs(logits, token, temperature=temperature).where(running, 0.0)
-        ended[alive] |= running & torch.isin(token, end_tokens)
-        running = ~ended[alive]
-        count = int(running.sum())
-        if count == 0 or step == max_new_tokens - 1:
-            break
-        if count < COMPACT_BELOW * len(running):
-            keep = running.nonzero().squeeze(1)
-            decoder.keep(keep)
-            alive, token, running = alive[keep], token[keep], running[keep]
-        logits = decoder.step(token)
+    lengths = [len(row) for row in prompts]
+    groups = [list(range(rows))]
+    if cache_tokens is not None:
+        groups = micro_batches([length + max_new_tokens for length in lengths], cache_tokens)
+    for group in groups:
+        alive = torch.tensor(group, device=device)  # the rows of the result that the computed rows belong to
+        running = torch.ones(len(group), dtype=torch.bool, device=device)  # of the computed rows, those not yet ended
+        start = prompt_tokens.shape[1] - max(lengths[row] for row in group)
+        decoder = decoder_for(model, prompt_tokens[alive, start:], prompt_mask[alive, start:], max_new_tokens)
+        logits = decoder.prompt()
+        for step in range(max_new_tokens):
+            token = logits.argmax(dim=-1) if greedy else draw(logits / temperature, chances[alive, step])
+            response_tokens[alive, step] = token.where(running, pad_id)
+            response_mask[alive, step] = running
+            logprobs[alive, step] = token_logprobs(logits, token, temperature=temperature).where(running, 0.0)
+            ended[alive] |= running & torch.isin(token, end_tokens)
+            running = ~ended[alive]
+            count = int(running.sum())
+            if count == 0 or step == max_new_tokens - 1:
+                break
+            if count < COMPACT_BELOW * len(running):
+                keep = running.nonzero().squeeze(1)
+                decoder.keep(keep)
+                alive, token, running = alive[keep], token[keep], running[keep]
+            logits = decoder.step(token)
+        del decoder  # its cache, before the next group has one
 
     longest = int(response_mask.sum(dim=1).max())
     return Samples(

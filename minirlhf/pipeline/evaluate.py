@@ -22,7 +22,7 @@ from minirlhf.language.evaluation import (
     evaluate_reward_model,
 )
 from minirlhf.language.forward import context_of
-from minirlhf.language.models import load_causal_model
+from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer
 from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer
@@ -30,6 +30,7 @@ from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.folder import (
     POLICIES,
     Bodies,
+    context_of_run,
     find_device,
     hide_loading_bars,
     load_policy,
@@ -218,8 +219,11 @@ def evaluate_checkpoint(
     data = read_folder(found, config.seed, config.data_errors)
     check_data(run, found)
     if config.data_errors == "skip":  # the run left out what its models can't read
-        context = context_of(load_policy(run, "base", device))
-        fit(data, load_tokenizer(run / "base"), config.context_length or context, answer_room(config), skip=True)
+        context = config.context_length or context_of_run(run)
+        fit(data, load_tokenizer(run / "base"), context, answer_room(config), skip=True)
+        if (named := config.given_reward_model) is not None:
+            own = run / "reward_model"
+            fit(data, load_tokenizer(own), context_in(own), answer_room(config), skip=True, reward_model=named)
     evaluator = Evaluator(
         run, data, config.base.block_length, settings, seed, device, dtype=config.frozen_dtype, reward=function
     )
@@ -229,13 +233,17 @@ def evaluate_checkpoint(
         evaluator.models[checkpoint] = evaluator.load(folder.name)
     else:
         evaluator.models[checkpoint] = load_causal_model(folder, dtype=config.frozen_dtype).to(device).eval()
-    longest = max(len(ids) for ids in encode_prompts(evaluator.tokenizer, evaluator.prompts))
-    context = min(filter(None, map(context_of, evaluator.models.values())), default=None)
-    if context is not None and longest + settings.max_response_tokens > context:
-        raise UserError(
-            f"--max-response-tokens {settings.max_response_tokens}: the models read {context} tokens, of which the "
-            f"longest prompt takes {longest}; give at most {context - longest}"
-        )
+    readers = [(evaluator.tokenizer, list(evaluator.models.values()))]
+    if isinstance(evaluator.proxy, RewardModelScorer):
+        readers.append((evaluator.proxy.tokenizer, [evaluator.proxy.model]))
+    for tokenizer, models in readers:
+        longest = max(len(ids) for ids in encode_prompts(tokenizer, evaluator.prompts))
+        context = min(filter(None, map(context_of, models)), default=None)
+        if context is not None and longest + settings.max_response_tokens > context:
+            raise UserError(
+                f"--max-response-tokens {settings.max_response_tokens}: the models read {context} tokens, of which the "
+                f"longest prompt takes {longest}; give at most {context - longest}"
+            )
     for name in evaluator.models:
         evaluator.ask(name)
     return {"checkpoint": checkpoint, "judge": evaluator.judge_name} | evaluator.measure(checkpoint)

@@ -23,7 +23,14 @@ def answer_room(config: RunConfig) -> int:
     return max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
 
 
-def fit(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, limit: int | None, room: int, skip: bool) -> int:
+def fit(
+    folder: DataFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    room: int,
+    skip: bool,
+    reward_model: str | None = None,
+) -> int:
     """Check the rows of a folder, and leave out those that don't fit if asked to.
 
     Where a prompt is a text in the template already, the EOS that the template wrote after the answers is taken off:
@@ -35,6 +42,8 @@ def fit(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, limit: int | Non
         limit: the longest sequence that they read; None for no limit.
         room: maximum tokens of a sampled answer.
         skip: leave out the rows that don't fit, with a note that counts them.
+        reward_model: the name of a reward model that was given, if tokenizer and limit are its own: then only what it
+            scores must fit.
 
     Returns:
         The length of the longest sequence that a step will see.
@@ -51,16 +60,18 @@ def fit(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, limit: int | Non
         left_out[where] = reason
     _leave_out(folder, left_out)
     longest = 0
-    for what, where, length in _sequences(folder, tokenizer, room):
+    holds, context = f"the context holds {limit}", f"the context of {limit} tokens"
+    advice = "raise --context-length if the model allows it"
+    if reward_model is not None:
+        holds, context = f"--reward-model {reward_model} reads {limit}", f"{context} of --reward-model {reward_model}"
+        advice = "give another reward model"
+    for what, where, length in _sequences(folder, tokenizer, room, scored=reward_model is not None):
         if limit is None or length <= limit:
             longest = max(longest, length)
         elif skip:
-            left_out.setdefault(where, f"{what} are longer than the context of {limit} tokens")
+            left_out.setdefault(where, f"{what} are longer than {context}")
         else:
-            raise DataError(
-                f"{where}: {what} takes {length} tokens, but the context holds {limit}; shorten the row, "
-                "or raise --context-length if the model allows it"
-            )
+            raise DataError(f"{where}: {what} takes {length} tokens, but {holds}; shorten the row, or {advice}")
     _leave_out(folder, left_out)
     if left_out:
         folder.notes.append(counted(str(folder.path), list(left_out.items()), total))
@@ -115,20 +126,24 @@ def _cut_ends(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         setattr(folder, name, rows)
 
 
-def _sequences(folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[tuple[str, str, int]]:
+def _sequences(
+    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int, *, scored: bool
+) -> Iterator[tuple[str, str, int]]:
     """Every sequence that a step will see: what it is, its file and line, its length in tokens.
 
     Args:
         folder: the data.
         tokenizer: of the models.
         room: maximum tokens of a sampled answer.
+        scored: only those that a reward model scores which is not trained here.
     """
-    comparisons = (*folder.comparisons, *folder.heldout_comparisons)
+    demonstrations = [] if scored else folder.demonstrations
+    comparisons = (*([] if scored else folder.comparisons), *folder.heldout_comparisons)
     for what, rows in (
-        ("prompt and completion", [(row.where, row.prompt, row.completion) for row in folder.demonstrations]),
+        ("prompt and completion", [(row.where, row.prompt, row.completion) for row in demonstrations]),
         ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),
     ):
-        wheres, prompts, answers = zip(*rows, strict=True)
+        wheres, prompts, answers = zip(*rows, strict=True) if rows else ((), (), ())
         encoded = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers)
         for where, prompt, answer in zip(wheres, *encoded, strict=True):
             yield what, where, len(prompt) + len(answer)

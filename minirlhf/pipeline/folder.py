@@ -142,17 +142,24 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
         raise UserError("--comparisons: give at least one file of new rankings, such as one written by minirlhf label")
     if out.resolve() == run.resolve():
         raise UserError(f"--out {out}: is the run itself; give the folder of the next round")
-    # What is too long for the models that are kept is refused by its line, before any training.
-    limit = context_in(run / "base")
-    context = config.context_length or limit
     return replace(
         config,
         out=out,
         previous=run,
         comparisons=(*config.comparisons, *comparisons),
-        context_length=context,
+        # What is too long for the models that are kept is refused by its line, before any training.
+        context_length=config.context_length or context_of_run(run),
         given_reward_model=None,  # the rankings are for a new one, which starts from the SFT model as ever
     )
+
+
+def context_of_run(run: Path) -> int | None:
+    """The longest sequence in tokens that all finished policies of a run can read; None if there is no limit.
+
+    An adapter reads what its body does, which is the base or the SFT model; PPO's policies read what SFT's does.
+    """
+    whole = [run / step for step in ("base", "sft") if (run / step).is_dir() and not is_adapter(run / step)]
+    return min(filter(None, map(context_in, whole)), default=None)
 
 
 def read_report(run: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and is never a reason to run it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -32,7 +33,8 @@ PARTS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 class FileReward:
     """The reward function of ``--reward FILE.py:FUNCTION``.
 
-    What goes wrong in the file is one sentence with the line, so that a typo in it doesn't look like a bug of minirlhf.
+    As in a script, modules beside the file can be imported. What goes wrong in the file is one sentence with the line,
+    so that a typo in it doesn't look like a bug of minirlhf.
 
     Args:
         named: as on the command line.
@@ -76,14 +78,18 @@ class FileReward:
         return {"function": f"{self.file.name}:{self.name}", "sha256": _sha256(self.file)}
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        sys.path.insert(0, str(self.file.parent))
         try:
             return function(*arguments)
-        except Exception as error:  # it is the user's code: it may raise anything
+        except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything
             lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
             line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
             line = lines[-1].lineno if lines else line
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"--reward {self.named}: {self.file}:{line or '?'}: {said}") from error
+        finally:
+            with contextlib.suppress(ValueError):  # the code may have taken it off itself
+                sys.path.remove(str(self.file.parent))
 
 
 def reward_of(settings: dict[str, Any], named: str | None, run: Path) -> FileReward | None:

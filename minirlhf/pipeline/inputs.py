@@ -15,10 +15,10 @@ from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.hub import fetch_rows, is_hub_name
 from minirlhf.language.adapters import add_lora
-from minirlhf.language.forward import recompute_layers
+from minirlhf.language.forward import context_of, recompute_layers
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
-from minirlhf.language.supported import check_model
+from minirlhf.language.supported import check_model, check_scalar_model
 from minirlhf.language.tokenization import encode_texts, load_tokenizer, tokenizer_from_file, train_tokenizer
 from minirlhf.pipeline.audit import audit
 from minirlhf.pipeline.fitting import answer_room, fit
@@ -91,11 +91,12 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     else:
         tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
 
-    if config.given_reward_model is not None and not (config.out / "reward_model").is_dir():
-        load_given_reward_model(config.given_reward_model)
-
-    block_length = config.base.block_length
-    longest = max(block_length, fit(folder, tokenizer, limit, answer_room(config), skip))
+    block_length, room = config.base.block_length, answer_room(config)
+    longest = max(block_length, fit(folder, tokenizer, limit, room, skip))
+    if (named := config.given_reward_model) is not None:
+        kept = config.out / "reward_model"
+        reader, reads = _given_reward_model(named) if not kept.is_dir() else (load_tokenizer(kept), context_in(kept))
+        fit(folder, reader, reads, room, skip, reward_model=named)
     folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
@@ -148,6 +149,16 @@ def _pretrained(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]
         raise CheckpointError(f"--sft {config.given_sft}: its vocabulary differs from that of --model {config.model}")
     limits = [limit for _, limit in found.values() if limit is not None]
     return next(iter(found.values()))[0], min(limits, default=None)
+
+
+def _given_reward_model(named: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Tokenizer and context of the reward model that is given, which is loaded once and tested."""
+    model, tokenizer = load_given_reward_model(named)
+    try:
+        check_scalar_model(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"--reward-model {named}: {error}") from None
+    return tokenizer, context_of(model)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerBase:

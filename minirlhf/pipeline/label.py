@@ -17,7 +17,7 @@ from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, encode_responses, load_tokenizer
 from minirlhf.pipeline.fitting import answer_room, fit
-from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, read_config
+from minirlhf.pipeline.folder import POLICIES, context_of_run, hide_loading_bars, load_policy, read_config
 from minirlhf.pipeline.inputs import find_data
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def items_to_rank(
     model = load_policy(run, name, torch.device("cpu"), dtype=config.frozen_dtype)
     tokenizer = load_tokenizer(run / name)
     if config.data_errors == "skip":
-        fit(folder, tokenizer, config.context_length or context_of(model), answer_room(config), skip=True)
+        fit(folder, tokenizer, config.context_length or context_of_run(run), answer_room(config), skip=True)
     texts = sorted({row.text for row in folder.prompts})
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [texts[i] for i in order[:prompts]]

@@ -141,7 +141,7 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     if config.reward is not None:
         reward = FileReward(config.reward)
     else:
-        reward = RewardModelScorer(*load_reward_model(run, device, **options))
+        reward = RewardModelScorer(*load_reward_model(run, device, **options), config.rlhf.micro_batch_tokens)
         if hasattr(reward.model, "peft_config") == lora and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
             value = share(reward.model)
         _freeze(reward.model, config)
