@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from minirlhf.cli import main
 from minirlhf.language.evaluation import Answers
 from minirlhf.language.tokenization import load_tokenizer, tokenizer_from_file
+from minirlhf.pipeline.folder import context_of_run
 
 QUICK = ["--sft.epochs", "0.1", "--reward-model.epochs", "0.2", "--rlhf.steps", "1", "--rlhf.batch-size", "8"]
 QUICK += ["--rlhf.max-response-tokens", "4", "--evaluation.max-response-tokens", "3"]
@@ -107,6 +108,29 @@ def test_evaluate_is_bounded_by_the_context(run: Path, refused, measured) -> Non
     assert message.startswith(f"minirlhf: error: --max-response-tokens {CONTEXT}: the models read {CONTEXT}")
     most = message.split("give at most ")[1].split()[0]
     assert measured("--max-response-tokens", most)["mean_length"] > 3
+
+
+def test_evaluate_is_bounded_by_what_the_reward_model_reads(run: Path, refused, monkeypatch) -> None:
+    from minirlhf.pipeline import evaluate
+
+    def shorter(*arguments, **options):
+        model, tokenizer = load_reward_model(*arguments, **options)
+        model.config.n_positions = CONTEXT // 2
+        return model, tokenizer
+
+    load_reward_model = evaluate.load_reward_model
+    monkeypatch.setattr(evaluate, "load_reward_model", shorter)
+    said = refused(["evaluate", "--run", str(run), "--max-response-tokens", "60", "--device", "cpu"])
+    assert f"the models read {CONTEXT // 2} tokens" in said
+
+
+def test_the_context_of_a_run_is_the_shortest_of_its_policies(tmp_path: Path) -> None:
+    folders = tmp_path / "base", tmp_path / "sft"
+    for folder, context in zip(folders, (96, 64), strict=True):
+        GPT2Config(n_positions=context).save_pretrained(folder)
+    assert context_of_run(tmp_path) == 64
+    (folders[1] / "adapter_config.json").write_text("{}")  # on the base model, wherever the user's copy is now
+    assert context_of_run(tmp_path) == 96
 
 
 def test_a_checkpoint_smaller_than_its_tokenizer(run: Path, refused, make_causal, tokenizer, tmp_path) -> None:

@@ -13,6 +13,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 import pytest
 
 import minirlhf
+from minirlhf import cli
 from minirlhf.cli import COMMANDS, ChatConfig, EvaluateConfig, WorldConfig, _preset_name, main
 from minirlhf.config import preset
 from minirlhf.control.actor_critic import A2CConfig
@@ -42,6 +43,19 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture) -> No
     said = capsys.readouterr().out
     seedless = command in ("round", "export")  # a round keeps its run's seed
     assert ("--seed" in said or seedless) and f"minirlhf {command}" in said
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("fast", 10.0), ("pretrained", 600.0)])
+def test_a_round_is_saved_as_often_as_its_run(name: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And may be sharded."""
+    from minirlhf.pipeline import folder
+
+    started = []
+    monkeypatch.setattr(folder, "next_round", lambda run, comparisons, out: preset(name))  # as config.json gives it
+    monkeypatch.setattr(cli, "_run_to_report", lambda config, command, began: started.append(config))
+    command = ["round", "--run", "x", "--comparisons", "y", "--out", "z"]
+    assert main(command) == main([*command, "--save-seconds", "5", "--shard"]) == 0
+    assert [(one.save_seconds, one.shard) for one in started] == [(seconds, False), (5.0, True)]
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture) -> None:

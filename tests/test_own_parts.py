@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 from minirlhf.cli import main
 from minirlhf.config import RunConfig, preset
-from minirlhf.errors import UserError
+from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.models import load_causal_model, load_scalar_model, scalar_model_from
+from minirlhf.language.supported import check_scalar_model
 from minirlhf.pipeline.given import FileReward
 from minirlhf.pipeline.label import items_to_rank
 
@@ -172,6 +174,20 @@ def test_a_round_of_adapters(adapted: Path, tiny_folder: Path, tmp_path: Path) -
     assert old["ppo/adapter_model.safetensors"] != new["ppo/adapter_model.safetensors"]
 
 
+def test_the_reward_model_scores_in_micro_batches_of_the_run(adapted: Path, made, small, tmp_path, monkeypatch) -> None:
+    from minirlhf.pipeline import steps
+
+    def stopped(model, tokenizer, micro_batch_tokens):
+        assert micro_batch_tokens == 300
+        raise KeyboardInterrupt
+
+    run = Path(shutil.copytree(adapted, tmp_path / "run"))
+    for name in ("ppo", "ppo_ptx"):
+        shutil.rmtree(run / name)
+    monkeypatch.setattr(steps, "RewardModelScorer", stopped)
+    assert main([*small(run, *adapters(made)), "--rlhf.micro-batch-tokens", "300"]) == 130
+
+
 @pytest.fixture(scope="module")
 def brought(made, small, tmp_path_factory) -> Path:
     """Full fine-tuning in bfloat16 of an SFT model that was given, for a reward that is a function."""
@@ -257,6 +273,7 @@ def test_defaults_of_a_small_model_are_named(made, fast_run, tmp_path: Path, cap
         ("x = 1\ndef f(p, r):\n    return r[0].score\n", 3, "AttributeError: 'str' object has no attribute 'score'"),
         ("x = 1\ny = x +\n", 2, "SyntaxError"),
         ("import no_such_module\n", 1, "No module named 'no_such_module'"),
+        ("import sys\ndef f(p, r):\n    sys.exit('no key')\n", 3, "SystemExit: no key"),
         ("g = 1\n", None, "has no function f"),
     ],
 )
@@ -268,6 +285,68 @@ def test_mistakes_in_a_rewards_file(body: str, line: int | None, said: str, tmp_
     message = str(caught.value)
     assert message.startswith(f"--reward {file}:f: ") and said in message and "\n" not in message
     assert line is None or f"{file}:{line}: " in message
+
+
+def test_a_rewards_file_imports_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "words_of_mine.py").write_text("GOOD = {'otter'}\n")
+    (tmp_path / "later_of_mine.py").write_text("BAD = {'newt'}\n")
+    (tmp_path / "mine.py").write_text(
+        "from words_of_mine import GOOD\n"
+        "def f(prompts, responses):\n"
+        "    from later_of_mine import BAD\n"
+        "    return [float(text in GOOD) - (text in BAD) for text in responses]\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    assert FileReward(f"{tmp_path / 'mine.py'}:f")(["a"] * 3, ["otter", "newt", "owl"]).tolist() == [1, -1, 0]
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_context_of_a_given_reward_model(skip: bool, made, small, refused, tmp_path: Path, monkeypatch) -> None:
+    """It must read what it will score, and is tested as the policy is; before anything is trained."""
+    from minirlhf.pipeline import run
+
+    short = Path(shutil.copytree(made["rm"], tmp_path / "short"))
+    model = load_scalar_model(short)
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:44].clone())
+    model.config.n_positions = 44
+    model.save_pretrained(short)
+    command = small(tmp_path / "run", "--model", str(made["llama"]), *LESS_SFT, "--reward-model", str(short))
+    if not skip:
+        said = refused(command)
+        assert re.search(r"(prompts|comparisons)\.jsonl:\d+: ", said)
+        assert f"but --reward-model {short} reads 44; shorten the row, or give another reward model" in said
+        return
+
+    def reached(step, config, inputs, **others):
+        assert any(f"the context of 44 tokens of --reward-model {short}" in note for note in inputs.folder.notes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_step", reached)
+    assert main([*command, "--data-errors", "skip"]) == 130
+
+
+def test_a_given_reward_model_is_tested(made, small, refused, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(made["rm"], tmp_path / "broken"))
+    model = load_scalar_model(broken)
+    with torch.no_grad():
+        model.score.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    said = refused(small(tmp_path / "run", "--model", str(made["llama"]), *LESS_SFT, "--reward-model", str(broken)))
+    assert f"--reward-model {broken}: GPT2ForSequenceClassification: its weight score.weight is NaN" in said
+    model = load_scalar_model(made["rm"])
+    check_scalar_model(model)
+    forward = model.transformer.forward
+
+    def peeking(input_ids, **others):
+        out = forward(input_ids, **others)
+        out.last_hidden_state = out.last_hidden_state + input_ids[:, -1:, None]
+        return out
+
+    model.transformer.forward = peeking
+    with pytest.raises(CheckpointError, match=r"padding changes its scores|a token changes the values before it"):
+        check_scalar_model(model)
 
 
 def test_a_rewards_file_that_is_not_there(tmp_path: Path) -> None:
@@ -292,6 +371,7 @@ def test_a_folder_of_a_run_names_no_code_to_run(brought: Path, tmp_path: Path, r
     ("options", "said"),
     [
         (["--lora.rank", "4"], "--lora.rank needs a pretrained model"),
+        (["--model", "no_such", "--lora.rank", "4", "--shard"], "--shard: not with --lora.rank"),
         (["--reward-model", "x", "--reward", "y.py:f"], "both take the place of step 2"),
         (["--sft", "llama", "--sft.lr", "1"], "--sft.lr 1.0: not used together with --sft llama"),
         (["--reward", "y.py:f", "--reward-model.lr", "1"], "--reward-model.lr 1.0: not used together with --reward"),

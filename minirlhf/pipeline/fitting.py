@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LISTS = ("demonstrations", "comparisons", "heldout_comparisons", "prompts", "heldout_prompts")
+SCORED = LISTS[2:]
+"""What a reward model reads that is not trained here: the pairs that measure it, and answers to all prompts."""
 
 
 def answer_room(config: RunConfig) -> int:
@@ -43,7 +45,7 @@ def fit(
         room: maximum tokens of a sampled answer.
         skip: leave out the rows that don't fit, with a note that counts them.
         reward_model: the name of a reward model that was given, if tokenizer and limit are its own: then only what it
-            scores must fit.
+            scores must fit, see `SCORED`.
 
     Returns:
         The length of the longest sequence that a step will see.
@@ -53,8 +55,10 @@ def fit(
     """
     total = sum(len(getattr(folder, name)) for name in LISTS)
     left_out: dict[str, str] = {}  # the place of a row, and the reason
-    _cut_ends(folder, tokenizer)
-    for where, reason in _refused(folder, tokenizer):
+    lists = LISTS if reward_model is None else SCORED
+    if reward_model is None:
+        _cut_ends(folder, tokenizer)
+    for where, reason in _refused(folder, tokenizer, lists):
         if not skip:
             raise DataError(f"{where}: {reason}")
         left_out[where] = reason
@@ -65,7 +69,7 @@ def fit(
     if reward_model is not None:
         holds, context = f"--reward-model {reward_model} reads {limit}", f"{context} of --reward-model {reward_model}"
         advice = "give another reward model"
-    for what, where, length in _sequences(folder, tokenizer, room, scored=reward_model is not None):
+    for what, where, length in _sequences(folder, tokenizer, room, lists):
         if limit is None or length <= limit:
             longest = max(longest, length)
         elif skip:
@@ -82,9 +86,11 @@ def _asked(row: Demonstration | Comparison | Prompt) -> str:
     return row.text if isinstance(row, Prompt) else row.prompt
 
 
-def _refused(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+def _refused(
+    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, lists: Collection[str]
+) -> Iterator[tuple[str, str]]:
     """The rows whose conversation the template can't write: a system message, or two turns of one role in a row."""
-    asked = [(row.where, _asked(row)) for name in LISTS for row in getattr(folder, name)]
+    asked = [(row.where, _asked(row)) for name in lists for row in getattr(folder, name)]
     conversations = [(where, prompt) for where, prompt in asked if isinstance(prompt, Conversation)]
     if _refusal(tokenizer, [prompt for _, prompt in conversations]) is not None:  # which of them?
         reasons = {prompt: _refusal(tokenizer, [prompt]) for _, prompt in conversations}
@@ -127,7 +133,7 @@ def _cut_ends(folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _sequences(
-    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int, *, scored: bool
+    folder: DataFolder, tokenizer: PreTrainedTokenizerBase, room: int, lists: Collection[str]
 ) -> Iterator[tuple[str, str, int]]:
     """Every sequence that a step will see: what it is, its file and line, its length in tokens.
 
@@ -135,10 +141,10 @@ def _sequences(
         folder: the data.
         tokenizer: of the models.
         room: maximum tokens of a sampled answer.
-        scored: only those that a reward model scores which is not trained here.
+        lists: of the folder that are read.
     """
-    demonstrations = [] if scored else folder.demonstrations
-    comparisons = (*([] if scored else folder.comparisons), *folder.heldout_comparisons)
+    demonstrations = folder.demonstrations if "demonstrations" in lists else []
+    comparisons = (*(folder.comparisons if "comparisons" in lists else []), *folder.heldout_comparisons)
     for what, rows in (
         ("prompt and completion", [(row.where, row.prompt, row.completion) for row in demonstrations]),
         ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),

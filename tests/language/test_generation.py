@@ -238,3 +238,30 @@ def test_answers_to_texts_and_to_their_ids_are_the_same(causal, tokenizer) -> No
     by_text = answer(causal, tokenizer, prompts, settings, seed=3)
     assert answer(causal, tokenizer, encode_prompts(tokenizer, prompts), settings, seed=3) == by_text
     assert all(length > 0 for length in by_text.lengths)
+
+
+@pytest.mark.parametrize("one_generator", [True, False])
+def test_a_small_cache_changes_no_answer(stopping, one_generator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts are answered a few at a time; every row keeps its own random numbers, and its place."""
+    sizes, real = [], generation.decoder_for
+
+    def counted(model, tokens, mask, room):
+        sizes.append((len(tokens), len(tokens) * (tokens.shape[1] + room)))
+        return real(model, tokens, mask, room)
+
+    monkeypatch.setattr(generation, "decoder_for", counted)
+
+    def sampled(cache_tokens: int | None) -> Samples:
+        rows = [generator_for(0, "row", i) for i in range(len(PROMPTS))]
+        options = {"max_new_tokens": 12, "pad_id": 0, "eos_id": stopping.eos, "temperature": 3.0}
+        generator = generator_for(0, "test") if one_generator else rows
+        return sample(stopping, PROMPTS, generator=generator, cache_tokens=cache_tokens, **options)
+
+    whole = sampled(None)
+    assert [rows for rows, _ in sizes] == [len(PROMPTS)] and whole.ended.any() and not whole.ended.all()
+    sizes.clear()
+    parts = sampled(60)
+    assert sum(rows for rows, _ in sizes) == len(PROMPTS) and len(sizes) > 4 and max(held for _, held in sizes) <= 60
+    for name in ("prompt_tokens", "prompt_mask", "response_tokens", "response_mask", "ended"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert (whole.logprobs - parts.logprobs).abs().max() < 1e-5

@@ -250,5 +250,11 @@ def test_targets_that_are_not_there(make_causal) -> None:
     adapted = add_lora(make_causal(), LoraConfig(rank=4, targets="q_proj,v_proj"), seed=0, base="body")
     names = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
     assert names == {"q_proj", "v_proj"}
+    for tied in ("lm_head", "embed_tokens"):
+        with pytest.raises(UserError, match=rf"--lora\.targets q_proj,{tied}: \S*{tied} is tied: .* give all-linear"):
+            add_lora(make_causal(), LoraConfig(rank=4, targets=f"q_proj,{tied}"), seed=0, base="body")
+    apart = clone(make_causal())
+    apart.config.tie_word_embeddings, apart.lm_head.weight = False, torch.nn.Parameter(apart.lm_head.weight.clone())
+    assert add_lora(apart, LoraConfig(rank=4, targets="q_proj,lm_head"), seed=0, base="body")
     with pytest.raises(UserError, match=r"--lora\.alpha 3: has no effect without --lora\.rank"):
         LoraConfig(alpha=3)
