@@ -287,6 +287,17 @@ def test_mistakes_in_a_rewards_file(body: str, line: int | None, said: str, tmp_
     assert line is None or f"{file}:{line}: " in message
 
 
+def test_a_target_that_the_value_network_lacks(made, small, refused, tmp_path: Path) -> None:
+    model = load_causal_model(made["llama"])
+    model.config.tie_word_embeddings, model.lm_head.weight = False, torch.nn.Parameter(model.lm_head.weight.clone())
+    untied = Path(shutil.copytree(made["llama"], tmp_path / "untied"))
+    model.save_pretrained(untied)
+    options = ["--model", str(untied), "--lora.rank", "4", "--lora.targets", "lm_head"]
+    assert "--lora.targets lm_head: in LlamaForSequenceClassification: No modules were targeted" in refused(
+        small(tmp_path / "run", *options, *LESS_SFT)
+    )
+
+
 def test_a_rewards_file_imports_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "words_of_mine.py").write_text("GOOD = {'otter'}\n")
     (tmp_path / "later_of_mine.py").write_text("BAD = {'newt'}\n")

@@ -88,7 +88,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int, base: str) -
         try:
             adapted = peft.get_peft_model(model.requires_grad_(False), settings)
         except ValueError as error:
-            raise UserError(f"--lora.targets {config.targets}: {' '.join(str(error).split())}") from None
+            said = f"{config.targets}: in {type(model).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"--lora.targets {said}") from None
     settings.base_model_name_or_path = base  # peft has put the name that the model has in memory
     return adapted.eval()
 

@@ -14,7 +14,7 @@ from minirlhf.config import RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.hub import fetch_rows, is_hub_name
-from minirlhf.language.adapters import add_lora
+from minirlhf.language.adapters import add_lora, lora_scalar_from
 from minirlhf.language.forward import context_of, recompute_layers
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
@@ -141,7 +141,8 @@ def _pretrained(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]
                 if config.gradient_checkpointing:
                     recompute_layers(model)
                 if config.lora.rank is not None:
-                    add_lora(model, config.lora, config.seed, name)
+                    adapted = add_lora(model, config.lora, config.seed, name)
+                    lora_scalar_from(adapted, config.lora, config.seed, name)
             found[option] = tokenizer, context_in(name)
         except CheckpointError as error:
             raise CheckpointError(f"{option} {str(error) if name in str(error) else f'{name}: {error}'}") from None

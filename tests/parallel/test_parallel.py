@@ -179,3 +179,19 @@ def test_an_error_of_one_process_is_said_by_it_alone() -> None:
 
 def test_sharding_needs_several_processes(fast_run, tmp_path, refused) -> None:
     assert "--shard: needs several processes" in refused(fast_run(tmp_path / "run", "--shard"))
+
+
+def test_adapters_in_bfloat16_are_trained_as_by_one_process(tmp_path) -> None:
+    """LoRA, a body in bfloat16 and layers computed again in backward: gradients, answers and metrics of each step."""
+    worker = str(WORKER.with_name("adapters_worker.py"))
+    running = {count: start(count, worker, str(tmp_path / str(count))) for count in (1, 2)}
+    for processes in running.values():
+        succeeded(processes)
+    one, two = (load_file(tmp_path / count / "gradients.safetensors") for count in "12")
+    assert len(one) == 2 + 2 + 2 * 2 * 2  # SFT, reward model, and two minibatches of two models in each PPO step
+    assert largest_difference(one, two) < 0.1  # a wrong or missing share would be of the order of 1
+    one, two = (json.loads((tmp_path / count / "said.json").read_text()) for count in "12")
+    assert one["said"] == two["said"] and len(set(one["said"])) == 10
+    for name, rows in one["logged"].items():
+        for row, other in zip(rows, two["logged"][name], strict=True):
+            assert other == pytest.approx(row, rel=0.1, abs=0.1), name
