@@ -6,14 +6,15 @@ Four models, of P weights each, are in memory at once:
     not trained         4 P or 2 P   weights in float32 or bfloat16
     on one body         the body once, 4 P or 2 P, and for each model an adapter (16 bytes a weight of it if trained)
 
-To that come the activations of one micro-batch, which grow with its tokens, and its logits. What is counted is what
-PyTorch allocates; a process has a few hundred MiB of its own.
+To that come, one after the other, the KV cache of the answers that are sampled at a time, and the activations and
+logits of one micro-batch of the update. What is counted is what PyTorch allocates; a process has a few hundred MiB of
+its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOGITS_AT_ONCE = 2**22
 """As in `minirlhf.language.models`, which needs torch: where layers are recomputed, logits are too, so many at once."""
@@ -101,22 +102,68 @@ def ppo_step(
         >>> sum(small.values()) < sum(full.values()) / 3
         True
     """
-    low = 2 if precision == "bfloat16" else 4  # bytes of a number that is computed
-    causal, scalar = shape.weights, shape.body + shape.width
-    if rank is None:
-        weights, trained = 4 * (causal + scalar) + low * (causal + scalar), causal + scalar
-        if low == 2 and not checkpointing:
-            weights += low * (causal + scalar)  # autocast's copies, kept for backward
-    else:
-        weights, trained = low * causal + 4 * 2 * (shape.adapter(rank) + shape.width), 2 * shape.adapter(rank)
-        weights += 4 * trained
-    return {
-        "weights": weights,
-        "gradients": 4 * trained,
-        "moments": 8 * trained,
+    low = _bytes_computed(precision)
+    held = _models(shape, rank, low)
+    if rank is None and low == 2 and not checkpointing:
+        held["weights"] += low * (shape.weights + shape.body + shape.width)  # autocast's copies, kept for backward
+    return held | {
         "activations": _activations(shape, rank, low, checkpointing, rows * (prompt + answer)),
         "logits": _logits(shape, low, checkpointing, rows * answer),
     }
+
+
+def sampling(
+    shape: Shape,
+    *,
+    rank: int | None = None,
+    precision: str = "float32",
+    rows: int = 16,
+    prompt: int = 64,
+    answer: int = 64,
+) -> dict[str, int]:
+    """Bytes that sampling some answers holds at most, from the second step on.
+
+    Args:
+        shape: of the four models.
+        rank: of the adapters; None for full fine-tuning.
+        precision: float32 or bfloat16, as ``--precision``.
+        rows: answers at a time: ``--rlhf.batch-size``, or as many as fit into ``--rlhf.cache-tokens``.
+        prompt: tokens of a prompt.
+        answer: tokens of an answer.
+
+    Returns:
+        weights, gradients, moments, cache, and what is computed beside it: a forward over the prompts, or a draw.
+
+    Example:
+        >>> parts = sampling(Shape(layers=32, width=4096, intermediate=11008, vocabulary=32000), precision="bfloat16")
+        >>> round(parts["cache"] / (16 * (64 + 64)))  # bytes per token
+        786432
+    """
+    low = _bytes_computed(precision)
+    held = _models(shape, rank, low)
+    keys, forward = low, rows * prompt * (16 * shape.intermediate + 12 * shape.width)
+    if rank is None and low == 2:  # under autocast
+        keys = 4  # the rotation's sines are float32
+        forward += low * shape.layers * sum(a * b for a, b in shape.matrices)  # copies of the weights
+    draw = rows * shape.vocabulary * (3 * 4 + 8 + 4)  # logits, at the temperature, probabilities; their sums in float64
+    cache = shape.layers * shape.keys * (keys + low) * rows * (prompt + answer)
+    return held | {"cache": cache, "computed": max(forward, draw)}
+
+
+def _bytes_computed(precision: str) -> int:
+    """Of a number that a model computes."""
+    return 2 if precision == "bfloat16" else 4
+
+
+def _models(shape: Shape, rank: int | None, low: int) -> dict[str, int]:
+    """What the four models hold all the time."""
+    causal, scalar = shape.weights, shape.body + shape.width
+    if rank is None:
+        weights, trained = 4 * (causal + scalar) + low * (causal + scalar), causal + scalar
+    else:
+        weights, trained = low * causal + 4 * 2 * (shape.adapter(rank) + shape.width), 2 * shape.adapter(rank)
+        weights += 4 * trained
+    return {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained}
 
 
 def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int) -> int:
@@ -170,15 +217,19 @@ def mebibytes(count: float) -> float:
     return count / 2**20
 
 
-def table(rows: int = 16, prompt: int = 128, answer: int = 128) -> str:
-    """The table of docs/memory.md: GiB of a step, and in brackets the bytes per parameter without activations."""
+def table(rows: int = 16, prompt: int = 128, answer: int = 128, cache_tokens: int = 32_768) -> str:
+    """The table of docs/memory.md: GiB of the update and of sampling, and bytes per parameter of the models alone."""
     lines = ["| | " + " | ".join(model.name for model in MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
     for name, options in SETTINGS.items():
         cells = []
         for _, shape in MODELS:
-            parts = ppo_step(shape, rows=rows, prompt=prompt, answer=answer, **options)  # type: ignore[arg-type]
+            given: dict[str, Any] = {"prompt": prompt, "answer": answer, **options}
+            parts = ppo_step(shape, rows=rows, **given)
             fixed = parts["weights"] + parts["gradients"] + parts["moments"]
-            cells.append(f"{sum(parts.values()) / 2**30:.1f} GiB ({fixed / shape.weights:.1f})")
+            given.pop("checkpointing", None)
+            sampled = sum(sampling(shape, rows=cache_tokens // (prompt + answer), **given).values())
+            update = sum(parts.values())
+            cells.append(f"{update / 2**30:.1f} / {sampled / 2**30:.1f} ({fixed / shape.weights:.1f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 
 from minirlhf import memory
 from minirlhf.language import models
+from minirlhf.language.generation import sample
 from minirlhf.language.reward_model import RewardModelScorer
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.language.tokenization import encode_prompts
 from minirlhf.memory import Shape, ppo_step, table
-from minirlhf.training import Recorder
+from minirlhf.training import Recorder, generator_for
 
 pytest.importorskip("peft")
 
@@ -38,10 +41,24 @@ def benchmark() -> Any:
     return module
 
 
-def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
-    """The peak of a second PPO step in bytes: what is allocated before, and the highest sum while it runs."""
-    four = benchmark.four_models(**benchmark.KINDS[kind])
+def peak(four: Sequence[Any], run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that the models take before, and the highest sum of what is allocated while something runs."""
     held = {x.data_ptr(): x.nbytes for model in four for x in (*model.parameters(), *model.buffers())}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    now = highest = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return sum(held.values()), highest
+
+
+def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
+    """The peak of a second PPO step in bytes."""
+    four = benchmark.four_models(**benchmark.KINDS[kind])
     settings = RLHFConfig(
         steps=1,
         batch_size=ROWS,
@@ -53,18 +70,20 @@ def measured(benchmark: Any, tokenizer: Any, kind: str, prompt: int) -> int:
         value_lr=1e-6,
         warmup=0,
     )
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        scorer = RewardModelScorer(four[3], tokenizer)
-        recorder = Recorder("memory", progress=False)
-        train_rlhf(*four[:3], scorer, tokenizer, [PROMPT] * ROWS, settings, recorder=recorder)
-    now = highest = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            highest = max(highest, now)
-    return sum(held.values()) + highest
+    scorer, recorder = RewardModelScorer(four[3], tokenizer), Recorder("memory", progress=False)
+    learn = functools.partial(train_rlhf, *four[:3], scorer, tokenizer, [PROMPT] * ROWS, settings, recorder=recorder)
+    return sum(peak(four, learn))
+
+
+def sampled(benchmark: Any, tokenizer: Any, kind: str) -> int:
+    """The peak of sampling beside the models, half of the answers at a time."""
+    four = benchmark.four_models(**benchmark.KINDS[kind])
+    prompts = encode_prompts(tokenizer, [PROMPT] * ROWS)
+    held = ROWS // 2 * (len(prompts[0]) + ANSWER)
+    never = benchmark.SHAPE.vocabulary - 1  # so that all answers take their whole length
+    options = {"max_new_tokens": ANSWER, "pad_id": 0, "eos_id": never}
+    rows = [generator_for(0, row) for row in range(ROWS)]
+    return peak(four, lambda: sample(four[0], prompts, generator=rows, cache_tokens=held, **options))[1]
 
 
 @pytest.mark.parametrize("kind", ["full", "full, bfloat16, checkpointing", "LoRA, bfloat16, checkpointing"])
@@ -83,6 +102,11 @@ def test_the_formula_is_what_a_step_takes(kind: str, benchmark, tokenizer, monke
     found = measured(benchmark, tokenizer, kind, prompt)
     print(f"{kind}: formula {sum(expected.values()) / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB", expected)
     assert sum(expected.values()) == pytest.approx(found, rel=0.15)
+    options = {key: value for key, value in benchmark.KINDS[kind].items() if key != "checkpointing"}
+    expected = memory.sampling(shape, rows=ROWS // 2, prompt=prompt, answer=ANSWER, **options)
+    found = sampled(benchmark, tokenizer, kind)
+    print(f"{kind}, sampling: formula {expected}, measured {found} bytes")
+    assert expected["cache"] + expected["computed"] == pytest.approx(found, rel=0.15)
 
 
 def test_both_count_logits_alike() -> None:
