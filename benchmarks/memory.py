@@ -1,11 +1,14 @@
 """Peak memory of a PPO step: full fine-tuning in float32 against LoRA, bfloat16 and gradient checkpointing, same code.
 
-    python benchmarks/memory.py             # every kind, each in a process of its own; writes results/memory.csv
+    python benchmarks/memory.py             # every kind, in processes of their own; writes results/memory.csv
     python benchmarks/memory.py --kind lora # one of them, in this process
 
 A Llama of 6 layers and width 512 with a vocabulary of 32,000 answers 16 prompts with 40 tokens each; the batch is one
 micro-batch. The peak is the kernel's (VmHWM in /proc/self/status, so this needs Linux), set back when the models are
 ready; what the process held before it made any model is taken off, and is in the table too.
+
+Every kind is measured twice: as the process comes (step_mib), and with RETURNED in its environment (returned_mib): then
+glibc's malloc gives large blocks back to the system when they are freed, where by default it keeps many of up to 32 MiB.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,6 +35,7 @@ from minirlhf.training import Recorder
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 SHAPE = Shape(layers=6, width=512, intermediate=1376, vocabulary=32_000, tied=False)
 ROWS, PROMPT, ANSWER, STEPS = 16, 20, 40, 2
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, bfloat16, checkpointing": {"precision": "bfloat16", "checkpointing": True},
@@ -127,6 +132,14 @@ def peak(kind: str) -> dict[str, float]:
     }
 
 
+def alone(kind: str, environment: dict[str, str]) -> dict[str, float]:
+    """`peak` in a process of its own."""
+    command = [sys.executable, __file__, "--kind", kind]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=list(KINDS))
@@ -136,12 +149,13 @@ def main() -> None:
         return
     rows = []
     for name in KINDS:
-        command = [sys.executable, __file__, "--kind", name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append({"kind": name} | json.loads(done.stdout.splitlines()[-1]))
+        plain, returned = (alone(name, environment) for environment in ({}, RETURNED))
+        both = {"returned_mib": returned["step_mib"], "returned_seconds_a_step": returned["seconds_a_step"]}
+        rows.append({"kind": name} | plain | both)
         print(rows[-1], flush=True)
     for row in rows:
         row["of_full"] = round(row["step_mib"] / rows[0]["step_mib"], 3)
+        row["returned_of_full"] = round(row["returned_mib"] / rows[0]["returned_mib"], 3)
     with RESULTS.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()

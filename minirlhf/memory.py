@@ -106,10 +106,11 @@ def ppo_step(
     held = _models(shape, rank, low)
     if rank is None and low == 2 and not checkpointing:
         held["weights"] += low * (shape.weights + shape.body + shape.width)  # autocast's copies, kept for backward
-    return held | {
-        "activations": _activations(shape, rank, low, checkpointing, rows * (prompt + answer)),
-        "logits": _logits(shape, low, checkpointing, rows * answer),
-    }
+    logits = _logits(shape, low, checkpointing, rows * answer)
+    kept, layer = _activations(shape, rank, low, checkpointing, rows * (prompt + answer))
+    if checkpointing:  # a layer is computed again when the logits are gone
+        layer = max(0, layer - logits)
+    return held | {"activations": kept + layer, "logits": logits}
 
 
 def sampling(
@@ -166,8 +167,8 @@ def _models(shape: Shape, rank: int | None, low: int) -> dict[str, int]:
     return {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained}
 
 
-def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int) -> int:
-    """Of the policy and the value network, whose losses go through backward together."""
+def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int) -> tuple[int, int]:
+    """Of the policy and the value network, whose losses go through backward together: all that is kept, and a layer."""
     d, f, k = shape.width, shape.intermediate, shape.keys
     residual = 4 if rank is None else low  # under autocast the sums stay in float32
     norms = 2 * (4 + residual) * d  # each keeps its input in float32, and its output before the scale
@@ -178,14 +179,18 @@ def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, 
     layer = norms + inputs + between
     flowing = 2 * 4 * f  # gradients on their way through the widest part of a layer
     if checkpointing:  # the inputs of all layers of both, and one layer that is computed again
-        return tokens * (2 * shape.layers * residual * d + layer + flowing)
-    return tokens * (2 * shape.layers * layer + flowing)
+        return tokens * 2 * shape.layers * residual * d, tokens * (layer + flowing)
+    return tokens * 2 * shape.layers * layer, tokens * flowing
 
 
 def _logits(shape: Shape, low: int, checkpointing: bool, targets: int) -> int:
-    """The logits; their log-softmax, its gradient and the logits' gradient in float32."""
+    """The logits; their log-softmax, its gradient and the logits' gradient in float32.
+
+    A few at a time they are computed with their entropy and in float32, from a float32 copy of the head.
+    """
     if checkpointing:
         targets = min(targets, max(1, LOGITS_AT_ONCE // shape.vocabulary))
+        return targets * shape.vocabulary * 6 * 4 + (4 * shape.vocabulary * shape.width if low == 2 else 0)
     return targets * shape.vocabulary * (low + 3 * 4)
 
 
