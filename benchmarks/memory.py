@@ -7,8 +7,8 @@ A Llama of 6 layers and width 512 with a vocabulary of 32,000 answers 16 prompts
 micro-batch. The peak is the kernel's (VmHWM in /proc/self/status, so this needs Linux), set back when the models are
 ready; what the process held before it made any model is taken off, and is in the table too.
 
-Every kind is measured twice: as the process comes (step_mib), and with RETURNED in its environment (returned_mib): then
-glibc's malloc gives large blocks back to the system when they are freed, where by default it keeps many of up to 32 MiB.
+Every kind is measured twice: as the process comes (step_mib), and with RETURNED in its environment (returned_mib), so
+that glibc's malloc gives large blocks back to the system when they are freed; by default it keeps many of them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ benchmarks/results/scaling.csv, a row a point:
     gflops         floating-point operations that the step needs, a second, in thousands of millions: see `operations`
     peak_gflops    the same for products of two square matrices of side 2048, as many at once as there are processes
     share          gflops / peak_gflops
+    load           the machine's load average (of a minute) just before, so with the point before this one
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
 PICTURE = ROOT / "docs" / "scaling.svg"
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
-LAYERS, HEAD, STEPS = 4, 24, 3
+LAYERS, HEAD, STEPS = 4, 24, 5
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(2045))]
 
 
@@ -174,6 +175,7 @@ def peak_flops(threads: int, side: int = 2048) -> float:
 
 def run(point: Point) -> Row:
     """Measure a point in processes of its own."""
+    load = os.getloadavg()[0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -192,7 +194,7 @@ def run(point: Point) -> Row:
     if any(process.returncode for process in running):
         sys.exit(f"{point} failed")
     row: Row = json.loads(said[0].splitlines()[-1])
-    return row
+    return row | {"load": load}
 
 
 def read() -> tuple[str, list[Row]]:
@@ -204,12 +206,15 @@ def read() -> tuple[str, list[Row]]:
 def write_page(stamp: str, rows: list[Row]) -> None:
     """Put the picture and the series over the width into docs/scaling.md."""
     names = {ways: way for way, ways in WAYS.items()}
+    loads = [float(row["load"]) for row in rows]
     lines = [
         "![Seconds per PPO step against width, answers per step and tokens per answer, for one process and two, and "
         "the share of the matrix-product peak against width](scaling.svg)",
         "",
         f"{BASE.batch} answers of {BASE.answer_tokens} tokens per step, a Llama of {LAYERS} layers.",
         f"Measured on: {stamp}.",
+        f"The machine's load average was {min(loads):.1f} to {max(loads):.1f}. Up to 2 of it is the benchmark's own; more",
+        "is other work, which makes the times longer, above all those of two processes, where one waits for the other.",
         "",
         "| width | with | seconds per step | most memory of a process, MiB | GFLOP/s | share of the product's peak |",
         "|---|---|---|---|---|---|",
@@ -252,7 +257,7 @@ def draw(rows: list[Row]) -> None:
             panel.set_xticks(SIZES[varied], [str(size) for size in SIZES[varied]])
             if shown == "seconds":
                 panel.set_yscale("log")
-                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
                 panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
                 label_axes(panel, names[varied], "seconds per PPO step")
             else:
