@@ -230,7 +230,7 @@ def test_saved_by_peft_and_loaded_by_peft_and_transformers(kind: str, causal, to
         others += [models.load_causal_model(tmp_path / "adapter")]  # merged
     else:
         assert again.config.score_offset == 0.25
-        with pytest.raises(RuntimeError, match="size mismatch for .*score"):  # as docs/pretrained.md says
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*score"):  # as docs/pretrained.md says
             AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
         others = [AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1)]
         others += [models.load_scalar_model(tmp_path / "adapter")]
