@@ -86,6 +86,8 @@ class RolloutSettings(Settings):
     """Adam's epsilon."""
     micro_batch_tokens: Count = 4096
     """Padded tokens per forward pass; affects memory and speed, not results."""
+    cache_tokens: Count | None = None
+    """Tokens in the KV cache of sampling, prompts and full-length answers; None answers a whole batch at once."""
 
 
 class Rollout(NamedTuple):
@@ -165,6 +167,7 @@ class Rollouts:
                 eos_id=end_ids(self.policy, self.tokenizer),
                 generator=[generator_for(self.seed, f"{name}/sample", step, place) for place in range(len(rows))],
                 temperature=config.temperature,
+                cache_tokens=config.cache_tokens,
             )
         else:
             limits = {"max_new_tokens": config.max_response_tokens, "micro_batch_tokens": config.micro_batch_tokens}
