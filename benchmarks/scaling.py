@@ -18,7 +18,8 @@ benchmarks/results/scaling.csv, a row a point:
     gflops         floating-point operations that the step needs, a second, in thousands of millions: see `operations`
     peak_gflops    the same for products of two square matrices of side 2048, as many at once as there are processes
     share          gflops / peak_gflops
-    load           the machine's load average (of a minute) just before, so with the point before this one
+
+The first line ends with the machine's load average before and after: up to 2 of the latter is the benchmark's own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
 PICTURE = ROOT / "docs" / "scaling.svg"
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
-LAYERS, HEAD, STEPS = 4, 24, 5
+LAYERS, HEAD, STEPS = 4, 24, 3
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(2045))]
 
 
@@ -175,7 +176,6 @@ def peak_flops(threads: int, side: int = 2048) -> float:
 
 def run(point: Point) -> Row:
     """Measure a point in processes of its own."""
-    load = os.getloadavg()[0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,7 +194,7 @@ def run(point: Point) -> Row:
     if any(process.returncode for process in running):
         sys.exit(f"{point} failed")
     row: Row = json.loads(said[0].splitlines()[-1])
-    return row | {"load": load}
+    return row
 
 
 def read() -> tuple[str, list[Row]]:
@@ -206,15 +206,14 @@ def read() -> tuple[str, list[Row]]:
 def write_page(stamp: str, rows: list[Row]) -> None:
     """Put the picture and the series over the width into docs/scaling.md."""
     names = {ways: way for way, ways in WAYS.items()}
-    loads = [float(row["load"]) for row in rows]
     lines = [
         "![Seconds per PPO step against width, answers per step and tokens per answer, for one process and two, and "
         "the share of the matrix-product peak against width](scaling.svg)",
         "",
         f"{BASE.batch} answers of {BASE.answer_tokens} tokens per step, a Llama of {LAYERS} layers.",
         f"Measured on: {stamp}.",
-        f"The machine's load average was {min(loads):.1f} to {max(loads):.1f}. Up to 2 of it is the benchmark's own;",
-        "more is other work, which makes the times longer, above all those of two processes: one waits for the other.",
+        "Up to 2 of the load average is the benchmark's own. What is above that is other work, which makes times",
+        "longer, above all those of two processes, where one waits for the other.",
         "",
         "| width | with | seconds per step | most memory of a process, MiB | GFLOP/s | share of the product's peak |",
         "|---|---|---|---|---|---|",
@@ -278,12 +277,13 @@ def main() -> None:
         print(json.dumps(measure(Point(*json.loads(args.point)))))
         return
     if not args.plot:
-        rows, known = [], {}
+        rows, known, before = [], {}, os.getloadavg()[0]
         for varied, point in points():
             known[point] = known.get(point) or run(point)
             rows.append({"varied": varied} | known[point])
             print(", ".join(f"{key} {value:.4g}" for key, value in known[point].items()), flush=True)
-        write_table(RESULTS, rows)
+        note = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
+        write_table(RESULTS, rows, note=note)
     stamp, rows = read()
     draw(rows)
     write_page(stamp, rows)

@@ -22,14 +22,14 @@ Row = dict[str, Any]
 LANGUAGE = ("torch", "transformers", "minirlhf")
 
 
-def write_table(path: Path, rows: Iterable[Row], packages: Sequence[str] = LANGUAGE) -> None:
+def write_table(path: Path, rows: Iterable[Row], packages: Sequence[str] = LANGUAGE, note: str = "") -> None:
     """Write rows as CSV (packed where the name ends in .gz), whole or not at all; floats to five digits.
 
-    The columns are the first row's; the versions of `packages` go into the first line.
+    The columns are the first row's; the versions of `packages` and a note go into the first line.
     """
     rows = list(rows)
     text = io.StringIO()
-    text.write(f"# {stamp(packages)}\n")
+    text.write(f"# {stamp(packages)}{note and '; '}{note}\n")
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
