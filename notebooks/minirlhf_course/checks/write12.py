@@ -144,8 +144,8 @@ LOSSES = {
     ),
     "The baseline is the mean of the whole batch: only answers to the same prompt are compared.": "batch mean",
     "It compares answers to different prompts: the rows of a group must be answers to one prompt.": "across",
-    "The groups are mixed: in `prompts * K` the answers to one prompt are apart, so a row of view(-1, K) has answers to "
-    "several. Repeat each prompt K times in a row.": "mixed",
+    "The groups are mixed: in `prompts * K` the answers to one prompt are apart, so a row of view(-1, K) has answers "
+    "to several. Repeat each prompt K times in a row.": "mixed",
     "The KL is not charged: either it is missing, or the policy itself is taken for the reference.": "kl free",
     "The KL is subtracted after the baseline: it is a part of the reward, so the others' KL is in the baseline.": (
         "kl after"
