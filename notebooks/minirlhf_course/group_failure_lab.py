@@ -41,9 +41,39 @@ def policy_as_reference(reference: Any, samples: Samples, config: Any) -> Tensor
 
 
 RUNS: dict[str, Planted] = {
-    "A": Planted(2, "", "", "", "", {"masked_sum": summed}),
-    "B": Planted(3, "", "", "", "", {"group_advantages": neighbours}),
-    "C": Planted(1, "", "", "", "", {"reference_logprobs": policy_as_reference}),
+    "A": Planted(
+        2,
+        "the KL in the loss is summed where the rest is averaged",
+        "The KL in the loss is summed over an answer's tokens, where the rest of the loss is averaged over them: beta is "
+        "some twenty times as large as it seems.",
+        "the KL to SFT stays near 1 where healthy runs reach 4 or more, and yet the KL *in the loss* is three times as "
+        "large as theirs: a mean per token can't be, with so few nats per answer. The score rises a little and stops. "
+        "*How sure:* of a leash that is too short, very. That beta is not simply set too high is what the two KLs "
+        "together say: with a mean per token the one in the loss would have fallen with the other.",
+        "Compare two panels: the KL to SFT, per answer, and the KL in the loss. Do they fit each other?",
+        {"masked_sum": summed},
+    ),
+    "B": Planted(
+        3,
+        "the advantages slip by one answer",
+        "The advantages slip by one: each answer gets that of its neighbour in the group.",
+        "the score falls, and so does the length, while nats are spent as in a healthy run: the policy learns, and it "
+        "learns the wrong thing. *How sure:* that advantages and answers don't belong together, very. A flipped sign "
+        "would look much the same (an answer's reward is in its neighbour's mean with a minus); one group, printed with "
+        "scores and advantages, settles it.",
+        "Look at the score: does the run learn nothing, or the opposite?",
+        {"group_advantages": neighbours},
+    ),
+    "C": Planted(
+        1,
+        "the reference moves along",
+        "The reference moves: it is always the policy that has just sampled, so nothing holds the policy near SFT.",
+        "the KL is 0, at every step, while score and length change as in healthy runs. A policy that has changed can't "
+        "be at distance 0 from the one it started as. *How sure:* certain, if the KL is exactly 0; a reference that "
+        "follows slowly would show a small one, and only a frozen copy of the weights would tell.",
+        "Look for a number that is too good: which curve can't be what it says?",
+        {"reference_logprobs": policy_as_reference},
+    ),
 }
 """The runs of the lab by letter."""
 

@@ -52,3 +52,26 @@ def test_a_run_leaves_grpo_as_it_was_and_every_mistake_changes_it():
     assert len({*scores.values(), tuple(row["policy/grad_norm"] for row in healthy)}) == 4
     assert all(row["objective/kl"] == 0 for row in runs["C"]) and healthy[-1]["objective/kl"] > 0.1
     assert runs["A"][0]["policy/kl_loss"] > 1.5 * healthy[0]["policy/kl_loss"]
+
+
+def test_what_the_clues_say_is_so():
+    with (ROOT / "data" / "results" / "group_failure_lab.csv").open(encoding="utf-8", newline="") as file:
+        file.readline()
+        rows = group_failure_lab.evidence(list(csv.DictReader(file)))
+    found = {(letter, what.split(",")[0]): numbers for letter, what, *numbers in rows}
+    assert len(found) == len(rows) and all("*How sure:*" in run.clue for run in group_failure_lab.RUNS.values())
+
+    own, healthy = found["A", "KL"]
+    assert own.max() < 1.1 and healthy.min() > 4
+    own, healthy = found["A", "KL in the loss"]
+    assert own.min() > 2.5 * healthy.max()
+    own, healthy = found["A", "score"]
+    assert 0.2 < own.min() and own.max() < healthy.min() - 0.4
+    own, healthy = found["B", "KL"]
+    assert own.min() > 3
+    own, healthy = found["B", "score"]
+    assert own.max() < -0.9
+    own, healthy = found["C", "KL"]
+    assert (own == 0).all() and healthy.max() > 5
+    own, healthy = found["C", "score"]
+    assert own.min() > healthy.min() - 0.1
