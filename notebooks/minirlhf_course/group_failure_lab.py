@@ -44,8 +44,8 @@ RUNS: dict[str, Planted] = {
     "A": Planted(
         2,
         "the KL in the loss is summed where the rest is averaged",
-        "The KL in the loss is summed over an answer's tokens, where the rest of the loss is averaged over them: beta is "
-        "some twenty times as large as it seems.",
+        "The KL in the loss is summed over an answer's tokens, where the rest of the loss is averaged over them: beta "
+        "is some twenty times as large as it seems.",
         "the KL to SFT stays near 1 where healthy runs reach 4 or more, and yet the KL *in the loss* is three times as "
         "large as theirs: a mean per token can't be, with so few nats per answer. The score rises a little and stops. "
         "*How sure:* of a leash that is too short, very. That beta is not simply set too high is what the two KLs "
@@ -59,8 +59,8 @@ RUNS: dict[str, Planted] = {
         "The advantages slip by one: each answer gets that of its neighbour in the group.",
         "the score falls, and so does the length, while nats are spent as in a healthy run: the policy learns, and it "
         "learns the wrong thing. *How sure:* that advantages and answers don't belong together, very. A flipped sign "
-        "would look much the same (an answer's reward is in its neighbour's mean with a minus); one group, printed with "
-        "scores and advantages, settles it.",
+        "would look much the same (an answer's reward is in its neighbour's mean with a minus); one group, printed "
+        "with scores and advantages, settles it.",
         "Look at the score: does the run learn nothing, or the opposite?",
         {"group_advantages": neighbours},
     ),

@@ -66,10 +66,10 @@ def test_what_the_clues_say_is_so():
     own, healthy = found["A", "KL in the loss"]
     assert own.min() > 2.5 * healthy.max()
     own, healthy = found["A", "score"]
-    assert 0.2 < own.min() and own.max() < healthy.min() - 0.4
-    own, healthy = found["B", "KL"]
+    assert own.min() > 0.2 and own.max() < healthy.min() - 0.4
+    own, _ = found["B", "KL"]
     assert own.min() > 3
-    own, healthy = found["B", "score"]
+    own, _ = found["B", "score"]
     assert own.max() < -0.9
     own, healthy = found["C", "KL"]
     assert (own == 0).all() and healthy.max() > 5
