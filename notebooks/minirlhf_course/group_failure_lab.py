@@ -35,7 +35,7 @@ def neighbours(rewards: Tensor, **options: Any) -> Tensor:
     return group_advantages(rewards, **options).roll(1, 1)
 
 
-def policy_as_reference(reference: Any, samples: Samples, config: Any) -> Tensor:
+def policy_as_reference(reference: Any, samples: Samples, *_: Any) -> Tensor:
     """The log-probabilities of the policy that has just sampled, in place of the reference's."""
     return samples.logprobs.clone()
 
