@@ -4,16 +4,17 @@
     .venv/bin/python benchmarks/figure_13_dpo.py --only rounds
 
 All runs start from data/checkpoints/sft, which is their reference, too. RANKINGS rankings of the small world are gone
-through EPOCHS times, other ones for each seed. Gold, the KL and the length are taken on PROMPTS held-out prompts,
-accuracies and log-probs on HELD held-out rankings by the training labelers.
+through as PUSH says, other ones for each seed. Gold, the KL and the length are taken on PROMPTS held-out prompts,
+accuracies and log-probs on HELD rankings.
 
-data/results/dpo_offline.csv      a row a measurement, at steps MEASURED of runs with BETAS: accuracy of the implicit
-    reward on the run's own rankings and on held-out ones; mean log-probability of the better and of the worse answer of
-    a held-out pair (first over the pairs of a prompt, then over prompts), and of the best; gold, kl, length, ended; and
-    own_accuracy, how often the implicit reward orders two sampled answers of the policy's own as gold does, beside
-    judge_accuracy, the shipped reward model's on the same pairs (both only at the last step)
-data/results/dpo_rounds.csv       the policies with beta ROUND_BETA at their end, each after ROUND_EPOCHS more
-    passes over as many new rankings: of the small world's answers, of the SFT model's, or of its own
+data/results/dpo_offline.csv      a row a measurement, at steps MEASURED of the three runs (step 0: the SFT model):
+    accuracy of the implicit reward on the run's own rankings and on held-out ones by the training labelers; mean
+    log-probability of the better and of the worse answer of a held-out pair (first over the pairs of a prompt, then
+    over prompts), and of the best; gold, kl, length, ended; and own_accuracy, how often the implicit reward orders two
+    sampled answers of the policy's own as gold does, beside judge_accuracy, the shipped reward model's on the same
+    pairs (both only at step 0 and at the end)
+data/results/dpo_rounds.csv       each of these policies after one more pass (AGAIN) over as many new rankings: of the
+    small world's answers, of the SFT model's, or of its own
 data/results/dpo_failure_lab.csv  DPO with one planted mistake (minirlhf_course.dpo_failure_lab), and healthy DPO; a row
     a step
 """
@@ -43,17 +44,17 @@ from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.pipeline.folder import hide_loading_bars, load_policy, load_reward_model
 from minirlhf.training import Recorder
 
-CACHE = ROOT / "build" / "figure_13"
+CACHE = ROOT / "build" / "figure_13_dpo"
 SEEDS = (0, 1, 2)
-RANKINGS, EPOCHS, BETAS = 300, 4, (0.02, 0.1, 0.5)
+RANKINGS = 300
 MEASURED = (20, 38, 75, 150)
-PROMPTS, HELD = 200, 100
-ROUND_BETA, ROUND_EPOCHS, ANSWERS_EACH = 0.1, 2, 6
+PROMPTS, HELD, ANSWERS_EACH = 200, 100, 6
 KINDS = ("the world's", "the SFT model's", "its own")
-# Steps of the shipped size; the lab needs few.
-CONFIG = DPOConfig(epochs=EPOCHS, measured_prompts=0)
+# Pushed: a few passes over few rankings, at three times the usual learning rate.
+PUSH = DPOConfig(epochs=4, lr=1e-3, measured_prompts=0)
+AGAIN = replace(PUSH, epochs=1)
 LAB = DPOConfig(epochs=2, measure_every=5, measured_prompts=32)
-LAB_RANKINGS, LAB_SEEDS, HEALTHY_SEEDS = 160, (10, 11), (0, 1, 2, 3, 4)
+LAB_RANKINGS, LAB_SEEDS, HEALTHY_SEEDS = 120, (10, 11), (0, 1, 2)
 LAB_METRICS = (
     "dpo/loss",
     "dpo/accuracy",
@@ -173,16 +174,16 @@ class Measured(Recorder):
             self.rows.append({"step": len(self.history)} | found)
 
 
-def offline(bench: Bench, beta: float, seed: int) -> list[Row]:
-    file, folder = CACHE / f"offline-{beta}-{seed}.json", CACHE / f"offline-{beta}-{seed}"
+def offline(bench: Bench, seed: int) -> list[Row]:
+    file, folder = CACHE / f"offline-{seed}.json", CACHE / f"offline-{seed}"
     if not file.is_file():
         rows = bench.rankings(seed, RANKINGS)
         recorder = Measured(lambda model, last: bench.measure(model, rows, last=last))
-        policy = train_dpo(clone(bench.sft), bench.sft, bench.tokenizer, rows, replace(CONFIG, beta=beta), seed=seed,
+        policy = train_dpo(clone(bench.sft), bench.sft, bench.tokenizer, rows, PUSH, seed=seed,
                            recorder=recorder)  # fmt: skip
         save_model(folder, policy, bench.tokenizer)
         write_json(file, recorder.rows)
-    return [{"beta": beta, "seed": seed} | row for row in json.loads(file.read_text())]
+    return [{"seed": seed} | row for row in json.loads(file.read_text())]
 
 
 def collect(bench: Bench, policy: Any, count: int, seed: int) -> list[Comparison]:
@@ -201,14 +202,13 @@ def collect(bench: Bench, policy: Any, count: int, seed: int) -> list[Comparison
 
 def one_more(bench: Bench, kind: str, seed: int) -> Row:
     def run() -> Row:
-        policy = load_causal_model(CACHE / f"offline-{ROUND_BETA}-{seed}").eval()
+        policy = load_causal_model(CACHE / f"offline-{seed}").eval()
         if kind == "the world's":
             rows = bench.rankings(seed, RANKINGS, skip=RANKINGS)
         else:
             rows = collect(bench, policy if kind == "its own" else bench.sft, RANKINGS, seed)
-        config = replace(CONFIG, beta=ROUND_BETA, epochs=ROUND_EPOCHS)
         quiet = Recorder("dpo", progress=False)
-        policy = train_dpo(policy, bench.sft, bench.tokenizer, rows, config, seed=100 + seed, recorder=quiet)
+        policy = train_dpo(policy, bench.sft, bench.tokenizer, rows, AGAIN, seed=100 + seed, recorder=quiet)
         answers = sum(len(row.responses) for row in rows)
         heldout = bench.ranked(policy, bench.held)["accuracy"]
         return bench.spoken(policy) | bench.own_pairs(policy) | {"heldout_accuracy": heldout, "rankings": len(rows),
@@ -238,11 +238,10 @@ def main() -> None:
     bench = Bench()
     if only in (None, "offline"):
         start = bench.measure(bench.sft, bench.rankings(0, RANKINGS), last=True)
-        rows = [{"beta": "", "seed": "", "step": 0} | start]
-        for beta in BETAS:
-            for seed in SEEDS:
-                rows += offline(bench, beta, seed)
-                print(rows[-1], flush=True)
+        rows = [{"seed": "", "step": 0} | start]
+        for seed in SEEDS:
+            rows += offline(bench, seed)
+            print(rows[-1], flush=True)
         write_table(RESULTS / "dpo_offline.csv", rows)
     if only in (None, "rounds"):
         found = []
