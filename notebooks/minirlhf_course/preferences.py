@@ -45,6 +45,7 @@ def draw_triangle(
     points: Mapping[str, tuple[Tensor, str]],
     paths: Mapping[str, tuple[Tensor, str]],
     title: str = "",
+    lowest: Tensor | None = None,
 ) -> None:
     """Draw a loss over all policies, policies as points and trainings as paths.
 
@@ -55,6 +56,7 @@ def draw_triangle(
         points: name to (probabilities [3], colour).
         paths: name to (probabilities [steps, 3], colour).
         title: above it.
+        lowest: the ends of a line of policies [2, 3] where the loss is lowest, drawn dashed.
     """
     import matplotlib.tri as tri
     import numpy as np
@@ -68,6 +70,8 @@ def draw_triangle(
     levels = values.min() + np.geomspace(0.004, values.max() - values.min(), 12)
     mesh = tri.Triangulation(x, y)
     axes.tricontourf(mesh, values, [values.min() - 1e-9, *levels], cmap="Greys", alpha=0.55)
+    if lowest is not None:
+        axes.plot(*_place(lowest), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="lowest loss")
     axes.plot([0, 1, 0.5, 0], [0, 0, HEIGHT, 0], color=QUIET, linewidth=1)
     for name, (path, colour) in paths.items():
         px, py = _place(path)

@@ -60,7 +60,8 @@ def test_every_method_is_a_line_from_sft_to_its_ringed_last_point():
     figure = draw_methods(made_up())
     left, right = figure.axes
     lines = {line.get_label(): line for line in left.get_lines()}
-    assert list(lines["PPO"].get_xdata()) == [0, 1, 2] and list(lines["PPO"].get_ydata()) == [1.5, 1.6, 2.0]
+    assert list(lines["PPO"].get_xdata()) == pytest.approx([0, 1, 2])
+    assert list(lines["PPO"].get_ydata()) == pytest.approx([1.5, 1.6, 2.0])
     assert lines["best of n"].get_xdata()[0] == 0 and len(lines["best of n"].get_xdata()) == 2
     assert len(left.collections) == 1, "a band only where there are several seeds"
     rings = [line for line in left.get_lines() if line.get_fillstyle() == "none"]

@@ -274,8 +274,8 @@ WRONG = {
          ("(lp[m].sum() - ref[m].sum())", "(lp - ref)[: int(m.nonzero()[-1]) + 1].sum()")),
         ("The padding is in the sum", implicit_row_by_row,
          ("(lp[m].sum() - ref[m].sum())", "(lp - ref)[int(m.nonzero()[0]) :].sum()")),
-        ("Everything is in the sum", implicit_as_trl, ("logprobs * answer_mask\n", "logprobs\n"),
-         ("ref_logprobs * answer_mask\n", "ref_logprobs\n")),
+        ("Everything is in the sum", implicit_as_trl, ("_logps = logprobs * answer_mask", "_logps = logprobs"),
+         ("= ref_logprobs * answer_mask", "= ref_logprobs")),
         ("It is the mean over the answer's tokens", lambda logprobs, ref_logprobs, answer_mask, beta: (
             beta * ((logprobs - ref_logprobs) * answer_mask).sum(1) / answer_mask.sum(1))),
         ("The reference is missing", lambda logprobs, ref_logprobs, answer_mask, beta: (

@@ -82,8 +82,6 @@ WRONG = {
         (34, "Chosen and rejected are swapped", fit_preferences, ("s[:, None] > s", "s[:, None] < s")),
         (34, "The reference is the policy itself", fit_preferences,
          ("log_prob(reference, row", "log_prob(model, row")),
-        (36, "The reward is a mean over all columns", fit_preferences,
-         ("(each * counts).sum(1)", "(each * counts).mean(1)")),
         (36, "The reward is a mean over the answer's tokens", fit_preferences,
          ("(each * counts).sum(1)", "(each * counts).sum(1) / counts.sum(1)")),
         ("-", "EOS is left out", fit_preferences,
