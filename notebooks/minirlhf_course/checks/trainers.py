@@ -45,10 +45,14 @@ class Step:
 
 @dataclass
 class Run:
-    """A trainer's run: the model that it trained, its steps, what it returned, and why it did not end, in words."""
+    """A trainer's run: the model that it trained, its steps, what it returned, and why it did not end, in words.
+
+    `given` are the arguments, the trained model among them; other models are copies of the case's, too.
+    """
 
     model: Any
     start: Any
+    given: tuple[Any, ...]
     steps: list[Step] = field(default_factory=list)
     returned: Any = None
     fault: str = ""
@@ -62,8 +66,8 @@ class Run:
 
 def watch(trainer: Callable[..., Any], args: tuple[Any, ...], arguments: Sequence[str] = ()) -> Run:
     """Run a trainer on a copy of the model, its first argument. A model with hooks goes through transformers."""
-    model, *others = args
-    run = Run(copy.deepcopy(model), model)
+    given = tuple(copy.deepcopy(x) if isinstance(x, nn.Module) else x for x in args)
+    run = Run(given[0], args[0], given)
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     read: list[tuple[int, ...]] = []
 
@@ -91,7 +95,7 @@ def watch(trainer: Callable[..., Any], args: tuple[Any, ...], arguments: Sequenc
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
-            run.returned = trainer(run.model, *others)
+            run.returned = trainer(*given)
         except Exception as error:  # whatever a learner's code may raise becomes the verdict
             run.fault = raised(error, trainer, arguments)
         finally:
@@ -109,6 +113,7 @@ class TrainerExercise(Exercise):
 
     Args:
         loss: of (mistake, model, tokenizer, examples): what the gradient of a batch is of; "" is the right one.
+        reads: how many of the arguments after the examples the loss is given, too.
         mistakes: sentence to the mistake that gives such a gradient.
         rows: the rows that a model reads for one example, by which of them it is; of (tokenizer, example).
         close: what else must be true at the end, of (run, case): what is wrong and what to show of it, or None.
@@ -116,12 +121,13 @@ class TrainerExercise(Exercise):
         bound: what the loss at the end of a case named "memorise" may be of the first, at most.
     """
 
-    loss: Callable[[str, Any, Any, Sequence[Any]], Tensor]
+    loss: Callable[..., Tensor]
     mistakes: Mapping[str, str]
     rows: Callable[[Any, Any], Mapping[Hashable, tuple[int, ...]]]
     again: str
     close: Callable[[Run, Case], tuple[str, str] | None] | None = None
     bound: float = 0.5
+    reads: int = 0
 
     def mark(self, answer: object) -> Verdict:
         """The verdict on a trainer, without printing it."""
@@ -226,12 +232,12 @@ class TrainerExercise(Exercise):
         model = run.at(step)
         model.zero_grad()
         with torch.enable_grad():
-            self._loss_of(model, case, step, mistake).backward()
+            self._loss_of(model, case, step.examples, mistake).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    def _loss_of(self, model: Any, case: Case, step: Step, mistake: str = "") -> Tensor:
-        _, tokenizer, examples, *_ = case.args
-        return self.loss(mistake, model, tokenizer, [examples[n] for n in step.examples])
+    def _loss_of(self, model: Any, case: Case, numbers: Sequence[int], mistake: str = "") -> Tensor:
+        _, tokenizer, examples, *others = case.args
+        return self.loss(mistake, model, tokenizer, [examples[n] for n in numbers], *others[: self.reads])
 
     def _named(self, cases: Sequence[Case], runs: Sequence[Run]) -> str:
         """The sentence of the mistake whose gradient is that of the first step in every case; "" for none."""
@@ -258,7 +264,7 @@ class TrainerExercise(Exercise):
             return "It does not return a list with the loss of every step.", more
         for number, (step, given) in enumerate(zip(run.steps, losses, strict=True), 1):
             with torch.no_grad():
-                right = float(self._loss_of(run.at(step), case, step))
+                right = float(self._loss_of(run.at(step), case, step.examples))
             if not math.isclose(given, right, rel_tol=EXACT, abs_tol=EXACT):
                 more = f"  step {number}: expected {right:.4f}, got {given:.4f}"
                 return "The training is right, and the losses that it returns are not.", more
@@ -266,7 +272,7 @@ class TrainerExercise(Exercise):
         if problem or "memorise" not in case.name:
             return problem
         with torch.no_grad():
-            left = float(self.loss("", run.model, case.args[1], case.args[2]))
+            left = float(self._loss_of(run.model, case, range(len(case.args[2]))))
         if left <= self.bound * losses[0]:
             return None
         return (

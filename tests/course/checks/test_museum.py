@@ -60,6 +60,7 @@ def test_a_right_answer_in_another_hand_passes(check, answer):
         ([7], {17, 23}),
         ([8], {15, 16, 18, 19}),
         ([9], {1, 2, 8, 9, 10, 13, 14, 17}),
+        ([13], {19, 34, 35, 36}),
     ],
 )
 def test_every_bug_of_these_lessons_is_here(lessons, numbers):
