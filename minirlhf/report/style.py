@@ -42,8 +42,8 @@ nav { margin: 28px 0 0; font: 14px/2 var(--sans); }
 nav a { margin-right: 1.3em; white-space: nowrap; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 
-.ladder { display: grid; grid-template-columns: repeat(var(--steps), 1fr); gap: 14px; align-items: end; margin: 28px 0 8px;
-  padding: 0; list-style: none; max-width: none; }
+.ladder { display: grid; grid-template-columns: repeat(var(--steps), 1fr); gap: 14px; align-items: end;
+  margin: 28px 0 8px; padding: 0; list-style: none; max-width: none; }
 .ladder li { position: relative; font: 14px/1.45 var(--sans); }
 .ladder .rung { padding: 12px 14px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px 10px 0 0; border-top: 4px solid var(--colour); }
