@@ -31,8 +31,18 @@ UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 COMMANDED = ("reward",)
 """What runs the user's code: config.json only says what it was, so that no folder of a run can name code to run."""
-PTX = ("ptx_coef", "ptx_batch_size")
-"""Settings of `RLHFConfig` that PPO-ptx alone uses."""
+
+
+def users(group: str, name: str) -> tuple[Method, ...]:
+    """The methods that use a setting of a group of `SETTINGS`.
+
+    Example:
+        >>> users("rlhf", "beta"), users("rlhf", "ptx_coef")
+        (('ppo', 'ppo_ptx'), ('ppo_ptx',))
+    """
+    if group == "rlhf" and name in ("ptx_coef", "ptx_batch_size"):
+        return ("ppo_ptx",)
+    return tuple(method for method in METHODS if SETTINGS[method] == group)
 
 
 @dataclass(frozen=True)
@@ -129,12 +139,9 @@ class RunConfig(Settings, option=""):
         """
         usual = preset(self.preset, lora=self.lora.rank is not None)
         for group in dict.fromkeys(SETTINGS.values()):
-            methods = [method for method in METHODS if SETTINGS[method] == group]
-            used = [method for method in methods if method in self.method]
             for one in fields(getattr(self, group)):
-                given = getattr(getattr(self, group), one.name)
-                needed = methods if one.name not in PTX or group != "rlhf" else ["ppo_ptx"]
-                if given != getattr(getattr(usual, group), one.name) and not set(needed) & set(used):
+                given, needed = getattr(getattr(self, group), one.name), users(group, one.name)
+                if given != getattr(getattr(usual, group), one.name) and not set(needed) & set(self.method):
                     option = f"--{group}.{one.name}".replace("_", "-")
                     raise UserError(f"{option} {given}: not used without --method {' or '.join(needed)}")
 

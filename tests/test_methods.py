@@ -90,7 +90,7 @@ def test_report_and_table_know_them(finished: Path) -> None:
     for example in json.loads((finished / "answers.json").read_text()):
         assert set(example["answers"]) == {"base", "sft", *OTHERS}
     page = (finished / "report.html").read_text()
-    text = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page.split("</style>")[1]))
+    text = re.sub(r"\s+", " ", re.sub("<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
     for shown in ("The six steps", "The same prompts, five answers", "Step 3: RLOO, GRPO and DPO", "all five models"):
         assert shown in text
     for shown in ("policy, reference and reward model", "that RLOO and GRPO were trained to please", "DPO wants it"):
@@ -262,7 +262,8 @@ def test_the_reward_of_the_page_is_right(tmp_path: Path) -> None:
     ]
     best = [gold.best_answer(prompt) for prompt in prompts]
     assert right(prompts, best) == [1.0] * len(prompts)
-    assert sum(right(prompts, best[1:] + best[:1])) == 0
+    others = [re.sub("the (fox|king) hid the key .*? \\.", "the owl hid the key in a pond .", text) for text in prompts]
+    assert right(prompts, [gold.best_answer(text) for text in others]) == [0.0] * len(prompts)
     who, where = prompts[:2]
     wrong = ["the fox . the king .", "the owl hid the key .", "in a tree .", "", "sure , gladly !"]
     assert right([who] * 5, wrong) == [0.0] * 5 and right([who], ["the fox ."]) == [1.0]

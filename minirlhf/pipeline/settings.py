@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_folder
-from minirlhf.config import METHODS, SETTINGS, UNSAVED, RunConfig
+from minirlhf.config import METHODS, SETTINGS, UNSAVED, RunConfig, users
 from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
 from minirlhf.language.adapters import LoraConfig
@@ -152,7 +152,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
 
     Args:
         out: the run's folder; it need not exist.
-        settings: made by `settings_of`.
+        settings: made by `settings_of`; those of methods that are not trained are set to what they were.
 
     Returns:
         Whether any differs, so that config.json has to be written again (a new run: True).
@@ -166,8 +166,9 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in own for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    unused = {SETTINGS[method]: settings[SETTINGS[method]] for method in METHODS}  # nothing was trained with them
-    old_settings = LATER | unused | read_settings(out)
+    of_methods = {group: settings[group] for group in SETTINGS.values()}  # an older run was trained with none of them
+    old_settings = LATER | of_methods | read_settings(out)
+    _keep_unused(settings, old_settings)
     if old_settings.get("previous") is not None and settings["previous"] is None:
         raise CheckpointError(
             f"{out}: a round after {old_settings['previous']}; continue it with the minirlhf round that began it, or "
@@ -196,6 +197,14 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
     return bool(differences) or moved
 
 
+def _keep_unused(settings: dict[str, Any], old: dict[str, Any]) -> None:
+    """Settings of methods that are not trained (any more) stay as they were: their models may stand in the folder."""
+    for group in SETTINGS.values():
+        for name in settings[group]:
+            if not set(users(group, name)) & set(settings["method"]):
+                settings[group][name] = old[group].get(name, settings[group][name])
+
+
 def steps_of(name: str) -> tuple[str, ...]:
     """The steps whose weights a setting changes: its own and those that start from them.
 
@@ -210,8 +219,6 @@ def steps_of(name: str) -> tuple[str, ...]:
     # a method that is added is trained, and the model of one that is left out stays where it is.
     if section in ("evaluation", "preset", "data", "method"):
         return ()
-    if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
-        return ("ppo_ptx",)
     if section == "lora":
         return STEPS[1:]
     if section in ("comparisons", "reward", "given_reward_model", "reward_model"):
@@ -220,7 +227,7 @@ def steps_of(name: str) -> tuple[str, ...]:
     if section == "side_by_side":
         return METHODS
     if section in SETTINGS.values():
-        return tuple(method for method in METHODS if SETTINGS[method] == section)
+        return users(section, name.partition(".")[2])
     return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
 
 

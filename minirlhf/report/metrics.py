@@ -17,7 +17,7 @@ METRICS = {
     "objective/score": Metric(
         "Score by the reward model (proxy)",
         "proxy score",
-        "What the policy is trained to raise. That it rises says nothing about the answers yet.",
+        "What the policy is trained to raise. It should rise, but that alone says nothing about the answers.",
     ),
     "objective/gold": Metric(
         "Gold score of the same answers",

@@ -19,13 +19,13 @@ STORY = {
     "reward_model": "Learned from rankings which answers labelers prefer. It judges; it doesn’t write.",
     "ppo": "Tried answers of its own and kept what the judge liked.",
     "ppo_ptx": "PPO with some corpus text mixed in so as not to forget it.",
-    "rloo": "Tried several answers to each prompt: each had to beat the mean of the others.",
-    "grpo": "The same, measured by how much the scores of these answers vary.",
-    "dpo": "Learned from the rankings themselves, without a judge and without trying answers.",
+    "rloo": "Tried several answers to each prompt; each had to beat the others’ mean.",
+    "grpo": "The same, in units of how much their scores vary.",
+    "dpo": "Learned straight from the rankings, without a judge.",
 }
 ALONE = {
     "ppo_ptx": "Tried answers of its own and kept what the judge liked, with some corpus text mixed in.",
-    "grpo": "Tried several answers to each prompt: each had to beat their mean, measured by how much they vary.",
+    "grpo": "Tried several answers to each prompt; each had to beat their mean, in units of how much they vary.",
 }
 """What is told where the step before, which the story above refers to, isn't there."""
 BEFORE = {"ppo_ptx": "ppo", "grpo": "rloo"}
@@ -50,13 +50,15 @@ def ladder(run: Run) -> str:
             share = (means[name] - low) / (high - low) if high > low else 0.0
             value = f"{score} {number(means[name])}"
             stair = f'<div class="stair" style="--rise:{8 + RISE * share:.0f}px;--share:{8 + 92 * share:.0f}%"></div>'
+        css += " other" if name in run.methods[1:] else ""
         items.append(
             f'<li class="{css}"><div class="rung"><b>{NAMES[name]}</b>{story}<span class="value">{value}</span></div>'
             f"{stair}</li>"
         )
     top = f" The best possible answers would score {number(best)}." if best is not None else ""
     note = f"<p>The height of a stair is its model’s mean {score} on held-out prompts.{top}</p>"
-    return f'<ol class="ladder" style="--steps:{len(steps)}">{"".join(items)}</ol>\n{note}'
+    many = " many" if len(steps) > 5 else ""
+    return f'<ol class="ladder{many}" style="--steps:{len(steps)}">{"".join(items)}</ol>\n{note}'
 
 
 def _columns(run: Run) -> dict[str, str]:
@@ -121,15 +123,16 @@ def costs(run: Run) -> str:
     ]
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("method", "training, s", "models", "in memory"))
-    dpo = " DPO asks its reference once about every answer, before the first step." if "dpo" in held else ""
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("method", "training, s", "models"))
+    head += '<th scope="col" class="told">in memory</th>'
+    dpo = " DPO computes its reference’s log-probabilities once, before the first step." if "dpo" in held else ""
     beside = " Methods that were trained at the same time had half of the threads each." * bool(
         run.report.get("side_by_side")
     )
     return (
         '<h3>What each method took</h3>\n<div class="wide" tabindex="0" role="region" aria-label="Costs"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>\n"
-        f"<p>Only the policy and a value network are trained; the others are asked.{dpo}{beside}</p>"
+        f"<p>Policy and value network are trained; the others never change.{dpo}{beside}</p>"
     )
 
 
@@ -164,10 +167,11 @@ def _example(row: Row, run: Run) -> str:
     top = max(totals.values())
     winners = [name for name, total in totals.items() if total == top]
     best = f'<span class="best">best reachable: {number(row["best"])}</span>' if row.get("best") is not None else ""
+    shown = len(totals) if len(totals) < 5 else -(-len(totals) // 2)  # in a row
     cards = "".join(_card(name, row["answers"][name], run.is_gold, won=winners == [name]) for name in totals)
     return (
         f'<article class="example"><h3><q>{escape(readable(row["prompt"]))}</q>{best}</h3>'
-        f'<div class="answers" style="--shown:{min(len(totals), 4)}">{cards}</div></article>'
+        f'<div class="answers" style="--shown:{shown}">{cards}</div></article>'
     )
 
 

@@ -42,6 +42,9 @@ THEMED = {
 }
 
 
+FROM_ZERO = ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta", "objective/equal_groups")
+
+
 class Plot(NamedTuple):
     """One plot of the page."""
 
@@ -210,7 +213,7 @@ def _method_plot(run: Run, key: str, metric: Metric) -> Plot | None:
             # An untrained critic can begin at -20 and would flatten all the rest.
             axes.set_ylim(max(-1.2, axes.get_ylim()[0]), 1.03)
         healthy_range(axes, key, start=next(iter(curves.values()))[0])
-        if key in ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta"):
+        if key in FROM_ZERO:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         label_axes(axes, "training step" if alike else "share of the training, %", metric.unit)
         axes.legend(loc="best", ncols=2, handlelength=2.8)

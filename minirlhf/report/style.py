@@ -49,11 +49,15 @@ nav a:hover { text-decoration: underline; }
   border-radius: 10px 10px 0 0; border-top: 4px solid var(--colour); }
 .ladder .stair { height: var(--rise); background: var(--colour); opacity: .85; border-radius: 0 0 4px 4px; }
 .ladder .judge .rung { border: 1.5px dashed var(--colour); border-radius: 10px; margin-bottom: 34px; }
-@media (min-width: 901px) { .ladder .rung { min-height: 158px; } } /* equal, so that only the stairs differ */
+@media (min-width: 901px) { /* equal, so that only the stairs differ */
+  .ladder .rung { min-height: 158px; }
+  .ladder.many .rung { min-height: 210px; }
+}
 .ladder b { display: block; font-size: 16px; }
 .ladder .value { display: block; margin-top: 6px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .ladder li + li::before { content: "→"; position: absolute; left: -15px; top: 34px; width: 16px; text-align: center;
   color: var(--quiet); font-size: 15px; }
+.ladder li.other::before { content: "or"; font-size: 12px; }
 .base { --colour: var(--c-base); } .sft { --colour: var(--c-sft); } .reward-model { --colour: var(--c-reward-model); }
 .ppo { --colour: var(--c-ppo); } .ppo-ptx { --colour: var(--c-ppo-ptx); }
 .rloo { --colour: var(--c-rloo); } .grpo { --colour: var(--c-grpo); } .dpo { --colour: var(--c-dpo); }
@@ -112,7 +116,7 @@ blockquote { flex: 1; margin: 8px 0 12px; font-size: 16px; line-height: 1.45; wh
 
 details { margin: 18px 0; font: 14px/1.5 var(--sans); }
 summary { cursor: pointer; font-weight: 600; }
-.told { text-align: left; white-space: normal; }
+td.told, thead .told { text-align: left; white-space: normal; }
 .facts th { font-weight: 500; color: var(--quiet); } .facts td { text-align: left; white-space: normal;
   overflow-wrap: anywhere; }
 footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line); font: 14px/1.5 var(--sans);
@@ -125,6 +129,7 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line);
   .ladder .judge .rung { border-radius: 10px; }
   .ladder .stair { height: 8px; width: var(--share); }
   .ladder li + li::before { content: "↓"; left: 22px; top: -23px; }
+  .ladder li.other::before { content: "or"; }
 }
 @media (max-width: 640px) {
   main { padding: 32px 18px 48px; }
