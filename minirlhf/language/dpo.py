@@ -132,10 +132,12 @@ def train_dpo(
             parts = (part.to(policy.device) for part in (*padded, *_ranks([comparisons[row] for row in chosen])))
             yield chosen, _Answers(*parts), weight
 
+    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
+    batches = [epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo") for step in range(total)]
     parallel.shard(policy, reference)
     known: list[tuple[int, Tensor]] = []
     with torch.no_grad():
-        for chosen, answers, _ in shares(list(range(len(comparisons)))):
+        for chosen, answers, _ in shares(sorted({row for batch in batches for row in batch})):
             each = response_logprobs(reference, answers.tokens, answers.mask, answers.response_mask)
             counts = answers.by_prompt(answers.response_mask.sum(1)).sum(1)
             known += zip(chosen, each[answers.response_mask].cpu().split(counts.tolist()), strict=True)
@@ -143,14 +145,13 @@ def train_dpo(
 
     optimizer = adamw(policy, config.lr)
     recorder.track({"policy": policy}, {"policy": optimizer})
-    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
     for step in recorder.steps(total):
         sampled: dict[str, float] = {}
         if asked and config.measured_prompts and (step % config.measure_every == 0 or step == total - 1):
             rows = epoch_batch(len(asked), config.measured_prompts, step, seed, "dpo/measure")
             prompts = [comparisons[asked[row]].prompt for row in rows]
             sampled = _sampled(policy, reference, tokenizer, prompts, config, seed, step, monitor)
-        batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo")
+        batch = batches[step]
         counted = max(1, sum(ranked[row] for row in batch))
         teaching = [row for row in batch if ranked[row]]
         best_tokens = max(1, sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in teaching))

@@ -1,4 +1,4 @@
-"""Ship a run of PPO and PPO-ptx: its five models as one small folder of checkpoints that lessons and small projects start from.
+"""Ship a run of PPO and PPO-ptx: its five models as a small folder of checkpoints that lessons and projects start from.
 
     python -m minirlhf_course.export runs/checkpoints data/checkpoints
 
