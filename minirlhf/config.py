@@ -108,8 +108,9 @@ class RunConfig(Settings, option=""):
     """Step 3: RLOO (--method rloo)."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     """Step 3: GRPO (--method grpo)."""
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    """Step 3: DPO (--method dpo), on the comparisons that the reward model learns from."""
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(epochs=0.75))
+    """Step 3: DPO (--method dpo), on the comparisons that the reward model learns from: on as many of the small world's
+    as PPO has time for."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measurements at the end."""
 
@@ -194,8 +195,8 @@ def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
 
     config: RunConfig = filled(RunConfig(), settings)
     data, previous = (Path(path) if path is not None else None for path in (config.data, config.previous))
-    lists = {"method": tuple(config.method), "comparisons": tuple(map(Path, config.comparisons))}
-    return replace(config, out=out, data=data, previous=previous, **lists)
+    method, comparisons = tuple(config.method), tuple(map(Path, config.comparisons))
+    return replace(config, out=out, data=data, previous=previous, method=method, comparisons=comparisons)
 
 
 def preset(name: PresetName, *, lora: bool = False) -> RunConfig:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from minirlhf_course.world import GoldLabeler, World
+from safetensors.torch import load_file
 
 from minirlhf.checkpoints import load_state, save_state
 from minirlhf.cli import main
@@ -181,6 +185,36 @@ def test_a_reward_function_is_for_those_that_ask_it(tmp_path: Path, fast_run, re
     held = report_of(tmp_path / "run")["models_held"]
     assert held == {"rloo": ["policy", "reference"], "dpo": ["policy", "reference"]}
     assert not (tmp_path / "run" / "reward_model").exists()
+
+
+def test_adapters_in_bfloat16_with_layers_computed_again(tmp_path: Path, fast_run, make_causal, tokenizer) -> None:
+    make_causal("llama", seed=5).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--lora.rank", "2", "--precision", "bfloat16"]
+    out, own = tmp_path / "run", options(*OTHERS)
+    del own[own.index("--base.steps") : own.index("--base.steps") + 2]
+    assert main(fast_run(out, *given, "--gradient-checkpointing", *own)) == 0
+    kept = [load_file(out / name / "adapter_model.safetensors") for name in ("sft", *OTHERS)]
+    for adapter in kept[1:]:
+        assert adapter.keys() == kept[0].keys() and any(not adapter[key].equal(kept[0][key]) for key in adapter)
+    for name in ("rloo", "grpo"):
+        assert rows(out, name)[0]["policy/first_ratio_error"] < 0.05
+
+
+@pytest.mark.slow
+def test_two_at_a_time_is_the_same_as_one_after_the_other(finished: Path, run: Path, fast_run) -> None:
+    for name in OTHERS:
+        shutil.rmtree(run / name)
+    (run / "report.json").unlink()
+    command = [sys.executable, "-m", "minirlhf.cli", *fast_run(run, *options(*OTHERS))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(run, *OTHERS) == weights(finished, *OTHERS)
+    report = report_of(run)
+    assert report["side_by_side"] == [["rloo", "grpo"]] and "RLOO and GRPO at the same time" in done.stdout
+    seconds = report["seconds"]
+    apart = sum(spent for part, spent in seconds.items() if part != "total")
+    assert seconds["total"] == pytest.approx(apart - min(seconds["rloo"], seconds["grpo"]))
 
 
 @pytest.mark.parametrize(
