@@ -221,7 +221,7 @@ def preset(name: PresetName, *, lora: bool = False) -> RunConfig:
         rlhf=RLHFConfig(steps=6, batch_size=32, minibatch_size=16, ptx_coef=0.3, ptx_batch_size=4),
         rloo=RLOOConfig(steps=6, batch_size=32, minibatch_size=16),
         grpo=GRPOConfig(steps=6, batch_size=32, minibatch_size=16),
-        dpo=DPOConfig(epochs=0.1),
+        dpo=DPOConfig(epochs=0.05),
         evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
     )
 
@@ -247,6 +247,6 @@ def _pretrained(config: RunConfig, faster: float) -> RunConfig:
         rlhf=RLHFConfig(**sampled, lr=3e-6 * faster, value_lr=1e-5 * faster, beta=0.05, ptx_coef=0.05),
         rloo=RLOOConfig(**sampled, lr=1e-6 * faster, beta=0.05),
         grpo=GRPOConfig(**sampled, lr=1e-6 * faster, group_size=8),
-        dpo=DPOConfig(batch_size=64, lr=5e-7 * faster, max_response_tokens=256),
+        dpo=DPOConfig(batch_size=64, lr=5e-7 * faster, beta=0.1, max_response_tokens=256),
         evaluation=EvaluationConfig(prompts=256, max_response_tokens=256, batch_size=64, corpus_blocks=64),
     )

@@ -68,7 +68,7 @@ METRICS = {
     "dpo/accuracy": Metric(
         "Pairs that DPO orders as the labeler did",
         "share of pairs",
-        "By the reward that the policy has by itself: how much likelier it has made an answer. 0.5 at the start.",
+        "By the reward that the policy has by itself: how much likelier it has made an answer. About 0.5 at the start.",
     ),
     "dpo/margin": Metric(
         "Margin between the better and the worse answer",
@@ -78,7 +78,7 @@ METRICS = {
     "dpo/best_logprob": Metric(
         "Log-probability of the best answer",
         "nats per answer",
-        "DPO wants it to fall less than that of the worse ones, and so it may fall.",
+        "DPO only compares it with that of the worse answers: both may fall, if they fall more.",
     ),
     "objective/beta": Metric(
         "KL coefficient beta",
