@@ -58,7 +58,7 @@ from minirlhf.language.pretraining import PretrainingConfig, blocks_of, corpus_l
 from minirlhf.language.sft import SFTConfig
 from minirlhf.language.tokenization import encode_prompts, encode_responses, encode_texts, load_tokenizer
 from minirlhf.pipeline import run_pipeline
-from minirlhf.pipeline.folder import STEPS, hide_loading_bars, load_policy
+from minirlhf.pipeline.folder import hide_loading_bars, load_policy, steps_of_run
 from minirlhf.pipeline.inputs import find_data, load_inputs
 from minirlhf.pipeline.steps import train_step
 
@@ -107,7 +107,7 @@ def train(size: str, seed: int) -> None:
         sys.exit(f"{config.out}: made with other settings than this script has now; delete the folder")
     write_json(file, settings)
     inputs = load_inputs(config, find_data(config))
-    for step in STEPS:
+    for step in steps_of_run(config):
         if (config.out / step).is_dir():
             verify_model(config.out / step)
         elif step == "reward_model":

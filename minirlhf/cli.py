@@ -32,7 +32,7 @@ commands:
   chat       type an instruction and compare the answers of a run's models
   evaluate   evaluate one policy of a run on the held-out prompts
   label      rank answers of a run's policy; the rankings are comparisons to train on
-  round      train the reward model on more rankings, and PPO on from where a run ended
+  round      train the reward model on more rankings, and the policies on from where a run ended
   export     write a model of a run as a plain folder of transformers, its adapter merged
   world      write a data folder with known ground truth: the small world or another installed world
 
@@ -76,8 +76,9 @@ class EvaluateConfig(Settings, option=""):
 
     run: Path = Path("runs/default")
     """Folder of a finished run: supplies the data, the judge and the SFT model to compare with."""
-    checkpoint: str = "ppo_ptx"
-    """A policy of the run (base, sft, ppo, ppo_ptx) or the folder of a causal model with the same vocabulary."""
+    checkpoint: str | None = None
+    """A policy of the run (base, sft, ppo, ppo_ptx, rloo, grpo, dpo) or the folder of a causal model with the same
+    vocabulary; default: of its methods, the last in this list."""
     prompts: Count | None = None
     """Held-out prompts to answer; default, here and below: as in the run's evaluation."""
     temperature: Temperature | None = None
@@ -100,8 +101,8 @@ class ExportConfig(Settings, option=""):
     """Folder to write; must be empty or not exist yet."""
     run: Path = Path("runs/default")
     """Folder of a run."""
-    step: str = "ppo_ptx"
-    """base, sft, reward_model, ppo or ppo_ptx."""
+    step: str | None = None
+    """base, sft, reward_model, ppo, ppo_ptx, rloo, grpo or dpo; default: of its methods, the last in this list."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class LabelConfig(Settings, option=""):
     data: Path | None = None
     """Folder whose training prompts are answered; default: the run's."""
     policy: str | None = None
-    """base, sft, ppo or ppo_ptx; default: the newest one that is finished."""
+    """base, sft, ppo, ppo_ptx, rloo, grpo or dpo; default: the last of these that is finished."""
     prompts: Count = 20
     """Prompts to rank answers for."""
     answers: Count = 4
@@ -130,7 +131,7 @@ class LabelConfig(Settings, option=""):
 
 @dataclass(frozen=True)
 class RoundConfig(Settings, option=""):
-    """Steps 2 and 3 once more: the reward model on old and new rankings, PPO on from the policies of a run."""
+    """Steps 2 and 3 once more: the reward model on old and new rankings, its methods on from the policies of a run."""
 
     run: Path
     """Folder of a finished run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
@@ -12,7 +12,9 @@ import tyro
 from minirlhf.data import DataErrors
 from minirlhf.errors import UserError
 from minirlhf.language.adapters import LoraConfig
+from minirlhf.language.dpo import DPOConfig
 from minirlhf.language.evaluation import EvaluationConfig
+from minirlhf.language.grpo import GRPOConfig, RLOOConfig
 from minirlhf.language.models import ModelConfig
 from minirlhf.language.pretraining import PretrainingConfig
 from minirlhf.language.reward_model import RewardModelConfig
@@ -21,15 +23,31 @@ from minirlhf.language.sft import SFTConfig
 from minirlhf.settings import NotNegative, Seed, Settings, whole
 
 PresetName = Literal["fast", "default", "pretrained"]
+Method = Literal["ppo", "ppo_ptx", "rloo", "grpo", "dpo"]
+METHODS: tuple[Method, ...] = get_args(Method)
+SETTINGS = {"ppo": "rlhf", "ppo_ptx": "rlhf", "rloo": "rloo", "grpo": "grpo", "dpo": "dpo"}
+"""The field of `RunConfig` with the settings of each method."""
 UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 COMMANDED = ("reward",)
 """What runs the user's code: config.json only says what it was, so that no folder of a run can name code to run."""
 
 
+def users(group: str, name: str) -> tuple[Method, ...]:
+    """The methods that use a setting of a group of `SETTINGS`.
+
+    Example:
+        >>> users("rlhf", "beta"), users("rlhf", "ptx_coef")
+        (('ppo', 'ppo_ptx'), ('ppo_ptx',))
+    """
+    if group == "rlhf" and name in ("ptx_coef", "ptx_batch_size"):
+        return ("ppo_ptx",)
+    return tuple(method for method in METHODS if SETTINGS[method] == group)
+
+
 @dataclass(frozen=True)
 class RunConfig(Settings, option=""):
-    """The whole pipeline: base model, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
+    """The whole pipeline: base model, SFT, reward model, one policy for each method, evaluation and report."""
 
     data: Path | None = None
     """Folder of JSON lines or parquet, a file of comparisons, or hub:OWNER/NAME; default: the small world."""
@@ -49,6 +67,8 @@ class RunConfig(Settings, option=""):
     """A reward model (folder or hub name of a sequence classifier with one label) in place of step 2."""
     reward: str | None = None
     """FILE.py:FUNCTION in place of step 2; called with lists of prompts and responses, returns one score each."""
+    method: tuple[Method, ...] = ("ppo", "ppo_ptx")
+    """Step 3: how to train policies from the SFT model, one for each method named (see docs/methods.md)."""
     seed: Seed = 0
     """Random seed for weights, data order and sampling."""
     preset: PresetName = "default"
@@ -67,7 +87,7 @@ class RunConfig(Settings, option=""):
     allow_shared_rows: bool = False
     """Train although more than 5 % of the held-out rows are in the training files too."""
     side_by_side: bool = True
-    """On a CPU with at least two threads, train PPO and PPO-ptx at the same time, with half of the threads each."""
+    """On a CPU with at least two threads, train the methods two at a time, with half of the threads each."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the models compute in. Weights that are trained are float32 in either case."""
     gradient_checkpointing: bool = False
@@ -83,12 +103,20 @@ class RunConfig(Settings, option=""):
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """Step 2: the reward model."""
     rlhf: RLHFConfig = field(default_factory=lambda: RLHFConfig(ptx_coef=0.05))
-    """Step 3: PPO. Trains one policy with ptx_coef 0 (PPO) and one with the ptx_coef given here (PPO-ptx)."""
+    """Step 3: PPO. Trains one policy with ptx_coef 0 (ppo) and one with the ptx_coef given here (ppo_ptx)."""
+    rloo: RLOOConfig = field(default_factory=RLOOConfig)
+    """Step 3: RLOO (--method rloo)."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Step 3: GRPO (--method grpo)."""
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(epochs=0.75))
+    """Step 3: DPO (--method dpo), on the comparisons that the reward model learns from: on as many of the small world's
+    as PPO has time for."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measurements at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_method()
         if self.given_reward_model is not None and self.reward is not None:
             raise UserError("--reward-model and --reward both take the place of step 2; leave one out")
         if self.lora.rank is not None and self.pretrained is None and self.previous is None:
@@ -96,6 +124,34 @@ class RunConfig(Settings, option=""):
         if self.shard and self.lora.rank is not None:
             raise UserError("--shard: not with --lora.rank, whose body is whole in every process; leave one out")
         self._check_unused()
+
+    def _check_method(self) -> None:
+        if not self.method or not set(self.method) <= set(METHODS):
+            raise UserError(f"--method {' '.join(self.method)}: name one or more of {', '.join(METHODS)}")
+        if self.reward is not None and set(self.method) == {"dpo"}:
+            raise UserError(
+                f"--reward {self.reward}: DPO learns from the comparisons and calls no reward; leave it out, or name "
+                "another method too"
+            )
+
+    def check_unused_methods(self) -> None:
+        """Refuse the settings of methods that aren't trained: they would have no effect.
+
+        Raises:
+            UserError: names the option.
+        """
+        usual = preset(self.preset, lora=self.lora.rank is not None)
+        for group in dict.fromkeys(SETTINGS.values()):
+            for one in fields(getattr(self, group)):
+                given, needed = getattr(getattr(self, group), one.name), users(group, one.name)
+                if given != getattr(getattr(usual, group), one.name) and not set(needed) & set(self.method):
+                    option = f"--{group}.{one.name}".replace("_", "-")
+                    raise UserError(f"{option} {given}: not used without --method {' or '.join(needed)}")
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods in the order in which they are trained, each once."""
+        return tuple(method for method in METHODS if method in self.method)
 
     @property
     def pretrained(self) -> str | None:
@@ -141,7 +197,8 @@ def config_from_dict(settings: dict[str, Any], out: Path) -> RunConfig:
 
     config: RunConfig = filled(RunConfig(), settings)
     data, previous = (Path(path) if path is not None else None for path in (config.data, config.previous))
-    return replace(config, out=out, data=data, previous=previous, comparisons=tuple(map(Path, config.comparisons)))
+    method, comparisons = tuple(config.method), tuple(map(Path, config.comparisons))
+    return replace(config, out=out, data=data, previous=previous, method=method, comparisons=comparisons)
 
 
 def preset(name: PresetName, *, lora: bool = False) -> RunConfig:
@@ -164,6 +221,9 @@ def preset(name: PresetName, *, lora: bool = False) -> RunConfig:
         sft=SFTConfig(epochs=0.5),
         reward_model=RewardModelConfig(epochs=0.1),
         rlhf=RLHFConfig(steps=6, batch_size=32, minibatch_size=16, ptx_coef=0.3, ptx_batch_size=4),
+        rloo=RLOOConfig(steps=6, batch_size=32, minibatch_size=16),
+        grpo=GRPOConfig(steps=6, batch_size=32, minibatch_size=16),
+        dpo=DPOConfig(epochs=0.05),
         evaluation=EvaluationConfig(prompts=64, corpus_blocks=32, examples=6),
     )
 
@@ -175,6 +235,7 @@ def _pretrained(config: RunConfig, faster: float) -> RunConfig:
         config: the defaults.
         faster: adapters are trained with ten times the learning rate of full fine-tuning (Schulman et al. 2025).
     """
+    sampled: Any = {"steps": 200, "batch_size": 256, "warmup": 10, "max_response_tokens": 256, "cache_tokens": 32_768}
     return replace(
         config,
         out=Path("runs/pretrained"),
@@ -185,16 +246,9 @@ def _pretrained(config: RunConfig, faster: float) -> RunConfig:
         base=PretrainingConfig(block_length=512),
         sft=SFTConfig(batch_size=32, lr=1e-5 * faster, warmup=10, weight_decay=0.0),
         reward_model=RewardModelConfig(batch_size=64, lr=1e-5 * faster, weight_decay=0.0),
-        rlhf=RLHFConfig(
-            steps=200,
-            batch_size=256,
-            lr=3e-6 * faster,
-            value_lr=1e-5 * faster,
-            warmup=10,
-            beta=0.05,
-            max_response_tokens=256,
-            ptx_coef=0.05,
-            cache_tokens=32_768,
-        ),
+        rlhf=RLHFConfig(**sampled, lr=3e-6 * faster, value_lr=1e-5 * faster, beta=0.05, ptx_coef=0.05),
+        rloo=RLOOConfig(**sampled, lr=1e-6 * faster, beta=0.05),
+        grpo=GRPOConfig(**sampled, lr=1e-6 * faster, group_size=8),
+        dpo=DPOConfig(batch_size=64, lr=5e-7 * faster, beta=0.1, max_response_tokens=256),
         evaluation=EvaluationConfig(prompts=256, max_response_tokens=256, batch_size=64, corpus_blocks=64),
     )

@@ -14,9 +14,10 @@ import pytest
 
 from minirlhf.errors import CheckpointError
 from minirlhf.report import plotting, summary_table, write_report
-from minirlhf.report.read import STEPS, load_run
+from minirlhf.report.read import load_run
 from minirlhf.report.text import duration, findings, headline, interval, number, parameters, percent, readable
 
+STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
 PHASES = ("preparation", *STEPS, "evaluation", "total")
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

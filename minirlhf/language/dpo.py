@@ -9,6 +9,7 @@ the model once and all their pairs are one batch element. The reference's log-pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from minirlhf import parallel
 from minirlhf.data import Comparison
+from minirlhf.language.forward import context_of
 from minirlhf.language.generation import end_ids, sample_by_rank
 from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.reward_model import encode_comparisons
@@ -68,7 +70,7 @@ class DPOConfig(Settings, option="dpo"):
     measure_every: Count = 25
     """Steps between two samples of answers, for the KL to the reference, the length and the monitor."""
     measured_prompts: CountOrZero = 32
-    """Prompts that are answered then; 0 for none."""
+    """Prompts that are answered then, of those that leave room for an answer; 0 for none."""
     max_response_tokens: Count = 40
     """Maximum tokens per answer of these samples."""
 
@@ -111,6 +113,8 @@ def train_dpo(
     encoded = encode_comparisons(tokenizer, comparisons)
     starts = [len(prompt) for prompt in encode_prompts(tokenizer, [row.prompt for row in comparisons])]
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]  # a prompt takes K rows of its longest answer
+    context = context_of(policy) or math.inf
+    asked = [row for row, start in enumerate(starts) if start + config.max_response_tokens <= context]
     ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
     policy.eval()  # no dropout: a run depends only on its seed, and resumes bit for bit
     reference.eval()
@@ -128,10 +132,12 @@ def train_dpo(
             parts = (part.to(policy.device) for part in (*padded, *_ranks([comparisons[row] for row in chosen])))
             yield chosen, _Answers(*parts), weight
 
+    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
+    batches = [epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo") for step in range(total)]
     parallel.shard(policy, reference)
     known: list[tuple[int, Tensor]] = []
     with torch.no_grad():
-        for chosen, answers, _ in shares(list(range(len(comparisons)))):
+        for chosen, answers, _ in shares(sorted({row for batch in batches for row in batch})):
             each = response_logprobs(reference, answers.tokens, answers.mask, answers.response_mask)
             counts = answers.by_prompt(answers.response_mask.sum(1)).sum(1)
             known += zip(chosen, each[answers.response_mask].cpu().split(counts.tolist()), strict=True)
@@ -139,14 +145,13 @@ def train_dpo(
 
     optimizer = adamw(policy, config.lr)
     recorder.track({"policy": policy}, {"policy": optimizer})
-    total = max(1, round(config.epochs * len(comparisons) / config.batch_size))
     for step in recorder.steps(total):
         sampled: dict[str, float] = {}
-        if config.measured_prompts and (step % config.measure_every == 0 or step == total - 1):
-            rows = epoch_batch(len(comparisons), config.measured_prompts, step, seed, "dpo/measure")
-            prompts = [comparisons[row].prompt for row in rows]
+        if asked and config.measured_prompts and (step % config.measure_every == 0 or step == total - 1):
+            rows = epoch_batch(len(asked), config.measured_prompts, step, seed, "dpo/measure")
+            prompts = [comparisons[asked[row]].prompt for row in rows]
             sampled = _sampled(policy, reference, tokenizer, prompts, config, seed, step, monitor)
-        batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "dpo")
+        batch = batches[step]
         counted = max(1, sum(ranked[row] for row in batch))
         teaching = [row for row in batch if ranked[row]]
         best_tokens = max(1, sum(len(encoded[row][_best(comparisons[row])]) - starts[row] for row in teaching))

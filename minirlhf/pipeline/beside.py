@@ -1,7 +1,7 @@
 """Train one step of a run in its own process, in parallel with another step.
 
 Models of this size keep one core busy, but hardly two: on two cores, two trainings in parallel take little longer than
-one. PPO and PPO-ptx both start from the SFT model and the reward model and don't need each other.
+one. The methods of step 3 all start from the SFT model and the reward model and don't need each other.
 
 The child reads its settings from the run's config.json. It exits when its parent does, for whatever reason: the parent
 holds the other end of its standard input.
@@ -41,7 +41,7 @@ child()
 
 
 @contextlib.contextmanager
-def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> Iterator[None]:
+def step_beside(config: RunConfig, step: str, other: str, threads: int, progress: bool) -> Iterator[None]:
     """Train one step of a run in another process while the ``with`` body runs, then wait for it.
 
     If the body fails or Ctrl-C is pressed, the child is terminated; its step resumes when the run does. If the child
@@ -50,6 +50,7 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
     Args:
         config: of the run; its folder already has a config.json.
         step: its name, such as "ppo".
+        other: the step that the body trains.
         threads: for the child.
         progress: whether the child draws a bar.
 
@@ -60,6 +61,7 @@ def step_beside(config: RunConfig, step: str, threads: int, progress: bool) -> I
     unsaved = {name: getattr(config, name) for name in (*UNSAVED, *COMMANDED)}
     processors = sorted(PROCESSORS) if PROCESSORS is not None else None
     settings = {"unsaved": unsaved, "progress": progress, "began": time.time(), "processors": processors}
+    settings["other"] = other
     command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]
     # A parent whose threads are bound would bind the child to the same core.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
@@ -135,7 +137,7 @@ def child() -> None:
     try:
         config = replace(read_config(run), **settings["unsaved"])
         inputs = load_inputs(config, find_data(config))
-        train_step(step, config, inputs, progress=settings["progress"], beside=True, began=began)
+        train_step(step, config, inputs, progress=settings["progress"], beside=settings["other"], began=began)
     except Exception as failure:  # as the command line does it: one sentence
         sys.exit(say(failure, [step, "beside", str(run)]))
 

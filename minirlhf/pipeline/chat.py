@@ -18,7 +18,7 @@ from minirlhf.pipeline.folder import POLICIES, Bodies, hide_loading_bars, load_p
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
 
 
 def chat(

@@ -144,11 +144,12 @@ def _ends(interval: tuple[float, float]) -> list[float] | None:
     return list(interval) if all(map(math.isfinite, interval)) else None
 
 
-def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list[Row]]:
+def evaluate_run(evaluator: Evaluator, methods: Sequence[str], progress: bool = True) -> tuple[Row, list[Row]]:
     """Answer the held-out prompts with every policy, judge the answers, and measure the reward model.
 
     Args:
-        evaluator: of a run with all five models.
+        evaluator: of a run.
+        methods: of its step 3; their policies are finished.
         progress: whether to draw a progress bar.
 
     Returns:
@@ -157,11 +158,12 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
     from tqdm.auto import tqdm
 
     data, judge, best = evaluator.data, evaluator.judge, evaluator.best
-    for name in ("ppo", "ppo_ptx"):
+    policies = ("base", "sft", *methods)
+    for name in methods:
         evaluator.models[name] = evaluator.load(name)
-    for name in tqdm(POLICIES, desc="evaluation", disable=not progress, dynamic_ncols=True):
+    for name in tqdm(policies, desc="evaluation", disable=not progress, dynamic_ncols=True):
         evaluator.ask(name)
-    evaluation = {name: evaluator.measure(name) for name in POLICIES}
+    evaluation = {name: evaluator.measure(name) for name in policies}
 
     def gold(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return judge.scores(prompts, responses, [True] * len(prompts))
@@ -169,8 +171,8 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
     labelers = {row.labeler for row in data.comparisons}
     # Each model's corpus loss above the base model's, and the share of PPO's that PPO-ptx removes.
     base = evaluation["base"]["corpus_loss"]
-    tax = {name: evaluation[name]["corpus_loss"] - base for name in ("sft", "ppo", "ppo_ptx")}
-    removed = 1 - tax["ppo_ptx"] / tax["ppo"] if tax["ppo"] > 0 else None
+    tax = {name: evaluation[name]["corpus_loss"] - base for name in policies[1:]}
+    removed = 1 - tax["ppo_ptx"] / tax["ppo"] if {"ppo", "ppo_ptx"} <= set(tax) and tax["ppo"] > 0 else None
     measured = {
         "judge": evaluator.judge_name,
         "heldout_prompts": len(evaluator.prompts),
@@ -186,13 +188,19 @@ def evaluate_run(evaluator: Evaluator, progress: bool = True) -> tuple[Row, list
 
 
 def evaluate_checkpoint(
-    run: Path, checkpoint: str, settings: EvaluationConfig, seed: int, device_name: str, reward: str | None = None
+    run: Path,
+    checkpoint: str | None,
+    settings: EvaluationConfig,
+    seed: int,
+    device_name: str,
+    reward: str | None = None,
 ) -> Row:
     """Measure one policy on a run's held-out prompts, compared with the run's base and SFT models.
 
     Args:
         run: a finished run; supplies data, judge, base and SFT.
-        checkpoint: a policy of the run, or a folder with a causal model that has the same vocabulary.
+        checkpoint: a policy of the run, or a folder with a causal model that has the same vocabulary; None for the
+            policy of the run's last method.
         settings: how many prompts, temperature, length limit.
         seed: random seed for sampling.
         device_name: cpu, cuda or auto.
@@ -208,6 +216,7 @@ def evaluate_checkpoint(
         UserError: prompt and answer together are longer than the models can read.
     """
     config = read_config(run)
+    checkpoint = config.methods[-1] if checkpoint is None else checkpoint
     hide_loading_bars()
     device = find_device(device_name)
     function = reward_of(read_settings(run), reward, run)

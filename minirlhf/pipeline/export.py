@@ -11,15 +11,15 @@ from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.adapters import is_adapter
 from minirlhf.language.models import half
 from minirlhf.language.tokenization import load_tokenizer
-from minirlhf.pipeline.folder import STEPS, body_of, hide_loading_bars, load_policy, load_reward_model, read_settings
+from minirlhf.pipeline.folder import STEPS, body_of, hide_loading_bars, load_policy, load_reward_model, read_config
 
 
-def export_model(run: Path, step: str, out: Path) -> None:
+def export_model(run: Path, step: str | None, out: Path) -> None:
     """Write one model of a run and its tokenizer. An adapter is merged in float32, then rounded to its body's type.
 
     Args:
         run: folder of a run; the step must be finished.
-        step: one of `STEPS`.
+        step: one of `STEPS`; None for the run's last method.
         out: the folder to write; it appears whole or not at all.
 
     Raises:
@@ -31,7 +31,8 @@ def export_model(run: Path, step: str, out: Path) -> None:
     """
     from transformers import AutoConfig
 
-    read_settings(run)  # says what is wrong with a folder that is no run
+    config = read_config(run)  # says what is wrong with a folder that is no run
+    step = config.methods[-1] if step is None else step
     hide_loading_bars()
     if step not in STEPS:
         raise UserError(f"--step {step}: choose one of {', '.join(STEPS)}")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from minirlhf.config import RunConfig
+from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.data import Comparison, DataFolder, Demonstration, Prompt, counted
 from minirlhf.errors import DataError, UserError
 from minirlhf.formats import Conversation
@@ -22,7 +22,17 @@ SCORED = LISTS[2:]
 
 def answer_room(config: RunConfig) -> int:
     """Maximum tokens of a sampled answer, in training and evaluation."""
-    return max(config.rlhf.max_response_tokens, config.evaluation.max_response_tokens)
+    return max(getattr(config, group).max_response_tokens for group in _answering(config))
+
+
+def answer_options(config: RunConfig) -> list[str]:
+    """The options that decide it."""
+    return [f"--{group}.max-response-tokens" for group in _answering(config)]
+
+
+def _answering(config: RunConfig) -> list[str]:
+    """The groups of settings whose steps answer the prompts; DPO samples only where there is room."""
+    return [*dict.fromkeys(SETTINGS[method] for method in config.methods if method != "dpo"), "evaluation"]
 
 
 def fit(
@@ -155,4 +165,4 @@ def _sequences(
             yield what, where, len(prompt) + len(answer)
     asked = (*folder.prompts, *folder.heldout_prompts)
     for row, ids in zip(asked, encode_prompts(tokenizer, [row.text for row in asked]), strict=True):
-        yield f"prompt and an answer of {room} tokens (--rlhf.max-response-tokens)", row.where, len(ids) + room
+        yield f"prompt and an answer of {room} tokens (max-response-tokens)", row.where, len(ids) + room

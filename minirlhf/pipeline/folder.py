@@ -1,7 +1,8 @@
 """A run's folder: what is in it, how to load it, and the lock that keeps a second run out.
 
 config.json  report.json  report.html  answers.json
-base/  sft/  reward_model/  ppo/  ppo_ptx/      each a checkpoint with metrics.jsonl and summary.json
+base/  sft/  reward_model/      each a checkpoint with metrics.jsonl and summary.json
+ppo/  ppo_ptx/  rloo/ ...       the same, one for each --method
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from minirlhf.checkpoints import is_whole, verify_model
-from minirlhf.config import RunConfig, config_from_dict
+from minirlhf.config import METHODS, RunConfig, config_from_dict
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.adapters import is_adapter, load_adapter
 from minirlhf.language.models import context_in, half, load_causal_model, load_scalar_model, share
@@ -26,8 +27,9 @@ from minirlhf.language.tokenization import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
-POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+STEPS = ("base", "sft", "reward_model", *METHODS)
+"""All steps that a run can have; see `steps_of_run` for those that one has."""
+POLICIES = ("base", "sft", *METHODS)
 SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
 LOCK = "run.lock"
 FORMAT = 2
@@ -119,7 +121,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
-    """The settings of the round after a run: steps 2 and 3 again, with more rankings.
+    """The settings of the round after a run: steps 2 and 3 again, by the run's methods, with more rankings.
 
     The seed stays: in a folder of data without ``heldout/`` it decides which prompts were never trained on.
 
@@ -135,7 +137,7 @@ def next_round(run: Path, comparisons: Sequence[Path], out: Path) -> RunConfig:
     config, settings = read_config(run), read_settings(run)
     if settings.get("reward") is not None:
         raise UserError(f"{run}: its reward is a function, so there is no reward model to train on more rankings")
-    missing = [step for step in STEPS if not (run / step).is_dir()]
+    missing = [step for step in steps_of_run(config) if not (run / step).is_dir()]
     if missing:
         raise CheckpointError(f"{run}: {missing[0]} is not finished; continue the run first")
     if not comparisons:
@@ -171,7 +173,8 @@ def read_report(run: Path) -> dict[str, Any]:
     advice = "delete it and run the same command again"
     kinds = {"judge": str, "parameters": int, "evaluation": dict, "reward_model": dict, "seconds": dict}
     report = _read_object(run / "report.json", kinds, advice)
-    if not all(isinstance(report["evaluation"].get(name), dict) for name in POLICIES):
+    names = ("base", "sft", *read_config(run).methods)
+    if not all(isinstance(report["evaluation"].get(name), dict) for name in names):
         raise CheckpointError(f"{run / 'report.json'}: damaged (not every policy is in it); {advice}")
     return report
 
@@ -254,4 +257,4 @@ def _body(run: Path, device: torch.device, dtype: torch.dtype, bodies: Bodies) -
 
 def steps_of_run(config: RunConfig) -> tuple[str, ...]:
     """The steps of a run: a reward function takes the place of the reward model's."""
-    return tuple(step for step in STEPS if step != "reward_model" or config.reward is None)
+    return ("base", "sft", *(("reward_model",) if config.reward is None else ()), *config.methods)

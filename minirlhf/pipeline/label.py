@@ -39,7 +39,7 @@ def items_to_rank(
     Args:
         run: folder of a run.
         data: folder whose training prompts are answered; None for the run's own.
-        policy: one of its policies; None for the newest that is finished.
+        policy: one of its policies; None for the last of `POLICIES` that is finished.
         prompts: how many.
         answers: K, at most (see `sample_items`).
         temperature: of sampling.

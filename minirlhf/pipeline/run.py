@@ -1,4 +1,4 @@
-"""The pipeline, top to bottom: base model, SFT, reward model, PPO, PPO-ptx, evaluation.
+"""The pipeline, top to bottom: base model, SFT, reward model, the methods of step 3, evaluation.
 
 Each step trains in ``runs/NAME/STEP.partial/``, which is renamed to ``runs/NAME/STEP/`` when it is complete. So a
 folder with the final name is finished, and a finished step is never repeated.
@@ -22,6 +22,7 @@ from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError, visible
 from minirlhf.pipeline.beside import step_beside
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
+from minirlhf.pipeline.fitting import answer_options
 from minirlhf.pipeline.folder import find_device, hide_loading_bars, locked, read_report, steps_of_run
 from minirlhf.pipeline.given import FileReward, told
 from minirlhf.pipeline.inputs import find_data, load_inputs
@@ -33,9 +34,8 @@ from minirlhf.pipeline.settings import (
     made_with,
     settings_of,
 )
-from minirlhf.pipeline.steps import train_step
+from minirlhf.pipeline.steps import models_held, train_step
 
-BESIDE = {"ppo", "ppo_ptx"}  # steps that need the models of earlier steps, but not each other's
 UNFIT = (
     "note: the learning rates, batches and steps of this preset are made for a model of 0.5 million parameters and are "
     "about 100 times too fast for a pretrained one; --preset pretrained has the field's"
@@ -63,8 +63,10 @@ def run_pipeline(
         DataError: malformed data; raised before any training.
         CheckpointError: the folder belongs to another run, or something in it is damaged.
         TrainingError: a loss became NaN or infinite.
-        UserError: another run is using the folder.
+        UserError: another run is using the folder, or a setting of a method that isn't trained was changed.
     """
+    if config.previous is None:
+        config.check_unused_methods()
     began = time.monotonic() if began is None else began
     if config.out.exists() and not config.out.is_dir():
         raise CheckpointError(f"--out {config.out}: is a file; give the folder of a run, or a new one")
@@ -104,7 +106,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     for note in notes if parallel.rank() == 0 else ():
         print(visible(note), file=sys.stderr)
     if "base" not in left:
-        check_context(out, inputs.context_length)
+        check_context(out, inputs.context_length, answer_options(config))
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
     parallel.barrier()  # until all have read the folder
@@ -116,16 +118,20 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     # Two small models at a time use two cores far better than one model with two threads. A step left over from a
     # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
-    apart = config.side_by_side and device.type == "cpu" and threads > 1 and parallel.size() == 1
+    alone = len(config.methods) == 1 or device.type != "cpu" or parallel.size() > 1
+    apart = config.side_by_side and threads > 1 and not alone
     prepared = time.monotonic() - began
-    for step in [step for step in left if step not in BESIDE]:
+    for step in [step for step in left if step not in config.methods]:
         train_step(step, config, inputs, progress=progress)
     torch.set_num_threads(threads // 2 if apart else threads)
-    if apart and set(left) >= BESIDE:
-        with step_beside(config, "ppo", threads // 2, progress):
-            train_step("ppo_ptx", config, inputs, progress=progress)
-    else:
-        for step in [step for step in left if step in BESIDE]:
+    methods = [step for step in left if step in config.methods]
+    while methods:
+        if apart and len(methods) > 1:
+            child, step, *methods = methods
+            with step_beside(config, child, step, threads // 2, progress):
+                train_step(step, config, inputs, progress=progress)
+        else:
+            step, *methods = methods
             train_step(step, config, inputs, progress=progress)
     torch.set_num_threads(threads)
     if parallel.rank() > 0:
@@ -142,17 +148,19 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         dtype=config.frozen_dtype,
         reward=reward,
     )
-    measured, examples = evaluate_run(evaluator, progress)
+    measured, examples = evaluate_run(evaluator, config.methods, progress)
     write_json(out / "answers.json", examples)
     summaries = {step: json.loads((out / step / SUMMARY).read_text(encoding="utf-8")) for step in steps}
     seconds = {"preparation": prepared} | {step: summaries[step]["seconds"] for step in steps}
     seconds["evaluation"] = time.monotonic() - began
-    side_by_side = summaries["ppo"].get("beside", False)  # then the longer of the two counts
-    total = sum(seconds.values()) - (min(seconds["ppo"], seconds["ppo_ptx"]) if side_by_side else 0.0)
+    side_by_side = _pairs({step: summaries[step].get("beside") for step in steps})
+    # The longer of two steps counts.
+    total = sum(seconds.values()) - sum(min(seconds[step] for step in pair) for pair in side_by_side)
     report = measured | {
         "parameters": summaries["base"]["parameters"],
         "seconds": seconds | {"total": total},
         "side_by_side": side_by_side,
+        "models_held": models_held(config),
         "seed": config.seed,
         "preset": config.preset,
         "given": told(config, reward),
@@ -171,3 +179,12 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     report = sealed(report)
     write_json(out / "report.json", report)
     return report
+
+
+def _pairs(beside: dict[str, str | bool | None]) -> list[list[str]]:
+    """The steps that were trained at the same time, from what each one's summary says of the other.
+
+    Before there were more methods, it was True for PPO beside PPO-ptx.
+    """
+    named = {step: "ppo_ptx" if other is True else other for step, other in beside.items()}
+    return [[step, other] for step, other in named.items() if isinstance(other, str) and other in named]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_folder
-from minirlhf.config import UNSAVED, RunConfig
+from minirlhf.config import METHODS, SETTINGS, UNSAVED, RunConfig, users
 from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
 from minirlhf.language.adapters import LoraConfig
@@ -36,7 +36,7 @@ LATER: dict[str, Any] = {
     "precision": "float32",
     "gradient_checkpointing": False,
 }
-LATER |= {"lora": asdict(LoraConfig())}
+LATER |= {"lora": asdict(LoraConfig()), "method": ["ppo", "ppo_ptx"]}
 """Settings that a run of format 2 may lack, because it began before they were there, with what it did."""
 
 
@@ -46,6 +46,7 @@ def settings_of(config: RunConfig, data: Path, reward: FileReward | None = None)
     for key in ("out", *UNSAVED):
         settings.pop(key)
     settings["format"] = FORMAT
+    settings["method"] = list(config.methods)
     settings["data"] = str(data.resolve())
     settings[DATA_SUMS] = data_sums(data)
     settings["comparisons"] = {str(file.resolve()): _sha256(file) for file in config.comparisons}
@@ -116,7 +117,7 @@ def changed_machine(out: Path, now: dict[str, Any]) -> list[str]:
     for step in STEPS:
         file = out / step / SUMMARY
         before = json.loads(file.read_text(encoding="utf-8")).get("made_with", {}) if file.is_file() else {}
-        halved = ("threads",) if step in ("ppo", "ppo_ptx") else ()  # side by side, each has half
+        halved = ("threads",) if step in METHODS else ()  # side by side, each has half
         differ = [name for name, value in before.items() if now.get(name) != value and name not in halved]
         if differ:
             then, today = (", ".join(f"{name} {kind.get(name)}" for name in differ) for kind in (before, now))
@@ -151,7 +152,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
 
     Args:
         out: the run's folder; it need not exist.
-        settings: made by `settings_of`.
+        settings: made by `settings_of`; those of methods that are not trained are set to what they were.
 
     Returns:
         Whether any differs, so that config.json has to be written again (a new run: True).
@@ -165,7 +166,9 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         if out.is_dir() and any(path.name not in own for path in out.iterdir()):
             raise CheckpointError(f"{out}: not empty and not a run of minirlhf; choose another --out")
         return True
-    old_settings = LATER | read_settings(out)
+    of_methods = {group: settings[group] for group in SETTINGS.values()}  # an older run was trained with none of them
+    old_settings = LATER | of_methods | read_settings(out)
+    _keep_unused(settings, old_settings)
     if old_settings.get("previous") is not None and settings["previous"] is None:
         raise CheckpointError(
             f"{out}: a round after {old_settings['previous']}; continue it with the minirlhf round that began it, or "
@@ -194,6 +197,14 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
     return bool(differences) or moved
 
 
+def _keep_unused(settings: dict[str, Any], old: dict[str, Any]) -> None:
+    """Settings of methods that are not trained (any more) stay as they were: their models may stand in the folder."""
+    for group in SETTINGS.values():
+        for name in settings[group]:
+            if not set(users(group, name)) & set(settings["method"]):
+                settings[group][name] = old[group].get(name, settings[group][name])
+
+
 def steps_of(name: str) -> tuple[str, ...]:
     """The steps whose weights a setting changes: its own and those that start from them.
 
@@ -204,36 +215,38 @@ def steps_of(name: str) -> tuple[str, ...]:
     section = name.split(".")[0]
     if section == GIVEN_SUMS:
         section = name.split(".")[1]
-    # A preset's name only fills in the other settings; the data are known by what they hold, not by where they stand.
-    if section in ("evaluation", "preset", "data"):
+    # A preset's name only fills in the other settings; the data are known by what they hold, not by where they stand;
+    # a method that is added is trained, and the model of one that is left out stays where it is.
+    if section in ("evaluation", "preset", "data", "method"):
         return ()
-    if name in ("rlhf.ptx_coef", "rlhf.ptx_batch_size"):
-        return ("ppo_ptx",)
     if section == "lora":
         return STEPS[1:]
-    if section in ("comparisons", "reward", "given_reward_model"):
-        return ("reward_model", "ppo", "ppo_ptx")
-    if section in ("rlhf", "side_by_side"):
-        return ("ppo", "ppo_ptx")
+    if section in ("comparisons", "reward", "given_reward_model", "reward_model"):
+        steps = ("reward_model", *METHODS)
+        return steps if section == "comparisons" else tuple(step for step in steps if step != "dpo")
+    if section == "side_by_side":
+        return METHODS
+    if section in SETTINGS.values():
+        return users(section, name.partition(".")[2])
     return STEPS[STEPS.index(section) :] if section in STEPS else STEPS
 
 
-def check_context(out: Path, needed: int) -> None:
+def check_context(out: Path, needed: int, options: list[str]) -> None:
     """The settings that may still change can ask for longer sequences than a finished base model was made for.
 
     Args:
         out: the run's folder, with a finished base model.
         needed: tokens of the longest sequence.
+        options: that decide it.
 
     Raises:
-        CheckpointError: says how long they are and which options decide it.
+        CheckpointError: says how long they are, and the options.
     """
     limit = context_in(out / "base")
     if limit is not None and needed > limit:
         raise CheckpointError(
             f"{out / 'base'}: was made for a context of {limit} tokens, and these settings need "
-            f"{needed}; lower --rlhf.max-response-tokens or --evaluation.max-response-tokens, or choose "
-            "another --out"
+            f"{needed}; lower {' or '.join(options)}, or choose another --out"
         )
 
 

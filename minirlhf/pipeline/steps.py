@@ -1,4 +1,4 @@
-"""The five steps of a run: what each one learns from, with which settings, and where its model is saved."""
+"""The steps of a run: what each one learns from, with which settings, and where its model is saved."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ import torch
 
 from minirlhf import parallel
 from minirlhf.checkpoints import partial_folder, save_model
-from minirlhf.config import RunConfig
+from minirlhf.config import SETTINGS, RunConfig
+from minirlhf.data import DataFolder
 from minirlhf.language.adapters import add_lora, is_adapter, lora_scalar_from
+from minirlhf.language.dpo import train_dpo
 from minirlhf.language.forward import compute_in, recompute_layers
+from minirlhf.language.grpo import train_grpo
 from minirlhf.language.models import half, load_causal_model, scalar_model_from, share, tiny_llama
 from minirlhf.language.pretraining import train_base
 from minirlhf.language.reward_model import RewardModelScorer, train_reward_model
 from minirlhf.language.rlhf import train_rlhf
+from minirlhf.language.rollouts import Monitor
 from minirlhf.language.sft import train_sft
 from minirlhf.language.tokenization import load_tokenizer
 from minirlhf.pipeline.folder import Bodies, find_device, load_policy, load_reward_model
 from minirlhf.pipeline.given import FileReward, load_given_reward_model
 from minirlhf.pipeline.inputs import Inputs
-from minirlhf.pipeline.judges import find_judge
+from minirlhf.pipeline.judges import gold_judge
 from minirlhf.pipeline.settings import made_with
 from minirlhf.training import Recorder
 
@@ -35,9 +39,17 @@ SHOWN = {
     "base": ("base/loss",),
     "sft": ("sft/loss",),
     "reward_model": ("reward_model/loss", "reward_model/accuracy"),
-    "ppo": ("objective/score", "objective/kl", "objective/gold"),
-    "ppo_ptx": ("objective/score", "objective/kl", "objective/gold"),
+    **dict.fromkeys(("ppo", "ppo_ptx", "rloo", "grpo"), ("objective/score", "objective/kl", "objective/gold")),
+    "dpo": ("dpo/loss", "dpo/accuracy", "objective/gold"),
 }
+
+
+def models_held(config: RunConfig) -> dict[str, list[str]]:
+    """The models in memory while each method of a run trains. A reward that is a function is none."""
+    scored = ["policy", "reference", *(["reward model"] if config.reward is None else [])]
+    with_value = ["policy", "value network", *scored[1:]]
+    held = {"ppo": with_value, "ppo_ptx": with_value, "rloo": scored, "grpo": scored, "dpo": ["policy", "reference"]}
+    return {method: held[method] for method in config.methods}
 
 
 def train_step(
@@ -46,7 +58,7 @@ def train_step(
     inputs: Inputs,
     *,
     progress: bool = True,
-    beside: bool = False,
+    beside: str | None = None,
     began: float | None = None,
 ) -> None:
     """Train one step and save it, resuming from the state of a killed run if there is one.
@@ -56,7 +68,7 @@ def train_step(
         config: of the run.
         inputs: its data.
         progress: whether to draw a progress bar.
-        beside: whether another step trains at the same time, whose progress bar has the first line.
+        beside: the step that trains at the same time, if one does; its progress bar has the first line.
         began: when the work for it began, by `time.monotonic`; default: now.
     """
     aside = partial_folder(config.out / step)
@@ -66,7 +78,7 @@ def train_step(
         save_seconds=config.save_seconds,
         show=SHOWN[step],
         progress=progress,
-        position=int(beside),
+        position=int(beside is not None),
         began=began,
         tensorboard=config.tensorboard,
     )
@@ -136,36 +148,51 @@ def _train(step: str, config: RunConfig, inputs: Inputs, recorder: Recorder) -> 
     policy = share(sft) if config.previous is None else load_policy(config.previous, step, device, **options)
     if lora and not hasattr(policy, "peft_config"):
         policy = add_lora(policy, config.lora, seed, _body_name(config))
+    common: Any = {"seed": seed, "recorder": recorder, "monitor": _gold_monitor(data)}
+    if step == "dpo":
+        policy = _learner(policy, config)
+        return train_dpo(policy, _freeze(sft, config), tokenizer, data.comparisons, config.dpo, **common)
     reward: FileReward | RewardModelScorer
     value = None
     if config.reward is not None:
         reward = FileReward(config.reward)
     else:
-        reward = RewardModelScorer(*load_reward_model(run, device, **options), config.rlhf.micro_batch_tokens)
-        if hasattr(reward.model, "peft_config") == lora and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
+        tokens = getattr(config, SETTINGS[step]).micro_batch_tokens
+        reward = RewardModelScorer(*load_reward_model(run, device, **options), tokens)
+        same = hasattr(reward.model, "peft_config") == lora and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+        if step in ("ppo", "ppo_ptx") and same:
             value = share(reward.model)
         _freeze(reward.model, config)
+    prompts, common["corpus_blocks"] = [row.text for row in data.prompts], inputs.corpus_blocks
+    if step in ("rloo", "grpo"):
+        settings = config.rloo if step == "rloo" else config.grpo
+        policy = _learner(policy, config)
+        return train_grpo(policy, _freeze(sft, config), reward, tokenizer, prompts, settings, **common)
     if value is None:  # the reward is a function, or a model with another body or vocabulary
         value = lora_scalar_from(sft, config.lora, seed, _body_name(config)) if lora else scalar_model_from(sft, seed)
-    judge = find_judge(data, reward)
-
-    def gold(prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> dict[str, float]:
-        scores = judge.scores(prompts, responses, ended)
-        return {"objective/gold": sum(scores) / len(scores)}
-
     return train_rlhf(
         _learner(policy, config),
         _learner(value, config),
         _freeze(sft, config),
         reward,
         tokenizer,
-        [row.text for row in data.prompts],
+        prompts,
         replace(config.rlhf, ptx_coef=0.0) if step == "ppo" else config.rlhf,
-        corpus_blocks=inputs.corpus_blocks,
-        seed=seed,
-        recorder=recorder,
-        monitor=gold if judge.is_gold else None,
+        **common,
     )
+
+
+def _gold_monitor(data: DataFolder) -> Monitor | None:
+    """Measures the gold score of sampled answers, where the truth is known."""
+    judge = gold_judge(data)
+    if judge is None:
+        return None
+
+    def gold(prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> dict[str, float]:
+        scores = judge.scores(prompts, responses, ended)
+        return {"objective/gold": sum(scores) / len(scores)}
+
+    return gold
 
 
 def _learner(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The metrics of PPO that the page shows, and what to look for in each."""
+"""The metrics of step 3 that the page shows, and what to look for in each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Metric(NamedTuple):
     caption: str
 
 
-PPO_METRICS = {
+METRICS = {
     "objective/score": Metric(
         "Score by the reward model (proxy)",
         "proxy score",
-        "What PPO maximizes. It should rise, but that alone says nothing about the answers.",
+        "What the policy is trained to raise. It should rise, but that alone says nothing about the answers.",
     ),
     "objective/gold": Metric(
         "Gold score of the same answers",
         "gold score",
-        "What we want, and what PPO never sees. If it falls while the proxy rises, the reward is being exploited.",
+        "What we want, and what no policy sees. If it falls while the proxy rises, the reward is being exploited.",
     ),
     "objective/kl": Metric(
         "KL to the SFT model",
@@ -59,6 +59,26 @@ PPO_METRICS = {
         "Answers that ended",
         "share of answers",
         "Answers that ended on their own, before the token limit.",
+    ),
+    "objective/equal_groups": Metric(
+        "Groups of equal answers",
+        "share of groups",
+        "Prompts whose answers all have the same reward. They teach nothing: there is no better or worse among them.",
+    ),
+    "dpo/accuracy": Metric(
+        "Pairs that DPO orders as the labeler did",
+        "share of pairs",
+        "By the reward that the policy has by itself: how much likelier it has made an answer. About 0.5 at the start.",
+    ),
+    "dpo/margin": Metric(
+        "Margin between the better and the worse answer",
+        "implicit reward",
+        "How far apart that reward sets the two answers of a pair, on average.",
+    ),
+    "dpo/best_logprob": Metric(
+        "Log-probability of the best answer",
+        "nats per answer",
+        "DPO only compares it with that of the worse answers: both may fall, if they fall more.",
     ),
     "objective/beta": Metric(
         "KL coefficient beta",

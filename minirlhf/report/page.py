@@ -7,17 +7,17 @@ from html import escape
 from pathlib import Path
 
 from minirlhf.report import plots
-from minirlhf.report.parts import answers, facts, ladder, next_steps, results
+from minirlhf.report.parts import answers, costs, facts, ladder, next_steps, results
 from minirlhf.report.plotting import NAMES
 from minirlhf.report.read import Run, load_run
 from minirlhf.report.style import CSS
-from minirlhf.report.text import findings, headline, number, percent, with_interval
+from minirlhf.report.text import count, findings, headline, learners, listed, number, percent, with_interval
 
-CAVEAT = (
-    "These data come with no labeler who knows the truth, so the judge here is the run’s own reward model: the very "
-    "model that PPO was trained to please. Its scores are a proxy. A high one may mean good answers, or answers that "
-    "exploit the reward model’s blind spots: read them below and judge for yourself."
-)
+REFERENCES = {
+    "rloo": "RLOO: Ahmadian et al. 2024, arXiv 2402.14740.",
+    "grpo": "GRPO: Shao et al. 2024, arXiv 2402.03300.",
+    "dpo": "DPO: Rafailov et al. 2023, arXiv 2305.18290.",
+}
 
 
 def write_report(run: Path) -> Path:
@@ -44,11 +44,13 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page as a string."""
+    steps = f"The {count(3 + len(run.methods))} steps"
+    measured = results(run) + _figures(plots.win_plot(run), plots.tax_plot(run)) + costs(run)
     sections = {  # each with its short name for the links, its heading and its body
-        "steps": ("The five steps", "The five steps", ladder(run)),
-        "results": ("Results", "Results", results(run) + _figures(plots.win_plot(run), plots.tax_plot(run))),
+        "steps": (steps, steps, ladder(run)),
+        "results": ("Results", "Results", measured),
         "training": ("Training", "How it trained", _training(run)),
-        "answers": ("Answers", "The same prompts, four answers", answers(run)),
+        "answers": ("Answers", f"The same prompts, {count(len(run.policies))} answers", answers(run)),
         "settings": ("Settings", "Settings and numbers", facts(run)),
         "next": ("Next steps", "Next steps", next_steps(run)),
     }
@@ -62,7 +64,24 @@ def render(run: Run) -> str:
         f"<title>What this run learned · minirlhf</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n<footer>Written by minirlhf. The method is that of InstructGPT: Ouyang et al. 2022, “Training language "
-        "models to follow instructions with human feedback”, arXiv 2203.02155.</footer>\n</main>\n</body>\n</html>\n"
+        f"models to follow instructions with human feedback”, arXiv 2203.02155.{_references(run)}</footer>\n</main>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _references(run: Run) -> str:
+    return "".join(f" {REFERENCES[name]}" for name in run.methods if name in REFERENCES)
+
+
+def _caveat(run: Run) -> str:
+    """Said where the reward model judges the policies."""
+    pleased = learners(run)
+    told = f"the very model that {listed(pleased)} {'was' if len(pleased) == 1 else 'were'} trained to please"
+    return (
+        "These data come with no labeler who knows the truth, so the judge here is the run’s own reward model: "
+        f"{told if pleased else 'a model of the same rankings that DPO learned from'}. Its scores are a proxy. A high "
+        "one may mean good answers, or answers that exploit the reward model’s blind spots: read them below and judge "
+        "for yourself."
     )
 
 
@@ -77,7 +96,7 @@ def _prose(text: str) -> str:
 
 
 def _opening(run: Run, links: str) -> str:
-    caveat = "" if run.is_gold else f'<p class="caveat">{CAVEAT}</p>'
+    caveat = "" if run.is_gold else f'<p class="caveat">{_caveat(run)}</p>'
     listed = "".join(f"<li>{_prose(sentence)}</li>" for sentence in findings(run))
     return (
         f"<header>\n<h1>A run of minirlhf on {escape(str(run.report['data']))}</h1>\n"
@@ -105,8 +124,8 @@ def _training(run: Run) -> str:
         "a rule of thumb, and the place to look first when an answer disappoints.</p>\n"
         "<h3>Base model, then step 1: supervised fine-tuning</h3>\n"
         f"{nothing}{_figures(base, sft)}\n<h3>Step 2: the reward model</h3>\n{_reward_model(run)}{reward_model}\n"
-        "<h3>Step 3: PPO, plain and with pretraining mixed in</h3>\n"
-        f"{_figures(*plots.ppo_plots(run), plots.over_optimisation_plot(run))}"
+        f"<h3>Step 3: {_prose(listed([NAMES[name] for name in run.methods]))}</h3>\n"
+        f"{_figures(*plots.method_plots(run), plots.over_optimisation_plot(run))}"
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from minirlhf.report.metrics import PPO_METRICS, Metric
+from minirlhf.report.metrics import METRICS, Metric
 from minirlhf.report.plotting import (
     COLOURS,
     GRID,
@@ -25,7 +25,7 @@ from minirlhf.report.plotting import (
     to_svg,
 )
 from minirlhf.report.read import Row, Run
-from minirlhf.report.text import number, percent, with_interval
+from minirlhf.report.text import listed, number, percent, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,9 @@ THEMED = {
     **{colour: f"c-{name.replace('_', '-')}" for name, colour in COLOURS.items() if name != "gold"},
     COLOURS["gold"]: "c-truth",
 }
+
+
+FROM_ZERO = ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta", "objective/equal_groups")
 
 
 class Plot(NamedTuple):
@@ -74,12 +77,15 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _curves(axes: Axes, run: Run, steps: Sequence[str], key: str) -> dict[str, list[float]]:
-    """Draw a metric of some steps; returns their smoothed curves."""
+def _curves(
+    axes: Axes, run: Run, steps: Sequence[str], key: str, last: dict[str, float] | None = None
+) -> dict[str, list[float]]:
+    """Draw a metric of some steps; returns their smoothed curves. With `last`, x is each one's percentage of it."""
     curves = {}
     for name in steps:
         x, y = _series(run.metrics[name], key)
         if y:
+            x = x if last is None else [100 * step / last[name] for step in x]
             curves[name] = smooth(y)
             curve(axes, x, curves[name], name, raw=y)
     return curves
@@ -189,35 +195,37 @@ def reward_model_bars(run: Run) -> Plot | None:
     return _draw("reward-bars", "Accuracy on held-out comparisons", caption, draw, height=2.3, left=0.215)
 
 
-def ppo_plots(run: Run) -> list[Plot]:
-    """The curves of PPO and PPO-ptx in one frame each."""
-    return [plot for key, metric in PPO_METRICS.items() if (plot := _ppo_plot(run, key, metric)) is not None]
+def method_plots(run: Run) -> list[Plot]:
+    """The curves of step 3, each metric in one frame with all methods that have it."""
+    return [plot for key, metric in METRICS.items() if (plot := _method_plot(run, key, metric)) is not None]
 
 
-def _ppo_plot(run: Run, key: str, metric: Metric) -> Plot | None:
-    names = ("ppo", "ppo_ptx")
-    if not _has(run, names, key):
+def _method_plot(run: Run, key: str, metric: Metric) -> Plot | None:
+    names = [name for name in run.methods if _has(run, [name], key)]
+    if not names:
         return None
+    last = {name: max(1.0, _series(run.metrics[name], key)[0][-1]) for name in names}
+    alike = len(set(last.values())) == 1  # else each is drawn over the share of its own steps
 
     def draw(axes: Axes) -> str:
-        curves = _curves(axes, run, names, key)
+        curves = _curves(axes, run, names, key, None if alike else last)
         if key == "value/explained_variance":
             # An untrained critic can begin at -20 and would flatten all the rest.
             axes.set_ylim(max(-1.2, axes.get_ylim()[0]), 1.03)
         healthy_range(axes, key, start=next(iter(curves.values()))[0])
-        if key in ("policy/clip_fraction", "policy/approx_kl", "objective/kl", "objective/beta"):
+        if key in FROM_ZERO:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        label_axes(axes, "PPO step", metric.unit)
-        axes.legend(loc="best", ncols=2, handlelength=2.4)
+        label_axes(axes, "training step" if alike else "share of the training, %", metric.unit)
+        axes.legend(loc="best", ncols=2, handlelength=2.8)
         return _from_to(curves, 3)
 
     return _draw(key.replace("/", "-"), metric.title, metric.caption, draw)
 
 
 def over_optimisation_plot(run: Run) -> Plot | None:
-    """Gold against proxy during PPO: the picture of over-optimisation."""
+    """Gold against proxy during step 3: the picture of over-optimisation. DPO never asks the proxy."""
     paths = {}
-    for name in ("ppo", "ppo_ptx"):
+    for name in run.methods:
         rows = [row for row in run.metrics[name] if "objective/gold" in row and "objective/score" in row]
         if rows:
             # Smoother than the curves above: here both coordinates are noisy, and a path would be a tangle.
@@ -235,7 +243,7 @@ def over_optimisation_plot(run: Run) -> Plot | None:
             axes.plot(x[:1], y[:1], "s", color=COLOURS["sft"], markersize=7)
         label_axes(axes, "score by the reward model (proxy)", "gold score")
         axes.legend(loc="best", handlelength=2.4)
-        return "Paths of PPO and PPO-ptx from the SFT model to their end."
+        return f"Paths of {listed([NAMES[name] for name in paths])} from the SFT model to their end."
 
     caption = (
         "Each line is one training, from the blue square (SFT) to the dot. Up and right: the proxy can be trusted. "
@@ -246,7 +254,7 @@ def over_optimisation_plot(run: Run) -> Plot | None:
 
 def tax_plot(run: Run) -> Plot:
     """What each policy forgot of the corpus."""
-    names = ("sft", "ppo", "ppo_ptx")
+    names = ("sft", *run.methods)
     base = run.policy("base")["corpus_loss"]
     taxes = [run.policy(name)["corpus_loss"] - base for name in names]
 
@@ -265,13 +273,15 @@ def tax_plot(run: Run) -> Plot:
         told = ", ".join(f"{NAMES[n]} {number(t, 3, sign=True)}" for n, t in zip(names, taxes, strict=True))
         return f"{told} nats per token."
 
-    caption = "How much of plain language each policy forgot. PPO-ptx mixes the corpus back in and should be shortest."
-    return _draw("tax", "Alignment tax", caption, draw, height=2.3, left=0.16)
+    caption = "How much of plain language each policy forgot."
+    if "ppo_ptx" in run.methods:
+        caption += " PPO-ptx mixes the corpus back in and should be " + ("shortest." if len(names) < 4 else "short.")
+    return _draw("tax", "Alignment tax", caption, draw, height=1.4 + 0.3 * len(names), left=0.16)
 
 
 def win_plot(run: Run) -> Plot | None:
     """Win rates with their intervals, against the line of one half."""
-    duels = [("sft", "base"), ("ppo", "base"), ("ppo_ptx", "base"), ("ppo", "sft"), ("ppo_ptx", "sft")]
+    duels = [("sft", "base"), *((who, other) for other in ("base", "sft") for who in run.methods)]
     duels = [(who, other) for who, other in duels if run.policy(who)[f"win_rate_vs_{other}"] is not None]
     if not duels:
         return None
@@ -297,4 +307,4 @@ def win_plot(run: Run) -> Plot | None:
         return ", ".join(rates) + "."
 
     caption = "Right of the dashed line the first of the two wins more often. Bars are 95 % intervals."
-    return _draw("wins", "Win rates", caption, draw, height=3.0, left=0.235)
+    return _draw("wins", "Win rates", caption, draw, height=1.0 + 0.4 * len(duels), left=0.235)

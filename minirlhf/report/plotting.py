@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# After Okabe and Ito (2008): told apart with any common colour blindness, and by dashes in grey print.
+# After Okabe and Ito (2008) and Tol (2021): told apart with any common colour blindness, and by dashes in grey print.
 COLOURS = {
     "base": "#767b84",
     "sft": "#0072b2",
     "reward_model": "#b0568c",
     "ppo": "#d55e00",
     "ppo_ptx": "#008a63",
+    "rloo": "#1f9dc4",
+    "grpo": "#332288",
+    "dpo": "#882255",
     "gold": "#8a6600",
 }
 NAMES = {"base": "base", "sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
-DASHES = {"ppo_ptx": (0, (5, 1.6))}
+NAMES |= {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
+DASHES = {"ppo_ptx": (0, (5, 1.6)), "rloo": (0, (1.2, 1.2)), "grpo": (0, (6, 1.4, 1.2, 1.4)), "dpo": (0, (9, 1.6))}
 INK, QUIET, GRID, PAPER, HEALTHY_COLOUR = "#20242c", "#5a626e", "#dfe2e7", "#fffefd", "#24763f"
 
 STYLE: Any = {  # Any: matplotlib's own type lists every key and changes with its version

@@ -10,8 +10,8 @@ from typing import Any
 
 from minirlhf.errors import CheckpointError
 
-STEPS = ("base", "sft", "reward_model", "ppo", "ppo_ptx")
-POLICIES = ("base", "sft", "ppo", "ppo_ptx")
+METHODS = ("ppo", "ppo_ptx", "rloo", "grpo", "dpo")
+STEPS = ("base", "sft", "reward_model", *METHODS)
 
 MEASURE = "run the same command again"
 AGAIN = f"delete it and {MEASURE}"
@@ -34,6 +34,16 @@ class Run:
     def is_gold(self) -> bool:
         """Whether the judge knows the truth (else it is the reward model itself)."""
         return self.report["judge"] == "gold"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods by which step 3 trained a policy."""
+        return tuple(name for name in METHODS if name in self.report["evaluation"])
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Every model that answers."""
+        return ("base", "sft", *self.methods)
 
     def policy(self, name: str) -> Row:
         """The measurements of one policy."""

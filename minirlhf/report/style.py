@@ -6,7 +6,7 @@ CSS = """
   --paper: #fbfaf8; --card: #ffffff; --ink: #20242c; --quiet: #5a626e; --grid: #dfe2e7; --line: #e2dfd9;
   --healthy: #24763f; --link: #0a5c97; --bad: #b3341f; --good: #24763f; --warn: #fff3d6; --warn-line: #d9a520;
   --c-base: #767b84; --c-sft: #0072b2; --c-reward-model: #b0568c; --c-ppo: #d55e00; --c-ppo-ptx: #008a63;
-  --c-truth: #8a6600;
+  --c-rloo: #1f9dc4; --c-grpo: #332288; --c-dpo: #882255; --c-truth: #8a6600;
   --serif: "Iowan Old Style", "Palatino Linotype", Palatino, "Source Serif 4", "Source Serif Pro", Georgia, serif;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -16,7 +16,7 @@ CSS = """
     --paper: #15171b; --card: #1d2026; --ink: #e7e5e0; --quiet: #a3a9b3; --grid: #31363f; --line: #33373f;
     --healthy: #5cc681; --link: #7cbcf0; --bad: #ff8f78; --good: #6fcf8f; --warn: #3a3018; --warn-line: #d9a520;
     --c-base: #a7adb7; --c-sft: #58b0ea; --c-reward-model: #dd8fbd; --c-ppo: #ff8b45; --c-ppo-ptx: #3ec79b;
-    --c-truth: #e0b644;
+    --c-rloo: #5fcbea; --c-grpo: #a59bff; --c-dpo: #e8688c; --c-truth: #e0b644;
   }
 }
 * { box-sizing: border-box; }
@@ -42,20 +42,25 @@ nav { margin: 28px 0 0; font: 14px/2 var(--sans); }
 nav a { margin-right: 1.3em; white-space: nowrap; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 
-.ladder { display: grid; grid-template-columns: repeat(5, 1fr); gap: 14px; align-items: end; margin: 28px 0 8px;
-  padding: 0; list-style: none; max-width: none; }
+.ladder { display: grid; grid-template-columns: repeat(var(--steps), 1fr); gap: 14px; align-items: end;
+  margin: 28px 0 8px; padding: 0; list-style: none; max-width: none; }
 .ladder li { position: relative; font: 14px/1.45 var(--sans); }
 .ladder .rung { padding: 12px 14px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px 10px 0 0; border-top: 4px solid var(--colour); }
 .ladder .stair { height: var(--rise); background: var(--colour); opacity: .85; border-radius: 0 0 4px 4px; }
 .ladder .judge .rung { border: 1.5px dashed var(--colour); border-radius: 10px; margin-bottom: 34px; }
-@media (min-width: 901px) { .ladder .rung { min-height: 158px; } } /* equal, so that only the stairs differ */
+@media (min-width: 901px) { /* equal, so that only the stairs differ */
+  .ladder .rung { min-height: 158px; }
+  .ladder.many .rung { min-height: 210px; }
+}
 .ladder b { display: block; font-size: 16px; }
 .ladder .value { display: block; margin-top: 6px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .ladder li + li::before { content: "→"; position: absolute; left: -15px; top: 34px; width: 16px; text-align: center;
   color: var(--quiet); font-size: 15px; }
+.ladder li.other::before { content: "or"; font-size: 12px; }
 .base { --colour: var(--c-base); } .sft { --colour: var(--c-sft); } .reward-model { --colour: var(--c-reward-model); }
 .ppo { --colour: var(--c-ppo); } .ppo-ptx { --colour: var(--c-ppo-ptx); }
+.rloo { --colour: var(--c-rloo); } .grpo { --colour: var(--c-grpo); } .dpo { --colour: var(--c-dpo); }
 
 .wide { overflow-x: auto; margin: 20px 0 8px; }
 table { border-collapse: collapse; font: 15px/1.4 var(--sans); font-variant-numeric: tabular-nums; }
@@ -85,7 +90,7 @@ figcaption { margin-top: 4px; font: 14px/1.5 var(--sans); color: var(--quiet); }
 .example h3 { display: flex; flex-wrap: wrap; gap: 2px 18px; align-items: baseline; margin: 0 0 10px;
   white-space: pre-line; break-after: avoid; }
 .best { font: 13px/1.4 var(--sans); color: var(--quiet); }
-.answers { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; }
+.answers { display: grid; grid-template-columns: repeat(var(--shown), minmax(0, 1fr)); gap: 12px; }
 .answer { display: flex; flex-direction: column; padding: 12px 14px; background: var(--card);
   border: 1px solid var(--line); border-top: 3px solid var(--colour); border-radius: 8px; break-inside: avoid; }
 .answer h4 { display: flex; justify-content: space-between; margin: 0; font: 600 13px/1.4 var(--sans); }
@@ -111,6 +116,7 @@ blockquote { flex: 1; margin: 8px 0 12px; font-size: 16px; line-height: 1.45; wh
 
 details { margin: 18px 0; font: 14px/1.5 var(--sans); }
 summary { cursor: pointer; font-weight: 600; }
+td.told, thead .told { text-align: left; white-space: normal; }
 .facts th { font-weight: 500; color: var(--quiet); } .facts td { text-align: left; white-space: normal;
   overflow-wrap: anywhere; }
 footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line); font: 14px/1.5 var(--sans);
@@ -123,6 +129,7 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--line);
   .ladder .judge .rung { border-radius: 10px; }
   .ladder .stair { height: 8px; width: var(--share); }
   .ladder li + li::before { content: "↓"; left: 22px; top: -23px; }
+  .ladder li.other::before { content: "or"; }
 }
 @media (max-width: 640px) {
   main { padding: 32px 18px 48px; }

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from minirlhf.errors import visible
 from minirlhf.report.plotting import NAMES
-from minirlhf.report.read import POLICIES, Run, load_run
-from minirlhf.report.text import NOTHING, interval, number, percent, times, with_interval
+from minirlhf.report.read import Run, load_run
+from minirlhf.report.text import NOTHING, interval, judge, number, percent, times, with_interval
 
 
 def cells(run: Run, name: str, *, proxy: bool) -> list[tuple[str, str]]:
@@ -51,15 +51,15 @@ def summary_table(run: Path) -> str:
     loaded = load_run(run)
     score = "gold ± s.e." if loaded.is_gold else "proxy ± s.e."
     rows = [["", score, "headroom", "wins vs base", "wins vs SFT", "KL", "corpus loss", "length", "ended"]]
-    for name in POLICIES:
+    for name in loaded.policies:
         rows.append([NAMES[name], *(" ".join(cell).rstrip() for cell in cells(loaded, name, proxy=False))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines.append("± standard error, [95 % interval, in percent]: over the prompts; another seed may differ by more.")
     if not loaded.is_gold:
-        lines.append("The judge is the reward model that PPO was trained against: a proxy, not the truth.")
-    lines += ["", _reward_model(loaded), f"time: {times(loaded.report, 0)}"]
+        lines.append(f"The judge is {judge(loaded)}: a proxy, not the truth.")
+    lines += ["", _reward_model(loaded), f"time: {times(loaded.report, 0)}", *_held(loaded)]
     return visible("\n".join(line.rstrip() for line in lines))  # report.json may be anyone's file
 
 
@@ -72,3 +72,10 @@ def _reward_model(run: Run) -> str:
     if row.get("pairs_heldout_labelers"):
         text += f"; held-out labelers {with_interval(row, 'accuracy_heldout_labelers')}"
     return text
+
+
+def _held(run: Run) -> list[str]:
+    """How many models each method holds; an older run doesn't say."""
+    held = run.report.get("models_held", {})
+    counts = ", ".join(f"{NAMES[name]} {len(held[name])}" for name in run.methods if name in held)
+    return [f"models in memory while training: {counts}"] if counts else []

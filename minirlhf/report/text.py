@@ -78,8 +78,10 @@ def times(report: Row, digits: int) -> str:
         for part, seconds in report["seconds"].items()
         if part != "total"
     )
-    beside = "; PPO and PPO-ptx at the same time" if report.get("side_by_side") else ""
-    return f"{duration(report['seconds']['total'])} ({parts}{beside})"
+    pairs = report.get("side_by_side") or []
+    pairs = [["ppo", "ppo_ptx"]] if pairs is True else pairs  # as a run wrote it that knew no other methods
+    beside = ", ".join(f"{NAMES[one]} and {NAMES[other]} at the same time" for one, other in pairs)
+    return f"{duration(report['seconds']['total'])} ({parts}{'; ' if beside else ''}{beside})"
 
 
 def parameters(count: int | None) -> str:
@@ -121,9 +123,42 @@ def verdict(row: Row, other: str) -> str:
     return "better" if bounds[0] > 0.5 else "worse"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    >>> listed(["PPO", "RLOO", "DPO"])
+    'PPO, RLOO and DPO'
+    """
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def count(n: int) -> str:
+    """A small number as a word.
+
+    >>> count(5), count(12)
+    ('five', '12')
+    """
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    return words[n] if n < len(words) else str(n)
+
+
+def learners(run: Run) -> list[str]:
+    """The methods that maximize the reward; PPO-ptx counts as PPO. DPO is not one of them: it never asks it."""
+    return list(dict.fromkeys("PPO" if name == "ppo_ptx" else NAMES[name] for name in run.methods if name != "dpo"))
+
+
+def judge(run: Run) -> str:
+    """What the reward model is to the policies that it judges."""
+    pleased = learners(run)
+    if not pleased:
+        return "a reward model of the same rankings that DPO learned from"
+    return f"the reward model that {listed(pleased)} {'was' if len(pleased) == 1 else 'were'} trained against"
+
+
 def headline(run: Run) -> str:
     """One sentence that says what happened, good or bad."""
-    best = max(("ppo", "ppo_ptx"), key=lambda name: run.policy(name)["win_rate_vs_sft"] or 0.0)
+    best = max(run.methods, key=lambda name: run.policy(name)["win_rate_vs_sft"] or 0.0)
+    step = "step 3" if "dpo" in run.methods else "reinforcement learning"
     row, name = run.policy(best), NAMES[best]
     rate = percent(row["win_rate_vs_sft"])
     who = f"A model of {parameters(run.report['parameters'])}"
@@ -131,13 +166,15 @@ def headline(run: Run) -> str:
     outcome = verdict(row, "sft")
     if outcome == "worse":  # and the other policy is no better
         preferred = "is preferred to its SFT parent" if run.is_gold else "scores above its SFT parent"
+        several = len(run.methods)
+        top = f"even the {'better' if several == 2 else 'best'} of its {count(several)} policies, {name},"
         return (
-            f"{who} was made worse by reinforcement learning: even the better of its two policies, {name}, "
+            f"{who} was made worse by {step}: {top if several > 1 else f'its {name} policy'} "
             f"{preferred} on only {rate} of {prompts}."
         )
     if outcome == "unclear":
         return (
-            f"{who} gained nothing certain from reinforcement learning: its {name} answers are preferred to its SFT "
+            f"{who} gained nothing certain from {step}: its {name} answers are preferred to its SFT "
             f"parent’s on {rate} of {prompts}, too close to one half to tell."
         )
     time = duration(run.report["seconds"]["total"])
@@ -153,7 +190,9 @@ def headline(run: Run) -> str:
 def findings(run: Run) -> list[str]:
     """A few more sentences: each step against its parent, the proxy, the tax."""
     return [
-        sentence for sentence in (_preset(run), _given(run), _sft(run), _ppo(run), _proxy(run), _tax(run)) if sentence
+        sentence
+        for sentence in (_preset(run), _given(run), _sft(run), _methods(run), _proxy(run), _tax(run))
+        if sentence
     ]
 
 
@@ -185,10 +224,10 @@ def _sft(run: Run) -> str:
     return f"{told}. Mean {judged}: {means}; SFT wins {with_interval(sft, 'win_rate_vs_base')} against base."
 
 
-def _ppo(run: Run) -> str:
+def _methods(run: Run) -> str:
     outcomes = {"better": "is better than", "worse": "is worse than", "unclear": "can’t be told from"}
     parts = []
-    for name in ("ppo", "ppo_ptx"):
+    for name in run.methods:
         row = run.policy(name)
         told = f"{NAMES[name]} {outcomes[verdict(row, 'sft')]} SFT"
         gain = f"{number(row['gold_gain_vs_sft'])} {interval(row['gold_gain_vs_sft_interval'], 2, scale=1)}".rstrip()
@@ -200,7 +239,7 @@ def _ppo(run: Run) -> str:
 def _proxy(run: Run) -> str:
     """The signature of over-optimisation: the proxy rises while the truth falls."""
     sft = run.policy("sft")
-    for name in ("ppo", "ppo_ptx"):
+    for name in [name for name in run.methods if name != "dpo"]:
         row = run.policy(name)
         if run.is_gold and row["proxy_mean"] > sft["proxy_mean"] and row["gold_mean"] < sft["gold_mean"]:
             return (
@@ -212,22 +251,31 @@ def _proxy(run: Run) -> str:
 
 
 def _tax(run: Run) -> str:
-    tax = run.report["alignment_tax"]
-    paid, with_ptx, removed = tax["ppo"], tax["ppo_ptx"], tax["removed_by_ptx"]
+    """What the first of the methods cost in language, and what the others did."""
+    tax, (first, *others) = run.report["alignment_tax"], run.methods
+    name, paid = NAMES[first], tax[first]
     if paid is None or not math.isfinite(paid):
         return ""
     if abs(paid) < 0.01:
-        return f"PPO cost next to nothing in language: {number(paid, 3)} nats per token on held-out text."
-    if paid < 0:
-        return f"PPO cost nothing in language: its loss on held-out text is {number(-paid, 3)} nats below the base’s."
-    text = (
-        f"Alignment has a price in language: on held-out text PPO loses {number(paid, 3)} nats per token more than the "
-        f"base model ({number(tax['sft'], 3)} of them were lost in SFT already)"
-    )
+        text = f"{name} cost next to nothing in language: {number(paid, 3)} nats per token on held-out text"
+    elif paid < 0:
+        below = number(-paid, 3)
+        text = f"{name} cost nothing in language: its loss on held-out text is {below} nats below the base’s"
+    else:
+        text = (
+            f"Alignment has a price in language: on held-out text {name} loses {number(paid, 3)} nats per token more "
+            f"than the base model ({number(tax['sft'], 3)} of them were lost in SFT already)"
+        )
+        if others[:1] == ["ppo_ptx"]:
+            text += _removed(tax["ppo_ptx"], tax["removed_by_ptx"])
+    others = [other for other in others if other != "ppo_ptx"]
+    told = ", ".join(f"{NAMES[other]} {number(tax[other], 3, sign=True)}" for other in others)
+    return f"{text}. The same for the others: {told}." if told else f"{text}."
+
+
+def _removed(with_ptx: float | None, removed: float | None) -> str:
     if removed is None or with_ptx is None:
-        return text + "."
+        return ""
     if removed < 0:
-        return text + f"; PPO-ptx loses more still ({number(with_ptx, 3)})."
-    if removed >= 1:
-        return text + "; PPO-ptx wins it all back."
-    return text + f"; PPO-ptx wins {percent(removed)} of it back."
+        return f"; PPO-ptx loses more still ({number(with_ptx, 3)})"
+    return "; PPO-ptx wins it all back" if removed >= 1 else f"; PPO-ptx wins {percent(removed)} of it back"

@@ -1,4 +1,4 @@
-"""Ship a run: its five models as one small folder of checkpoints that lessons and small projects start from.
+"""Ship a run of PPO and PPO-ptx: its five models as a small folder of checkpoints that lessons and projects start from.
 
     python -m minirlhf_course.export runs/checkpoints data/checkpoints
 
@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 
 from minirlhf.checkpoints import save_model
+from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError, UserError
 from minirlhf.language.tokenization import load_tokenizer
-from minirlhf.pipeline.folder import POLICIES, STEPS, hide_loading_bars, load_policy, load_reward_model
+from minirlhf.pipeline.folder import POLICIES, hide_loading_bars, load_policy, load_reward_model, steps_of_run
+
+STEPS = steps_of_run(RunConfig())
 
 
 def export_checkpoints(run: Path, out: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from minirlhf.cli import main
-from minirlhf.pipeline.folder import STEPS
+from minirlhf.config import RunConfig
+from minirlhf.pipeline.folder import steps_of_run
 
 READ = {  # what each command reads, besides config.json
-    "run": ("report.json", "answers.json", *STEPS),
+    "run": ("report.json", "answers.json", *steps_of_run(RunConfig())),
     "chat": ("base", "sft", "ppo", "ppo_ptx"),
     "evaluate": ("base", "sft", "reward_model", "ppo"),
 }
