@@ -96,7 +96,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
     block_length = config.base.block_length
     longest = max(block_length, fit(folder, tokenizer, limit, answer_room(config), skip))
-    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
+    used = (config.out, *config.comparisons)
+    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows, used=used)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
     blocks = {}
