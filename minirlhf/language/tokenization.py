@@ -48,7 +48,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return prepare(tokenizer)
 
 
-def _damaged(folder: Path) -> Path:
+def _damaged(folder: Path) -> str:
     """The file of a tokenizer's folder that can't be read, as far as that can be told; else the folder."""
     from tokenizers import Tokenizer
 
@@ -59,15 +59,15 @@ def _damaged(folder: Path) -> Path:
                     continue
             except (ValueError, OSError, RecursionError):
                 pass
-            return folder / name
+            return str(folder / name)
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     try:
         if file.is_file():
             Tokenizer.from_file(str(file))
-            return config if config.is_file() else folder  # what says how the file is used
+            return f"{file} or {config.name}"  # how transformers reads the one depends on the other
     except Exception:
-        return file
-    return folder
+        return str(file)
+    return str(folder)
 
 
 def tokenizer_from_file(file: str | Path) -> PreTrainedTokenizerBase:
