@@ -1,8 +1,8 @@
 """What the command line says of a failure: one sentence and an exit code, never a traceback.
 
 2 is for what a user can mend: input, settings, a full disk, too little memory, a file that the system refuses. 1 is for
-everything that nobody foresaw: then the traceback goes to a file, to attach to a report. A ValueError is no user's: the
-code that reads what a user gave turns it into a UserError.
+everything that nobody foresaw: then the traceback goes to a file, to attach to a report. A ValueError is no user's,
+unless it is of characters: the code that reads what a user gave turns it into a UserError.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def known(error: Exception) -> str | None:
         return f"the tokenizer's chat template fails ({said}): fix chat_template in its files"
     if isinstance(error, IndexError) and "index out of range in self" in said:  # torch's embedding
         return "a token id is beyond the model's vocabulary: the tokenizer belongs to another model"
+    if isinstance(error, UnicodeError):
+        return f"text that is not UTF-8 was read, or can't be printed here ({said}): convert it, or set PYTHONUTF8=1"
     if isinstance(error, OSError):
         # Missing permissions, a broken network. Where it was raised is for bug reports.
         frames = traceback.extract_tb(error.__traceback__)

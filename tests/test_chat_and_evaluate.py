@@ -138,6 +138,7 @@ def test_chat_is_bounded_by_the_context(run: Path, refused, said, monkeypatch: p
         (["evaluate", "--device", "toaster"], "toaster"),
         (["evaluate", "--run", "no_run"], "no_run"),
         (["chat", "--run", "no_run", "--prompt", "a"], "no_run"),
+        (["chat", "--prompt", "Hi \udcff"], r"the prompt Hi \udcff is not UTF-8"),
         (["chat", "--prompt", "Hi", "--greedy", "--temperature", "0"], "--temperature 0"),
         (["chat", "--prompt", "Hi", "--temperature=0.1", "--temperature", "0"], "--temperature 0"),
     ],

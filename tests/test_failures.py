@@ -32,6 +32,7 @@ FORESEEN = {
     ),
     "a template": (jinja2.TemplateSyntaxError("unexpected end", 3), "chat template"),
     "a vocabulary": (IndexError("index out of range in self"), "beyond the model's vocabulary"),
+    "a terminal": (UnicodeEncodeError("ascii", "ä", 0, 1, "ordinal not in range"), "set PYTHONUTF8=1"),
     "nesting": (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     "a package": (ModuleNotFoundError("No module named 'tyro'", name="tyro"), "tyro is not installed"),
     "a permission": (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied: 'out/x'"),

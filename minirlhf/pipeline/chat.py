@@ -60,7 +60,7 @@ def chat(
         except UserError as error:
             if prompts:
                 raise
-            print(f"({error})")
+            print(f"({visible(str(error))})")
             continue
         for note in asked.notes:
             print(f"({visible(note)})")
@@ -93,8 +93,10 @@ def ask(
         max_response_tokens: maximum tokens per answer, where the models' context has room for them.
 
     Raises:
-        UserError: the prompt leaves no room for an answer.
+        UserError: the prompt leaves no room for an answer, or is not UTF-8.
     """
+    if typed != typed.encode(errors="replace").decode():
+        raise UserError(f"the prompt {typed} is not UTF-8; type it again")
     # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
     prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
     notes = []
