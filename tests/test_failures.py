@@ -121,6 +121,11 @@ def test_the_command_exits_as_its_child_did(code: int, wanted: int, tmp_path: Pa
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_strange_number_of_processes(monkeypatch: pytest.MonkeyPatch, refused) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "chat is for one process" in refused(["chat"])
+
+
 def test_nothing_that_a_file_holds_moves_the_cursor(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, UserError("row 3: \x1b[2J\x07 \u202e is no answer"))
     assert r"\x1b[2J\x07 \u202e is no answer" in refused(["chat"])
