@@ -10,13 +10,17 @@ one safetensors file with a checksum in its header. Nothing here reads or writes
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 CHECKSUMS, SUMMARY, STATE = "checksums.json", "summary.json", "state.safetensors"
 PARTIAL = ".partial"
+WINDOWS = os.name == "nt"
 ADAPTER, SCALAR = "adapter_config.json", "scalar.json"
 """What tells peft's folder of an adapter from that of a whole model; and what peft does not save of a scalar model."""
 PARTS = ("config.json", "*.safetensors", "tokenizer*")
@@ -75,9 +80,9 @@ def partial_folder(folder: Path) -> Path:
 
 def replace(aside: Path, path: Path) -> None:
     """Rename a file that was written aside, once the disk has it. Afterwards the disk has the new name too."""
-    _sync(aside)
+    sync(aside)
     os.replace(aside, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_partial(folder: Path) -> None:
@@ -87,13 +92,33 @@ def remove_partial(folder: Path) -> None:
             path.unlink()
 
 
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no such call for folders
-    handle = os.open(path, os.O_RDONLY)
+def keep_plain(folder: Path, names: Sequence[str] = ("*",)) -> None:
+    """Remove from a folder all but plain files of these names: what an ended process left, or somebody planted.
+
+    A library that opens a file to write it follows a link that has its name. Links are removed here, never followed.
+
+    Args:
+        folder: it need not exist.
+        names: patterns, as the shell has them.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.is_symlink() or not path.is_file() or not any(fnmatch(path.name, name) for name in names):
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names where the system can say so of a folder."""
+    folder = path.is_dir()
+    if folder and WINDOWS:
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows only flushes what may be written
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
     finally:
         os.close(handle)
 
@@ -142,7 +167,8 @@ def save_model(
             with the offset of its scores, if it is a scalar model, in scalar.json.
         tokenizer: saved with it.
         aside: the folder to write to before it is renamed; files already in it (metrics, TensorBoard events) are kept,
-            and a training state in it is deleted last, so that a kill at any time loses nothing.
+            links and folders are not, and a training state in it is deleted last, so that a kill at any time loses
+            nothing.
         summary: facts about the training, written as summary.json. A function is called after the weights are written,
             so that it can include the time that took.
 
@@ -211,7 +237,10 @@ def _write_model(
         )
     if aside is None:
         aside = partial_folder(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+    keep_plain(aside)
     if hasattr(model, "peft_config"):
         model.save_pretrained(aside, save_embedding_layers=False)  # no embedding is trained; "auto" would ask the hub
         if hasattr(model.config, "score_offset"):
@@ -224,7 +253,7 @@ def _write_model(
     remove_partial(aside)
     files = [file for file in sorted(aside.iterdir()) if file.is_file() and file.name not in (STATE, CHECKSUMS)]
     for file in files:
-        _sync(file)
+        sync(file)
     write_json(aside / CHECKSUMS, {file.name: _sha256(file.read_bytes()) for file in files})
     replace(aside, folder)
     (folder / STATE).unlink(missing_ok=True)
@@ -294,6 +323,27 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if _digest(tensors, header["facts"]) != header.get("sha256"):
         raise CheckpointError(f"{path}: damaged training state (its checksum differs); {advice}")
     return tensors, facts
+
+
+def made_with() -> dict[str, Any]:
+    """What decides the last bits of a result besides settings and data: versions, and the number of threads."""
+    versions = {}
+    for name in ("minirlhf", "torch", "transformers", "tokenizers", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):  # control needs torch alone
+            versions[name] = version(name)
+    return versions | {"python": platform.python_version(), "threads": torch.get_num_threads()}
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
+    """What two results of `made_with` have differently, as a sentence says it; None if nothing.
+
+    Example:
+        >>> differing({"torch": "2.9.0", "threads": 2}, {"torch": "2.9.0", "threads": 1})
+        ('threads 2', 'threads 1')
+    """
+    names = [name for name, value in before.items() if now.get(name) != value]
+    then, today = (", ".join(f"{name} {kind.get(name)}" for name in names) for kind in (before, now))
+    return (then, today) if names else None
 
 
 def _sha256(payload: bytes) -> str:

@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun sets it
+    return os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")  # torchrun sets it
 
 
 def _speaks() -> bool:

@@ -3,12 +3,19 @@
 import importlib.util
 import unicodedata
 
+SPELLED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control, format, surrogate, line and paragraph separator."""
+SHOWN = "\n\t\u200c\u200d"
+"""Of these: the last two join and part letters in Persian and Indic scripts, and join emoji."""
+
 
 class UserError(Exception):
     """Invalid user input: the message says what was expected, where, and what to do.
 
-    The command line prints it on one line and exits with code 2.
+    The command line prints it on one line and exits with its code.
     """
+
+    exit_code = 2
 
 
 class DataError(UserError):
@@ -38,14 +45,28 @@ def require_installed(module: str, extra: str) -> None:
         raise UserError(f'{module} is not installed: pip install "minirlhf[{extra}]"')
 
 
-def visible(text: str) -> str:
-    """The text with its control characters spelled out, so that what is printed can't clear the screen.
+def said_shortly(error: BaseException) -> str:
+    """The first line of an error's message, or its name if it has none; a KeyError's message is a name alone.
 
     Example:
-        >>> visible("two\\nlines \\x1b[2J")
-        'two\\nlines \\\\x1b[2J'
+        >>> said_shortly(ValueError("no such word\\nin line 3")), said_shortly(KeyError("type"))
+        ('no such word', "KeyError: 'type'")
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}" if isinstance(error, KeyError) else lines[0]
+
+
+def visible(text: str) -> str:
+    r"""The text with its control characters spelled out, so that what is printed can't clear the screen.
+
+    So are line breaks other than \n, and what no terminal can print (half of a surrogate pair).
+
+    Example:
+        >>> visible("two\nlines \x1b[2J")
+        'two\nlines \\x1b[2J'
     """
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else c.encode("unicode_escape").decode()
-        for c in text
+        c if c in SHOWN or unicodedata.category(c) not in SPELLED else c.encode("unicode_escape").decode() for c in text
     )

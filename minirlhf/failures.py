@@ -1,7 +1,8 @@
 """What the command line says of a failure: one sentence and an exit code, never a traceback.
 
-2 is for what a user can mend: input, settings, a full disk, too little memory. 1 is for everything that nobody
-foresaw: then the traceback goes to a file, to attach to a report.
+2 is for what a user can mend: input, settings, a full disk, too little memory, a file that the system refuses. 1 is for
+everything that nobody foresaw: then the traceback goes to a file, to attach to a report. A ValueError is no user's,
+unless it is of characters: the code that reads what a user gave turns it into a UserError.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from minirlhf.errors import UserError, visible
 
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 NO_SPACE = ("no space left", "disk quota exceeded")
+TOO_LARGE = "file too large"
 
 
 def say(error: Exception, arguments: Sequence[str] = (), *, aloud: bool = True) -> int:
@@ -35,7 +37,7 @@ def say(error: Exception, arguments: Sequence[str] = (), *, aloud: bool = True) 
         2
     """
     message = known(error)
-    code = 2 if message is not None else 1
+    code = getattr(error, "exit_code", 2 if message is not None else 1)
     if not aloud:
         return code
     if message is None:
@@ -56,6 +58,11 @@ def known(error: Exception) -> str | None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or any(words in said.lower() for words in NO_SPACE):
         return f"the disk is full ({said}): free some space, and run the same command again to continue"
+    if (isinstance(error, OSError) and error.errno == errno.EFBIG) or TOO_LARGE in said.lower():
+        return (
+            f"a file is larger than this disk or ulimit -f allows ({said}): raise the limit, or write to another disk "
+            "with --out, and run the same command again to continue"
+        )
     if isinstance(error, MemoryError) or any(words in said.lower() for words in NO_MEMORY):
         return (
             f"not enough memory ({said or 'MemoryError'}): lower --rlhf.micro-batch-tokens and the batch sizes, or "
@@ -68,8 +75,10 @@ def known(error: Exception) -> str | None:
         return f"the tokenizer's chat template fails ({said}): fix chat_template in its files"
     if isinstance(error, IndexError) and "index out of range in self" in said:  # torch's embedding
         return "a token id is beyond the model's vocabulary: the tokenizer belongs to another model"
-    if isinstance(error, (OSError, ValueError)):
-        # Missing permissions, a value that only a library rejects. Where it was raised is for bug reports.
+    if isinstance(error, UnicodeError):
+        return f"text that is not UTF-8 was read, or can't be printed here ({said}): convert it, or set PYTHONUTF8=1"
+    if isinstance(error, OSError):
+        # Missing permissions, a broken network. Where it was raised is for bug reports.
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         return f"{said} ({type(error).__name__}{where})"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from minirlhf.checkpoints import partial, replace
+from minirlhf.checkpoints import partial, replace, sync
 from minirlhf.data import read_rankings
 from minirlhf.errors import UserError, visible
 from minirlhf.formats import prompt_to_json
@@ -92,10 +92,13 @@ class RankingFile:
         with self._locked():
             if item in self._ranked():
                 return False
+            new = not self.path.exists()
             with self.path.open("ab") as file:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                sync(self.path.parent)  # so that the disk has its name too
         return True
 
     def undo(self, items: Collection[Item]) -> Item | None:

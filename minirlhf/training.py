@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import parallel
-from minirlhf.checkpoints import STATE, for_rank_zero, laid_out_as, load_state, place_of, save_state, write_text
-from minirlhf.errors import CheckpointError, TrainingError, require_installed
+from minirlhf.checkpoints import (
+    STATE,
+    differing,
+    for_rank_zero,
+    laid_out_as,
+    load_state,
+    made_with,
+    place_of,
+    save_state,
+    write_text,
+)
+from minirlhf.errors import CheckpointError, TrainingError, require_installed, visible
 
 Metrics = dict[str, float]
 
@@ -77,6 +88,8 @@ class Recorder:
         self.show, self.progress, self.position = tuple(show), progress and parallel.rank() == 0, position
         self.history: list[Metrics] = []
         self.first_step = 0
+        self.machines: list[dict[str, Any]] = []
+        """Versions and threads that the step was trained with (see `made_with`): one entry unless they changed."""
         self.seconds = 0.0  # since the recorder was created, and in earlier sessions of this run; see `lap`
         self._began, self._earlier = time.monotonic() if began is None else began, 0.0
         self._models: dict[str, nn.Module] = {}
@@ -115,12 +128,22 @@ class Recorder:
         parallel.barrier()  # rank 0 changes the folder only when all have read it
         if not self._writes:
             return
+        self._enter(made_with())
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         # Rows that were logged after the saved state will be logged again: drop them.
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
         self.history = [row for row in map(_row, lines) if row is not None and row["step"] < self.first_step]
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def _enter(self, now: dict[str, Any]) -> None:
+        """Record what the step goes on with, and say so where it began with something else."""
+        differ = differing(self.machines[-1], now) if self.machines else None
+        if differ is not None:
+            said = f"{self.folder}: begun with {differ[0]}; goes on with {differ[1]}, so its last bits may differ"
+            print(visible(said), file=sys.stderr)
+        if differ is not None or not self.machines:
+            self.machines.append(now)
 
     def steps(self, total: int, done: Callable[[], int] | None = None) -> Iterator[int]:
         """Yield the remaining steps, saving the state in between.
@@ -239,7 +262,7 @@ class Recorder:
                 raise self._failure("the weights, or the optimizer's moments, became NaN or infinite", after=True)
             extras = {name: extra.state_dict() for name, extra in self._extras.items()}
             facts = {"name": self.name, "step": step, "seconds": self.lap(), "extras": extras}
-            save_state(self.folder / STATE, tensors, facts)
+            save_state(self.folder / STATE, tensors, facts | {"machines": self.machines})
         self._saved = step
 
     def _load(self, path: Path) -> None:
@@ -272,6 +295,7 @@ class Recorder:
             extra.load_state_dict(facts["extras"][name])
         self.first_step, self._earlier = facts["step"], facts["seconds"]
         self._saved = self.first_step
+        self.machines = list(facts.get("machines", ()))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

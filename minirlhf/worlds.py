@@ -12,7 +12,7 @@ data folder can name code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,14 @@ class WorldGuest(Protocol):
 
         Raises:
             ValueError: they don't describe a world of this kind; the message says what was expected.
+        """
+        ...
+
+    def verify(self, facts: Mapping[str, Any], texts: Iterable[str]) -> None:
+        """Compare what texts of a folder's corpus state with its `world.json`, as far as they state anything.
+
+        Raises:
+            ValueError: they are of another world, such as one of another seed; the message says how that shows.
         """
         ...
 

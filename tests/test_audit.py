@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from minirlhf_course.world import write_world
 
-from minirlhf.cli import main
-from minirlhf.data import read_folder
+from minirlhf.data import DataFolder, read_folder
 from minirlhf.errors import CheckpointError, DataError
 from minirlhf.language.supported import check_model
 from minirlhf.pipeline.audit import audit
@@ -73,17 +74,26 @@ def test_rows_in_training_and_held_out_files(name: str, folder: Path, tokenizer,
 def test_files_that_nothing_reads(folder: Path, tokenizer) -> None:
     (folder / "comparison.jsonl").write_text("{}")
     (folder / "heldout" / "demonstrations2.jsonl").write_text("{}")
-    for name in ("README.md", ".gitattributes", "LICENSE"):
+    for name in ("README.md", ".gitattributes", "LICENSE", "mine.jsonl.lock"):
         (folder / name).write_text("about")
-    notes = audit(read_folder(folder), tokenizer)
-    assert [note.split(": nothing reads this")[0] for note in notes] == [
-        str(folder / "comparison.jsonl"),
-        str(folder / "heldout" / "demonstrations2.jsonl"),
-    ]
+    (note,) = audit(read_folder(folder), tokenizer)
+    assert note.startswith(f"{folder}: nothing reads comparison.jsonl, heldout/demonstrations2.jsonl; the files of a")
+    for number in range(50):
+        (folder / f"part-{number:02d}.jsonl").write_text("{}")
+    (note,) = audit(read_folder(folder), tokenizer)
+    assert "nothing reads comparison.jsonl, part-00.jsonl, part-01.jsonl and 49 more; the files" in note
 
 
-def word_tokenizer(words: list[str]):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def test_what_a_run_keeps_in_its_data_folder_is_no_stray_file(folder: Path, tokenizer) -> None:
+    (folder / "mine.jsonl").write_text("{}")
+    (folder / "runs" / "first").mkdir(parents=True)
+    assert audit(read_folder(folder), tokenizer, used=(folder / "runs" / "first", folder / "mine.jsonl")) == []
+    (note,) = audit(read_folder(folder), tokenizer, used=(folder / "runs" / "first",))
+    assert "nothing reads mine.jsonl;" in note
+
+
+def word_tokenizer(words: list[str], lower: bool = False):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from minirlhf.language.tokenization import prepare
@@ -91,19 +101,42 @@ def word_tokenizer(words: list[str]):
     known = {word: number for number, word in enumerate(["<unk>", "<eos>", *dict.fromkeys(words)])}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     return prepare(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"))
+
+
+def words_of(data: DataFolder) -> list[str]:
+    texts = [row.text for row in (*data.corpus, *data.prompts)] + [row.completion for row in data.demonstrations]
+    texts += [response for row in data.comparisons for response in row.responses]
+    return " ".join(texts).split()
 
 
 def test_unknown_words(folder: Path) -> None:
     data = read_folder(folder)
-    texts = [row.text for row in data.corpus] + [row.completion for row in data.demonstrations]
-    texts += [response for row in data.comparisons for response in row.responses]
-    words = " ".join(texts).split()
+    words = words_of(data)
     rare = min(set(words), key=words.count)
     (note,) = audit(data, word_tokenizer([word for word in words if word != rare]))
     assert "are <unk>" in note and "jsonl:" in note
-    with pytest.raises(DataError, match=r"are <unk>.*give a tokenizer that knows the text"):
-        audit(data, word_tokenizer(words[:5]))
+    for few in (words[:5], []):  # with no word at all every prompt has the same tokens, and no template is to blame
+        with pytest.raises(DataError, match=r"are <unk>.*give a tokenizer that knows the text"):
+            audit(data, word_tokenizer(few))
+
+
+def test_unknown_words_of_prompts_count(folder: Path) -> None:
+    data = read_folder(folder)
+    words = words_of(data)
+    data.prompts = [replace(row, text=f"zyzzyva {row.text}") for row in data.prompts]
+    (note,) = audit(data, word_tokenizer(words))
+    assert note.startswith(f"{data.prompts[0].where}: the tokenizer has no token for some of the text")
+
+
+def test_a_word_tokenizer_that_changes_the_text(folder: Path) -> None:
+    data = read_folder(folder)
+    words = words_of(data)
+    assert audit(data, word_tokenizer(words)) == []
+    (note,) = audit(data, word_tokenizer([word.lower() for word in words], lower=True))
+    assert "jsonl:1: the text changes when it is encoded" in note
 
 
 def test_a_template_that_drops_the_prompt(folder: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +174,12 @@ def test_weights_that_are_not_finite(make_causal) -> None:
 
 def test_a_world_of_another_version(tmp_path: Path, fast_run, refused) -> None:
     world = tmp_path / "world"
-    assert main(["world", "--out", str(world)]) == 0
+    write_world(world, corpus=200, demonstrations=60, comparisons=30, prompts=60, heldout_comparisons=20)
     file = world / "world.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 7}))
     assert "format_version 7" in refused(fast_run(tmp_path / "run", data=world))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1, "seed": 1}))
+    assert f"{file}: seed 1: in that world" in refused(fast_run(tmp_path / "run", data=world))
 
 
 def test_heldout_that_is_a_file(tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from minirlhf.checkpoints import sealed
 from minirlhf.cli import main
 from minirlhf.language.evaluation import Answers
 from minirlhf.language.tokenization import load_tokenizer, tokenizer_from_file
-from minirlhf.pipeline.folder import context_of_run
+from minirlhf.pipeline.folder import LONGEST_ANSWERS, context_of_run, read_examples
 
 QUICK = ["--sft.epochs", "0.1", "--reward-model.epochs", "0.2", "--rlhf.steps", "1", "--rlhf.batch-size", "8"]
 QUICK += ["--rlhf.max-response-tokens", "4", "--evaluation.max-response-tokens", "3"]
@@ -158,6 +161,7 @@ def test_chat_is_bounded_by_the_context(run: Path, refused, said, monkeypatch: p
         (["evaluate", "--device", "toaster"], "toaster"),
         (["evaluate", "--run", "no_run"], "no_run"),
         (["chat", "--run", "no_run", "--prompt", "a"], "no_run"),
+        (["chat", "--prompt", "Hi \udcff"], r"the prompt Hi \udcff is not UTF-8"),
         (["chat", "--prompt", "Hi", "--greedy", "--temperature", "0"], "--temperature 0"),
         (["chat", "--prompt", "Hi", "--temperature=0.1", "--temperature", "0"], "--temperature 0"),
     ],
@@ -166,6 +170,32 @@ def test_mistakes(run: Path, refused, capsys: pytest.CaptureFixture[str], comman
     message = refused([command[0], "--run", str(run), *command[1:]])
     assert word in message and ("reward_model" in message) == ("reward_model" in command)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run, text: text.replace("Tell", "Yell"),
+        lambda run, text: text[:-9],
+        lambda run, text: " " * (LONGEST_ANSWERS + 1),
+        lambda run, text: sealed_again(run, "[3]"),
+        lambda run, text: sealed_again(run, "[" * 10_000),
+    ],
+)
+def test_examples_that_are_not_the_runs_are_not_shown(damage, run: Path, refused, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    file = copy / "answers.json"
+    assert read_examples(copy) == [row["prompt"] for row in json.loads(file.read_text())]
+    file.write_text(damage(copy, file.read_text()))
+    assert f"{file}: damaged" in refused(["chat", "--run", str(copy)])
+
+
+def sealed_again(run: Path, text: str) -> str:
+    """Another content of answers.json, and a report that says it is its own."""
+    report = report_of(run) | {"answers_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    del report["sha256"]
+    (run / "report.json").write_text(json.dumps(sealed(report)))
+    return text
 
 
 @pytest.mark.parametrize("words", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -145,6 +146,20 @@ def test_a_link_and_another_folder_lead_to_the_same_file(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert relative.append(ITEMS[0], (1, 2, 3)) and len(rows(file.path)) == 1
+
+
+def test_the_disk_has_the_name_of_a_new_file_too(file: RankingFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(file.path.parent if os.path.samestat(os.fstat(handle), file.path.parent.stat()) else file.path)
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    for number in (0, 1):
+        assert file.append(ITEMS[number], (1, 2, 3))
+    assert synced == [file.path, file.path.parent, file.path]
 
 
 def test_a_process_that_never_lets_go_is_named(file: RankingFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -538,11 +538,15 @@ def test_what_a_run_leaves_half_written_is_its_own_to_remove(finished: Path, run
     delete(run, "report.json")
     assert main(fast_run(run)) == 0
     assert outside.read_text() == "mine" and not list(run.glob("*.partial"))
-    delete(run, "ppo_ptx")
+    delete(run, "ppo", "ppo_ptx")
     (run / "elsewhere").mkdir()
     (run / "ppo_ptx.partial").symlink_to(run / "elsewhere")
+    put(run / "ppo.partial" / "chat_template.jinja.old", "what a save that was killed may leave")
+    (run / "ppo.partial" / "model.safetensors").symlink_to(outside)
+    (run / "ppo.partial" / "metrics.jsonl").write_bytes(b"\xff half a row")
     assert main(fast_run(run)) == 0
     assert weights(run) == weights(finished) and not list((run / "elsewhere").iterdir())
+    assert outside.read_text() == "mine" and not (run / "ppo" / "chat_template.jinja.old").exists()
 
 
 def test_data_are_known_by_what_they_hold(run: Path, finished: Path, fast_run, refused, tmp_path: Path) -> None:

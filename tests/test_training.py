@@ -1,8 +1,12 @@
 """Kill and resume gives the same bits; batches are what they say; a NaN never reaches the weights."""
 
+import contextlib
+import errno
 import itertools
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.checkpoints import STATE, load_state, save_model, save_state, verify_model
+from minirlhf.checkpoints import STATE, load_state, save_model, save_state, verify_model, write_text
 from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import CheckpointError, TrainingError, UserError
 from minirlhf.language.models import scalar_model_from
@@ -204,6 +208,29 @@ class TestSavedModel:
     def test_is_whole(self, folder: Path) -> None:
         assert [path.name for path in folder.parent.iterdir()] == ["model"]
         assert json.loads((folder / "summary.json").read_text()) == {"seconds": 1.0}
+
+    def test_what_is_planted_in_its_unfinished_folder_is_neither_written_through_nor_kept(
+        self, make_causal, tokenizer, tmp_path: Path
+    ) -> None:
+        outside, given = tmp_path / "outside", tmp_path / "given.aside"
+        for aside in (tmp_path / "model.partial", given):  # the usual one, and one that the caller names
+            outside.mkdir()
+            (outside / "mine").write_text("mine")
+            aside.mkdir()
+            (aside / "metrics.jsonl").write_text("{}")
+            for name in ("model.safetensors", "tokenizer.json", "summary.json", "checksums.json.partial"):
+                (aside / name).symlink_to(outside / "mine")
+            (aside / "config.json").symlink_to(outside / "new")
+            (aside / "folder").symlink_to(outside)
+            (aside / "config").mkdir()
+            out = tmp_path / "model"
+            save_model(out, make_causal(), tokenizer, aside=given if aside == given else None, summary={})
+            verify_model(out, required=True)
+            assert [file.read_text() for file in outside.iterdir()] == ["mine"]
+            assert not any(path.is_symlink() or path.is_dir() for path in out.iterdir())
+            assert (out / "metrics.jsonl").exists() == (aside == given)
+            shutil.rmtree(out)
+            shutil.rmtree(outside)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "summary.json"])
     def test_damage_and_loss_are_named(self, folder: Path, name: str) -> None:
@@ -406,6 +433,49 @@ def test_seconds_count_the_whole_step_over_all_sessions(tmp_path: Path, monkeypa
     last = session(20.0, began=clock[0] - 5.0)
     assert last.seconds == 11.0 + 5.0 + 20.0 + 2.0
     assert last.lap() == last.seconds == 11.0 + 5.0 + 20.0 + 2.0 + 20.0
+
+
+def test_a_step_that_goes_on_under_other_versions_says_so_and_records_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def session(machine: dict, die_at: int | None = None) -> Mortal:
+        monkeypatch.setattr("minirlhf.training.made_with", lambda: machine)
+        recorder = Mortal("x", tmp_path, save_seconds=0, die_at=die_at)
+        with contextlib.suppress(Killed):
+            three_steps(recorder)
+        return recorder
+
+    old, new = {"torch": "2.0.0", "threads": 2}, {"torch": "2.9.0", "threads": 1}
+    assert session(old, die_at=1).machines == [old] and session(old, die_at=1).machines == [old]
+    assert capsys.readouterr().err == ""
+    assert session(new, die_at=2).machines == [old, new]
+    said = f"{tmp_path}: begun with torch 2.0.0, threads 2; goes on with torch 2.9.0, threads 1, so its last bits may"
+    assert said in capsys.readouterr().err
+    assert session(new).machines == [old, new] and capsys.readouterr().err == ""
+    assert load_state(tmp_path / STATE)[1]["machines"] == [old, new]
+
+
+def test_files_are_flushed_where_folders_can_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, int]] = []
+    real = os.open
+
+    def spy(path: Path, flags: int) -> int:
+        opened.append((Path(path).name, flags & os.O_ACCMODE))
+        return real(path, flags)
+
+    monkeypatch.setattr("minirlhf.checkpoints.WINDOWS", True)
+    monkeypatch.setattr("minirlhf.checkpoints.os.open", spy)
+    write_text(tmp_path / "text", "whole")
+    monkeypatch.undo()
+    assert opened == [("text.partial", os.O_RDWR)]  # Windows flushes no file that is open for reading alone
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # as some network file systems say of a folder
+
+    monkeypatch.setattr("minirlhf.checkpoints.os.fsync", fsync)
+    write_text(tmp_path / "text", "again")
+    assert (tmp_path / "text").read_text() == "again"
 
 
 def test_tensorboard_events_are_written_where_they_are_asked_for(tmp_path, monkeypatch) -> None:

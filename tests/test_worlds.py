@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from minirlhf_course.world import GoldLabeler, World
+from minirlhf_course.world.corpus import CorpusWriter
+from minirlhf_course.world.facts import Facts
 from minirlhf_course.world.guest import SMALL_WORLD
 
 from minirlhf import worlds
 from minirlhf.cli import main
-from minirlhf.data import Comparison, DataFolder, Prompt
+from minirlhf.data import Comparison, DataFolder, Prompt, Text
 from minirlhf.errors import DataError
 from minirlhf.pipeline import inputs
 from minirlhf.pipeline.judges import gold_judge
@@ -43,6 +46,10 @@ class Flat:
             raise ValueError("a flat world has the height 0")
         return Judge()
 
+    def verify(self, facts, texts):
+        if any("hill" in text for text in texts):
+            raise ValueError("a flat world has no hills")
+
 
 FLAT = Flat()
 """
@@ -60,10 +67,11 @@ def flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(site)
 
 
-def judge(folder: Path, facts: object, *prompts: str, **rows) -> worlds.Judge:
+def judge(folder: Path, facts: object, *prompts: str, corpus: Sequence[str] = (), **rows) -> worlds.Judge:
     (folder / "world.json").write_text(json.dumps(facts))
     asked = [Prompt(text, f"prompts.jsonl:{line}") for line, text in enumerate(prompts, start=1)]
-    found = gold_judge(DataFolder(folder, [], [], [], asked, world_file=folder / "world.json", **rows))
+    corpus = [Text(text, f"corpus.jsonl:{line}") for line, text in enumerate(corpus, start=1)]
+    found = gold_judge(DataFolder(folder, corpus, [], [], asked, world_file=folder / "world.json", **rows))
     assert found is not None and found.is_gold
     return found
 
@@ -81,6 +89,16 @@ def test_the_small_worlds_judge_is_its_gold_labeler(tmp_path: Path, name: dict[s
         assert found.scores([prompt], [answer], [ended]) == [score.total]
         assert found.parts([prompt], [answer], [ended]) == [score._asdict()]
     assert found.best([prompt]) == [gold.best(prompt)]
+
+
+def test_a_corpus_of_another_seed_is_noticed(tmp_path: Path) -> None:
+    corpus = CorpusWriter(World(3)).documents(400, seed=3)
+    judge(tmp_path, {"seed": 3}, corpus=corpus)
+    with pytest.raises(DataError, match=r"world\.json: seed 4: in that world \d+ of \d+ tastes .* likes .*; write the"):
+        judge(tmp_path, {"seed": 4}, corpus=corpus)
+    judge(tmp_path, {"seed": 4}, corpus=["a text of somebody's own ."] * 400)
+    same = next(seed for seed in range(4, 1000) if Facts(seed).values("joy") == Facts(3).values("joy"))
+    judge(tmp_path, {"seed": same}, corpus=corpus)  # another number, the same world
 
 
 STRANGE, WHERE = "what is a transistor ?", "heldout/file.jsonl:3"
@@ -104,6 +122,8 @@ def test_a_world_of_another_package_writes_and_judges(flat, tmp_path: Path) -> N
     assert judge(tmp_path, {"world": "flat", "height": 0}, "meadow").scores(["a"], ["four"], [True]) == [4.0]
     with pytest.raises(DataError, match=r"world\.json: a flat world has the height 0; write the folder again"):
         judge(tmp_path, {"world": "flat"})
+    with pytest.raises(DataError, match=r"world\.json: a flat world has no hills; write the folder again"):
+        judge(tmp_path, {"world": "flat", "height": 0}, corpus=["up the hill"])
     with pytest.raises(
         DataError, match=r"prompts\.jsonl:2: the gold judge can't score this prompt \(this world is dry\)"
     ):

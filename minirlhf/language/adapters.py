@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from minirlhf.checkpoints import ADAPTER
-from minirlhf.errors import CheckpointError, UserError, require_installed
-from minirlhf.language.models import empty_scalar, score_offset, share
+from minirlhf.errors import CheckpointError, UserError, require_installed, said_shortly
+from minirlhf.language.models import check_weights, empty_scalar, score_offset, share
 from minirlhf.settings import Count, Settings
 
 if TYPE_CHECKING:
@@ -170,8 +170,8 @@ def load_adapter(folder: Path, body: PreTrainedModel) -> PreTrainedModel:
     """
     require_installed("peft", "lora")
     import peft
-    from safetensors import SafetensorError
 
+    check_weights(folder)
     try:
         scalar = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS"
         with _quiet(), torch.random.fork_rng(devices=[]):
@@ -179,6 +179,8 @@ def load_adapter(folder: Path, body: PreTrainedModel) -> PreTrainedModel:
             model = peft.PeftModel.from_pretrained(inner, folder, is_trainable=True)
         if scalar:
             model.config.score_offset = score_offset(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the adapter can't be loaded ({str(error).splitlines()[0]})") from error
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # what is in the files decides what is raised: peft promises nothing
+        raise CheckpointError(f"{folder}: the adapter can't be loaded ({said_shortly(error)})") from error
     return model.eval()

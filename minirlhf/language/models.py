@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minirlhf import parallel
 from minirlhf.checkpoints import ADAPTER, SCALAR
-from minirlhf.errors import CheckpointError, require_installed
+from minirlhf.errors import CheckpointError, UserError, require_installed, said_shortly
 from minirlhf.language.forward import (
     LOGITS_ARE_DEAR,
     bare_head,
@@ -153,7 +153,7 @@ def _configuration(path: str | Path) -> Any:
 
     with _said(path):
         if (Path(path) / ADAPTER).is_file():
-            path = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            path = _base_of(Path(path))
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -180,12 +180,12 @@ def _said(path: str | Path, what: str = "the model") -> Iterator[None]:
     Raises:
         CheckpointError: says why, and what to give.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # what is in the files decides what is raised: transformers and peft promise nothing
+        reason = said_shortly(error)
         if "trust_remote_code" in str(error):
             reason = "it brings code of its own, which minirlhf never runs"
         raise CheckpointError(
@@ -199,9 +199,10 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
     require_installed("peft", "lora")
     from peft import PeftModel
 
-    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    check_weights(folder)
     config = _configuration(folder)
     with _said(folder, "the adapter or its base model"):
+        base = _base_of(folder)
         if "SequenceClassification" in kind.__name__:
             config.num_labels, config.score_offset = 1, score_offset(folder)
         options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True, **CLOSED}
@@ -212,6 +213,27 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
         model = adapted.merge_and_unload()
     missing = [key for key in found["missing_keys"] if key.rsplit(".", 1)[0] not in brought]
     return half(model, dtype), sorted(missing)
+
+
+def _base_of(adapter: Path) -> str:
+    """The folder or hub name of an adapter's base model."""
+    base = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not isinstance(base, str):
+        raise ValueError(f"{ADAPTER} names no base model")
+    if (Path(base) / ADAPTER).is_file():  # transformers would load that one too, also from a pickle
+        raise ValueError(f"its base model {base} is an adapter too: merge one into the other")
+    return base
+
+
+def check_weights(adapter: Path) -> None:
+    """peft would load an adapter's weights from a pickle where no safetensors are.
+
+    Raises:
+        CheckpointError: the folder has no weights in safetensors.
+    """
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; weights in other formats are not loaded: save the adapter again")
 
 
 def score_offset(adapter: Path) -> float:

@@ -5,12 +5,13 @@ transformers is imported when first used, so that ``import minirlhf.language.sft
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirlhf.errors import CheckpointError, UserError
+from minirlhf.errors import CheckpointError, UserError, said_shortly
 from minirlhf.formats import Conversation, Message, messages_of
 
 if TYPE_CHECKING:
@@ -37,12 +38,36 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer(PLACE, add_special_tokens=False)["input_ids"]:  # transformers may create an empty one
             raise ValueError("it encodes text to no tokens")
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file: KeyError, TypeError, and plain Exception from tokenizers
         raise CheckpointError(
-            f"{path}: the tokenizer can't be loaded ({str(error).splitlines()[0]}); "
+            f"{_damaged(Path(path))}: the tokenizer can't be loaded ({said_shortly(error)}); "
             "give a folder made by save_pretrained, tokenizer included, or a hub name"
         ) from None
     return prepare(tokenizer)
+
+
+def _damaged(folder: Path) -> str:
+    """The file of a tokenizer's folder that can't be read, as far as that can be told; else the folder."""
+    from tokenizers import Tokenizer
+
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            try:
+                if isinstance(json.loads((folder / name).read_text(encoding="utf-8")), dict):
+                    continue
+            except (ValueError, OSError, RecursionError):
+                pass
+            return str(folder / name)
+    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            Tokenizer.from_file(str(file))
+            return f"{file} or {config.name}"  # how transformers reads the one depends on the other
+    except Exception:
+        return str(file)
+    return str(folder)
 
 
 def tokenizer_from_file(file: str | Path) -> PreTrainedTokenizerBase:
@@ -112,6 +137,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return [list(row) if row[: len(bos)] == bos else [*bos, *row] for row in map(ids.__getitem__, chats)]
 
 
+def drops_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template writes the same for any prompt. No token is needed to tell."""
+    first, second = (_in_template(tokenizer, [("user", f"{PLACE}-{number}")]) for number in (1, 2))
+    return first == second
+
+
 def templated(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> set[str]:
     """Those of the prompts that are texts in the chat template already, as some data sets hold them.
 
@@ -139,9 +170,12 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, and may be damaged: TypeError, ValueError, anything
+        does = "refuses" if isinstance(error, TemplateError) else "fails on"
         roles = ", ".join(role for role, _ in messages)
-        raise UserError(f"the tokenizer's chat template refuses messages of {roles} ({error})") from None
+        raise UserError(f"the tokenizer's chat template {does} messages of {roles} ({said_shortly(error)})") from None
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

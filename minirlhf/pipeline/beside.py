@@ -55,7 +55,8 @@ def step_beside(config: RunConfig, step: str, other: str, threads: int, progress
         progress: whether the child draws a bar.
 
     Raises:
-        TrainingError: the child failed, and has printed its own message; or it was killed, and the signal is named.
+        TrainingError: the child failed, and has printed its own message, or it was killed, and the signal is named. The
+            command then exits with the child's code: 1 for a bug.
     """
     # time.time is the clock that two processes share.
     unsaved = {name: getattr(config, name) for name in (*UNSAVED, *COMMANDED)}
@@ -88,7 +89,9 @@ def step_beside(config: RunConfig, step: str, other: str, threads: int, progress
             "run the same command again to continue"
         )
     if code != 0:
-        raise TrainingError(f"{step} stopped with exit code {code}: see its message above")
+        failed = TrainingError(f"{step} stopped with exit code {code}: see its message above")
+        failed.exit_code = 2 if code == 2 else 1
+        raise failed
 
 
 class _ChildFailedError(BaseException):

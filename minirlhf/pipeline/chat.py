@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,11 +12,13 @@ from minirlhf.errors import CheckpointError, UserError, visible
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.forward import context_of
 from minirlhf.language.tokenization import encode_prompts, load_tokenizer
-from minirlhf.pipeline.folder import POLICIES, Bodies, hide_loading_bars, load_policy, read_config
+from minirlhf.pipeline.folder import POLICIES, Bodies, hide_loading_bars, load_policy, read_config, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHOWN = 200
+"""Characters of an example."""
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
 
 
@@ -59,7 +60,7 @@ def chat(
         except UserError as error:
             if prompts:
                 raise
-            print(f"({error})")
+            print(f"({visible(str(error))})")
             continue
         for note in asked.notes:
             print(f"({visible(note)})")
@@ -92,8 +93,10 @@ def ask(
         max_response_tokens: maximum tokens per answer, where the models' context has room for them.
 
     Raises:
-        UserError: the prompt leaves no room for an answer.
+        UserError: the prompt leaves no room for an answer, or is not UTF-8.
     """
+    if typed != typed.encode(errors="replace").decode():
+        raise UserError(f"the prompt {typed} is not UTF-8; type it again")
     # A vocabulary without capitals, such as the small world's, knows more words of a prompt in lower case.
     prompt = min(typed, typed.lower(), key=lambda text: len(_unknown(tokenizer, text)))
     notes = []
@@ -115,10 +118,8 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
 
 
 def _typed(run: Path) -> Iterator[str]:
-    file = run / "answers.json"  # the run's own examples, once it is finished
-    examples = [row["prompt"] for row in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
-    short = min(examples, key=len, default="")
-    print(f"Type an instruction{f', for example: {visible(short)}' if short else ''}    (an empty line ends)")
+    short = min(read_examples(run), key=len, default="")
+    print(f"Type an instruction{f', for example: {visible(short[:SHOWN])}' if short else ''}    (an empty line ends)")
     while True:
         try:
             prompt = input("> ").strip()

@@ -8,6 +8,7 @@ ppo/  ppo_ptx/  rloo/ ...       the same, one for each --method
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ STEPS = ("base", "sft", "reward_model", *METHODS)
 POLICIES = ("base", "sft", *METHODS)
 SECTIONS = ("model_size", "base", "sft", "reward_model", "rlhf", "evaluation")  # of config.json, one dataclass each
 LOCK = "run.lock"
+LONGEST_ANSWERS = 2**26
+"""Bytes of answers.json, a few rows of text: a larger file is not of a run, and is never read."""
 FORMAT = 2
 """Of a run's folder, in its config.json. It grows when an older run can't be continued or read; 0.1 wrote none."""
 
@@ -177,6 +180,26 @@ def read_report(run: Path) -> dict[str, Any]:
     if not all(isinstance(report["evaluation"].get(name), dict) for name in names):
         raise CheckpointError(f"{run / 'report.json'}: damaged (not every policy is in it); {advice}")
     return report
+
+
+def read_examples(run: Path) -> list[str]:
+    """The prompts in answers.json, once a run is finished.
+
+    Raises:
+        CheckpointError: report.json or answers.json is damaged.
+    """
+    file = run / "answers.json"
+    advice = f"delete {run / 'report.json'} and run again"
+    kept = read_report(run).get("answers_sha256") if (run / "report.json").is_file() and file.is_file() else None
+    if kept is None:
+        return []
+    content = file.read_bytes() if file.stat().st_size <= LONGEST_ANSWERS else b""
+    if hashlib.sha256(content).hexdigest() != kept:
+        raise CheckpointError(f"{file}: damaged (its checksum differs); {advice}")
+    try:
+        return [str(row["prompt"]) for row in json.loads(content)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError(f"{file}: damaged (not a list of examples); {advice}") from None
 
 
 def _read_object(file: Path, kinds: Mapping[str, type], advice: str) -> dict[str, Any]:

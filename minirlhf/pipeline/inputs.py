@@ -97,7 +97,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
         kept = config.out / "reward_model"
         reader, reads = _given_reward_model(named) if not kept.is_dir() else (load_tokenizer(kept), context_in(kept))
         fit(folder, reader, reads, room, skip, reward_model=named)
-    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows)
+    used = (config.out, *config.comparisons)
+    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows, used=used)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
     blocks = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from minirlhf.worlds import DEFAULT_WORLD, Judge, find_world
 if TYPE_CHECKING:
     from minirlhf.language.reward_model import RewardFunction
 
+SAMPLE = 2000
+"""Texts of the corpus whose facts are compared with the world's."""
 DELETE = "or delete the file to have the reward model judge"
 WRITE_AGAIN = f"write the folder again with: minirlhf world --out DIR, {DELETE}"
 
@@ -50,14 +53,16 @@ def gold_judge(folder: DataFolder) -> Judge | None:
     """The judge of the world that the folder's world.json names; None for a folder without that file.
 
     Raises:
-        DataError: world.json is malformed or names a world that is not installed, or a prompt that will be judged is
-            not of that world; names the file and the line.
+        DataError: world.json is malformed, names a world that is not installed, or is of another world than the corpus;
+            or a prompt that will be judged is not of that world; names the file and the line.
     """
     if folder.world_file is None:
         return None
     facts = _facts(folder.world_file)
     try:
-        judge = find_world(facts.get("world", DEFAULT_WORLD)).judge(facts)
+        world = find_world(facts.get("world", DEFAULT_WORLD))
+        judge = world.judge(facts)
+        world.verify(facts, (row.text for row in itertools.islice(folder.corpus, SAMPLE)))
     except UserError as error:
         raise DataError(f"{folder.world_file}: {error}, {DELETE}") from None
     except ValueError as error:

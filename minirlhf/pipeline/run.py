@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minirlhf import parallel
-from minirlhf.checkpoints import STATE, SUMMARY, remove_partial, sealed, verify_model, write_json
+from minirlhf.checkpoints import STATE, SUMMARY, made_with, remove_partial, sealed, verify_model, write_json
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError, visible
 from minirlhf.pipeline.beside import step_beside
@@ -31,7 +31,6 @@ from minirlhf.pipeline.settings import (
     changed_settings,
     check_context,
     check_previous,
-    made_with,
     settings_of,
 )
 from minirlhf.pipeline.steps import models_held, train_step
@@ -168,6 +167,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         "command": command,
         "versions": {name: value for name, value in made_with().items() if name != "threads"},
         "made_with": {step: summaries[step].get("made_with") for step in steps},
+        "begun_with": {step: before for step in steps if (before := summaries[step].get("begun_with"))},
         "machine": {
             "device": str(device),
             "processes": parallel.size(),

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, partial_folder
+from minirlhf.checkpoints import CHECKSUMS, PARTIAL, STATE, SUMMARY, differing, partial_folder
 from minirlhf.config import METHODS, SETTINGS, UNSAVED, RunConfig, users
 from minirlhf.data import ENDINGS, TABLES
 from minirlhf.errors import CheckpointError
@@ -99,28 +95,22 @@ def check_data(run: Path, data: Path) -> None:
         raise CheckpointError(f"{file}: {what} the run {run}; put back the data that the run was trained with")
 
 
-def made_with() -> dict[str, Any]:
-    """What decides the last bits of a result besides settings and data."""
-    packages = ("minirlhf", "torch", "transformers", "tokenizers", "safetensors")
-    versions = {name: version(name) for name in packages}
-    return versions | {"python": platform.python_version(), "threads": torch.get_num_threads()}
-
-
 def changed_machine(out: Path, now: dict[str, Any]) -> list[str]:
     """Say which finished steps of a run were trained with other versions or another number of threads than now.
 
     Args:
         out: the run's folder.
-        now: made by `made_with`.
+        now: made by `checkpoints.made_with`.
     """
     notes = []
     for step in STEPS:
         file = out / step / SUMMARY
         before = json.loads(file.read_text(encoding="utf-8")).get("made_with", {}) if file.is_file() else {}
-        halved = ("threads",) if step in METHODS else ()  # side by side, each has half
-        differ = [name for name, value in before.items() if now.get(name) != value and name not in halved]
-        if differ:
-            then, today = (", ".join(f"{name} {kind.get(name)}" for name in differ) for kind in (before, now))
+        if step in METHODS:  # side by side, each has half of the threads
+            before.pop("threads", None)
+        differ = differing(before, now)
+        if differ is not None:
+            then, today = differ
             notes.append(
                 f"{out / step}: trained with {then}; the rest will be with {today}, so its last bits may differ"
             )
@@ -176,12 +166,12 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
         )
     differences = _differences(old_settings, settings)
     old_sums, new_sums = (sorted(each["comparisons"].values()) for each in (old_settings, settings))
-    if old_sums == new_sums:  # the same files, perhaps moved
-        differences = {name: values for name, values in differences.items() if not name.startswith("comparisons.")}
-        moved = old_settings["comparisons"] != settings["comparisons"]
-    else:
-        moved = False
-    standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in sorted(differences)}
+    changed = [
+        name
+        for name in sorted(differences)
+        if not (name.startswith("comparisons.") and old_sums == new_sums)  # the same files, moved
+    ]
+    standing = {name: [f for step in steps_of(name) if (f := _begun(out, step))] for name in changed}
     stands = [name for name, folders in standing.items() if folders]
     if stands:
         name = stands[0]
@@ -194,7 +184,7 @@ def changed_settings(out: Path, settings: dict[str, Any]) -> bool:
             f"{out}: {said}; give the same settings and data to continue this run, delete {_listed(folders)} to train "
             "from there with the new ones, or choose another --out"
         )
-    return bool(differences) or moved
+    return bool(differences)
 
 
 def _keep_unused(settings: dict[str, Any], old: dict[str, Any]) -> None:

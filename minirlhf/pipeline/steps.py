@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minirlhf import parallel
-from minirlhf.checkpoints import partial_folder, save_model
+from minirlhf.checkpoints import STATE, keep_plain, partial_folder, save_model
 from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.data import DataFolder
 from minirlhf.language.adapters import add_lora, is_adapter, lora_scalar_from
@@ -29,12 +29,13 @@ from minirlhf.pipeline.folder import Bodies, find_device, load_policy, load_rewa
 from minirlhf.pipeline.given import FileReward, load_given_reward_model
 from minirlhf.pipeline.inputs import Inputs
 from minirlhf.pipeline.judges import gold_judge
-from minirlhf.pipeline.settings import made_with
 from minirlhf.training import Recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+KEPT = (STATE, "metrics.jsonl", "events.*")
+"""What a step that goes on takes from its unfinished folder: the last are TensorBoard's."""
 SHOWN = {
     "base": ("base/loss",),
     "sft": ("sft/loss",),
@@ -72,6 +73,8 @@ def train_step(
         began: when the work for it began, by `time.monotonic`; default: now.
     """
     aside = partial_folder(config.out / step)
+    if parallel.rank() == 0:
+        keep_plain(aside, KEPT)
     recorder = Recorder(
         step,
         aside,
@@ -84,6 +87,7 @@ def train_step(
     )
     model = _train(step, config, inputs, recorder)
     parameters = sum(p.numel() for p in model.parameters())
+    *before, now = recorder.machines or [{}]  # of several processes, rank 0 alone has them, and writes
     save_model(
         config.out / step,
         model,
@@ -93,7 +97,8 @@ def train_step(
             "seconds": recorder.lap(),
             "parameters": parameters,
             "beside": beside,
-            "made_with": made_with(),
+            "made_with": now,
+            "begun_with": before,
         },
     )
 

@@ -182,7 +182,9 @@ def main() -> int:
             else range(1, count + 1)
         )
         began, failed = time.monotonic(), 0
-        for point in tried:
+        for number, point in enumerate(tried):
+            if number and number % 50 == 0:
+                print(f"{number} of {len(tried)} tried, {failed} failed", flush=True)
             problem = harness.trial(point, options.how)
             if problem is not None:
                 failed += 1

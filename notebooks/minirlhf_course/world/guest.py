@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minirlhf.worlds import Judge, WorldGuest
-from minirlhf_course.world.gold import GoldLabeler, GoldScore
+from minirlhf_course.world.facts import CLAIMS, Facts
+from minirlhf_course.world.gold import GoldLabeler, GoldScore, split_sentences
+from minirlhf_course.world.grammar import Template
 from minirlhf_course.world.world import World
 from minirlhf_course.world.write import FORMAT_VERSION, write_world
+
+TASTE = Template(CLAIMS["joy"])  # what each being likes is all that the seed deals out
+ENOUGH_CLAIMS = 20
+MOST_LIES = 0.25
+"""Share of a corpus's tastes that may be false. Its writers err in 8 %; in another world at least 39 % are false."""
 
 
 class GoldJudge(Judge):
@@ -50,6 +57,17 @@ class SmallWorld(WorldGuest):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError("expected an object with the field 'seed', a whole number")
         return GoldJudge(GoldLabeler(World(seed)))
+
+    def verify(self, facts: Mapping[str, Any], texts: Iterable[str]) -> None:
+        world = Facts(facts["seed"])
+        sentences = [sentence for text in texts for sentence in split_sentences(text.split(" "))]
+        claims = [(sentence, read) for sentence in sentences if (read := TASTE.read(sentence)) is not None]
+        lies = [sentence for sentence, read in claims if not world.is_true(read["a"], "joy", read["x"])]
+        if len(claims) >= ENOUGH_CLAIMS and len(lies) > MOST_LIES * len(claims):
+            raise ValueError(
+                f"seed {facts['seed']}: in that world {len(lies)} of {len(claims)} tastes that the corpus tells are "
+                f"false, the first {lies[0]!r}; give the seed that the folder was written with"
+            )
 
 
 SMALL_WORLD = SmallWorld()
