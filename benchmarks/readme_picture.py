@@ -1,4 +1,4 @@
-"""The README's picture, docs/results.png, from the tables of lessons 10 and 11.
+"""The README's pictures: docs/results.png from the tables of lessons 10 and 11, docs/methods.png from lesson 13's.
 
 .venv/bin/python benchmarks/readme_picture.py
 """
@@ -9,10 +9,11 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from minirlhf_course.methods import draw_methods, read_methods
 from minirlhf_course.plotting import COLOURS, NAMES, curve, label_axes, level, panels, style, to_png
 from tables import RESULTS, ROOT, Row
 
-PICTURE = ROOT / "docs" / "results.png"
+PICTURE, METHODS = ROOT / "docs" / "results.png", ROOT / "docs" / "methods.png"
 SIZES = ("tiny", "small", "large")
 FEW = "comparisons 300"
 RUNS = {FEW: "#c9a13b", "comparisons 1200": "#8a6600", "comparisons 6000": "#4f3a00"}
@@ -73,7 +74,8 @@ def main() -> None:
         right.set_ylim(top=2.5)
         right.legend(loc="lower left", fontsize=8.5)
     PICTURE.write_bytes(to_png(figure, dpi=120))
-    print(PICTURE.relative_to(ROOT))
+    METHODS.write_bytes(to_png(draw_methods(read_methods()), dpi=120))
+    print(PICTURE.relative_to(ROOT), METHODS.relative_to(ROOT))
 
 
 if __name__ == "__main__":
