@@ -397,7 +397,8 @@ def test_settings_that_contradict_each_other(options: list[str], said: str, fast
 
 def test_the_preset_is_of_the_fields_order() -> None:
     full, lora = preset("pretrained"), preset("pretrained", lora=True)
-    for step in ("sft", "reward_model", "rlhf"):
+    steps = ("sft", "reward_model", "rlhf", "rloo", "grpo", "dpo")
+    for step in steps:
         slow, fast, tiny = (getattr(config, step).lr for config in (full, lora, RunConfig()))
         assert 5e-7 <= slow <= 2e-5 and fast == pytest.approx(10 * slow) and tiny >= 100 * slow
-    assert replace(lora, rlhf=full.rlhf, sft=full.sft, reward_model=full.reward_model) == full
+    assert replace(lora, **{step: getattr(full, step) for step in steps}) == full
