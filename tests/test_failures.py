@@ -113,7 +113,7 @@ def test_the_command_exits_as_its_child_did(code: int, wanted: int, tmp_path: Pa
     monkeypatch.setattr(beside, "COMMAND", f"raise SystemExit({code})")
     with (
         pytest.raises(TrainingError, match=f"ppo stopped with exit code {code}") as caught,
-        beside.step_beside(RunConfig(out=tmp_path), "ppo", 1, False),
+        beside.step_beside(RunConfig(out=tmp_path), "ppo", "ppo_ptx", 1, False),
     ):
         for _ in range(6000):  # interrupted by the child's end
             time.sleep(0.01)
