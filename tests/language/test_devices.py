@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minirlhf.data import Comparison, Demonstration
-from minirlhf.language import forward, pretraining, reward_model, rlhf, sft
+from minirlhf.language import forward, pretraining, reward_model, rollouts, sft
 from minirlhf.language.evaluation import EvaluationConfig, answer
 from minirlhf.language.models import clone, response_logprobs, scalar_model_from, sequence_scores, token_values
 from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer, train_reward_model
@@ -115,7 +115,7 @@ def far(request, monkeypatch: pytest.MonkeyPatch):
         options = {"betas": (0.9, 0.95)} | options
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, foreach=False, **options)
 
-    for module in (pretraining, sft, reward_model, rlhf):
+    for module in (pretraining, sft, reward_model, rollouts):
         monkeypatch.setattr(module, "adamw", adamw)
     monkeypatch.setattr(forward, "is_plain_llama", lambda model: False)  # transformers computes on either device
     with Elsewhere():

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from worker import BLOCKS, COMPARISONS, DEMONSTRATIONS, PROMPTS, TOKENIZER, causal
 
 from minirlhf import parallel
 from minirlhf.language import generation
@@ -26,6 +25,9 @@ from minirlhf.language.reward_model import RewardModelConfig, RewardModelScorer,
 from minirlhf.language.rlhf import RLHFConfig, train_rlhf
 from minirlhf.language.sft import SFTConfig, train_sft
 from minirlhf.training import Recorder
+
+sys.path.insert(0, str(Path(__file__).parent))  # where it is collected and not run
+from worker import BLOCKS, COMPARISONS, DEMONSTRATIONS, PROMPTS, TOKENIZER, causal
 
 LORA, STEPS, BATCH = LoraConfig(rank=3), 2, 5
 SHARED = {"batch_size": BATCH, "warmup": 0, "micro_batch_tokens": 60}

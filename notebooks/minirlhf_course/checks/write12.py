@@ -252,7 +252,7 @@ class GroupTrainerExercise(TrainerExercise):
             return run.fault, ""
         if not run.steps:
             return "No optimizer of torch.optim has taken a step with the policy that was given: train it in place.", ""
-        if any(not torch.equal(p, q) for p, q in zip(reference.parameters(), references, strict=True)):
+        if any(not torch.equal(p, q) for p, q in zip(run.given[1].parameters(), references, strict=True)):
             return "The reference has changed: it is the same in every step, so leave its weights alone.", ""
         if len(run.steps) != len(batches):
             more = f"  {len(run.steps)} steps for {len(batches)} batches"
