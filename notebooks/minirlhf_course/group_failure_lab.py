@@ -12,17 +12,17 @@ while the run lasts. Reading on spoils the lab.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from minirlhf.language import grpo, rollouts
 from minirlhf.language.generation import Samples
 from minirlhf.language.grpo import train_grpo
 from minirlhf.returns import group_advantages, masked_sum
-from minirlhf_course.failure_lab import Lab, Planted, curves
+from minirlhf_course import text_failure_lab
+from minirlhf_course.failure_lab import Lab, Planted
 
 
 def summed(shares_times_kl: Tensor, mask: Tensor) -> Tensor:
@@ -93,18 +93,7 @@ EVIDENCE = (
 """What the clues rest on: the letter, what is measured, its metric, and at which steps."""
 
 
-def evidence(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
-    """For each line of EVIDENCE: the letter, what is measured, its numbers and the healthy runs'.
-
-    A number per step where the line is about any step, otherwise the mean of its steps, one per seed.
-    """
-    found = []
-    for letter, what, metric, steps in EVIDENCE:
-        own, healthy = (curves(rows, run, metric, "step")[1][:, steps] for run in (letter, "healthy"))
-        if steps != slice(None):
-            own, healthy = own.mean(1), healthy.mean(1)
-        found.append((letter, what, own, healthy))
-    return found
+evidence = partial(text_failure_lab.evidence, lines=EVIDENCE)
 
 
 def train(letter: str, *models: Any, **options: Any) -> Any:

@@ -36,6 +36,7 @@ METHODS = {
     "rloo": Method("RLOO", "#5e4fa2"),
     "grpo": Method("GRPO", "#b0568c", (0, (5, 1.6))),
     "dpo": Method("DPO", "#0072b2"),
+    "dpo_paper": Method("DPO, β 0.1", "#56b4e9", (0, (5, 1.6))),
 }
 """By their names in the file; `sft` is where all begin."""
 MEANS = ("kl", "proxy", "gold", "win_rate", "length", "ended", "seconds", "sampled_tokens", "labels", "models")

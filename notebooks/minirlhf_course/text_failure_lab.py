@@ -130,7 +130,8 @@ LAB = Lab((rlhf, rollouts), RUNS)
 planted, match, reveal = LAB.planted, LAB.match, LAB.reveal
 
 
-EVIDENCE = (
+Evidence = tuple[str, str, str, slice]
+EVIDENCE: tuple[Evidence, ...] = (
     ("A", "first ratio - 1, any step", "policy/first_ratio_error", slice(None)),
     ("A", "KL before any update", "objective/kl", slice(1)),
     ("A", "entropy, last 5 steps", "objective/entropy", slice(-5, None)),
@@ -146,13 +147,15 @@ EVIDENCE = (
 """What the clues rest on: the letter, what is measured, its metric, and at which steps."""
 
 
-def evidence(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
-    """For each line of EVIDENCE: the letter, what is measured, its numbers and the healthy runs'.
+def evidence(
+    rows: Sequence[Mapping[str, str]], lines: Sequence[Evidence] = EVIDENCE
+) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+    """For each line: the letter, what is measured, its numbers and the healthy runs'.
 
     A number per step where the line is about any step, otherwise the mean of its steps, one per seed.
     """
     found = []
-    for letter, what, metric, steps in EVIDENCE:
+    for letter, what, metric, steps in lines:
         own, healthy = (curves(rows, run, metric, "step")[1][:, steps] for run in (letter, "healthy"))
         if steps != slice(None):
             own, healthy = own.mean(1), healthy.mean(1)
