@@ -87,7 +87,7 @@ def draw_methods(data: dict[str, dict[str, Tensor]]) -> Figure:
             level(ax, float(data["sft"][column].mean()), "SFT", above=False)
         label_axes(axes[0], r"$\sqrt{\mathrm{KL}}$ from SFT", "gold, points", "the truth")
         label_axes(axes[1], r"$\sqrt{\mathrm{KL}}$ from SFT", "reward model's score", "the judge")
-        axes[1].legend(loc="upper left", ncols=2)
+        axes[1].legend(loc="upper left")
     return figure
 
 
