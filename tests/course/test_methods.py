@@ -65,4 +65,4 @@ def test_every_method_is_a_line_from_sft_to_its_ringed_last_point():
     assert lines["best of n"].get_xdata()[0] == 0 and len(lines["best of n"].get_xdata()) == 2
     assert len(left.collections) == 1, "a band only where there are several seeds"
     rings = [line for line in left.get_lines() if line.get_fillstyle() == "none"]
-    assert len(rings) == 2 and right.get_legend() is not None and len(METHODS) == 6
+    assert len(rings) == 2 and right.get_legend() is not None and len(METHODS) == 7
