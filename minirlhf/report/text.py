@@ -270,7 +270,7 @@ def _tax(run: Run) -> str:
             text += _removed(tax["ppo_ptx"], tax["removed_by_ptx"])
     others = [other for other in others if other != "ppo_ptx"]
     told = ", ".join(f"{NAMES[other]} {number(tax[other], 3, sign=True)}" for other in others)
-    return f"{text}. The same for the others: {told}." if told else f"{text}."
+    return f"{text}. The loss of the others, in nats per token above the base model’s: {told}." if told else f"{text}."
 
 
 def _removed(with_ptx: float | None, removed: float | None) -> str:
