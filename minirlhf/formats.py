@@ -92,7 +92,7 @@ def prompt_to_json(prompt: str) -> str | list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in prompt.messages]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Demonstration:
     """A prompt and a completion that a labeler wrote for it."""
 
@@ -101,7 +101,7 @@ class Demonstration:
     where: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """K responses to one prompt, with a score for each: higher is better, equal scores are ties."""
 
@@ -116,7 +116,7 @@ class Comparison:
         return Demonstration(self.prompt, self.responses[self.scores.index(max(self.scores))], self.where)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """An instruction without an answer."""
 
@@ -124,7 +124,7 @@ class Prompt:
     where: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """A document of the pretraining corpus."""
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -18,6 +19,7 @@ from minirlhf.config import RunConfig
 from minirlhf.errors import TrainingError, UserError, visible
 from minirlhf.failures import say
 from minirlhf.pipeline import beside
+from minirlhf.pipeline.inputs import load_inputs
 
 FORESEEN = {
     "a wrong setting": (UserError("--steps 0: give at least 1"), "--steps 0: give at least 1"),
@@ -109,11 +111,16 @@ def test_a_limit_of_the_file_size(write, tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("code", "wanted"), [(2, 2), (1, 1), (3, 1)])
-def test_the_command_exits_as_its_child_did(code: int, wanted: int, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_exits_as_its_child_did(
+    code: int, wanted: int, tmp_path: Path, tiny_folder: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(beside, "COMMAND", f"raise SystemExit({code})")
+    config = RunConfig(data=tiny_folder, out=tmp_path)
+    config = replace(config, base=replace(config.base, block_length=8))
+    inputs = load_inputs(config, tiny_folder)
     with (
         pytest.raises(TrainingError, match=f"ppo stopped with exit code {code}") as caught,
-        beside.step_beside(RunConfig(out=tmp_path), "ppo", "ppo_ptx", 1, False),
+        beside.step_beside(config, "ppo", "ppo_ptx", inputs, 1, False),
     ):
         for _ in range(6000):  # interrupted by the child's end
             time.sleep(0.01)

@@ -24,7 +24,7 @@ from minirlhf.language.generation import end_ids, sample_by_rank
 from minirlhf.language.models import pad_answers, response_logprobs
 from minirlhf.language.reward_model import encode_comparisons
 from minirlhf.language.rollouts import Monitor, check_learners, reference_logprobs
-from minirlhf.language.tokenization import decode, encode_prompts
+from minirlhf.language.tokenization import decode, encode_prompts, in_chunks
 from minirlhf.losses import count_ranked_prompts, implicit_rewards, pairwise_accuracy, ranking_loss, sft_loss
 from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, Settings
 from minirlhf.training import (
@@ -111,7 +111,7 @@ def train_dpo(
     check_learners({"policy": policy}, {"reference": reference})
     recorder = recorder or Recorder("dpo", show=("dpo/loss", "dpo/accuracy"))
     encoded = encode_comparisons(tokenizer, comparisons)
-    starts = [len(prompt) for prompt in encode_prompts(tokenizer, [row.prompt for row in comparisons])]
+    starts = [len(prompt) for prompt in in_chunks(encode_prompts, tokenizer, (row.prompt for row in comparisons))]
     sizes = [len(rows) * max(map(len, rows)) for rows in encoded]  # a prompt takes K rows of its longest answer
     context = context_of(policy) or math.inf
     asked = [row for row, start in enumerate(starts) if start + config.max_response_tokens <= context]

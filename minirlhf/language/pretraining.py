@@ -5,6 +5,7 @@ If a pretrained model is given, this step is skipped and that model is used inst
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -47,12 +48,13 @@ class PretrainingConfig(Settings, option="base"):
     """Gradients are clipped to this norm."""
 
 
-def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
+def blocks_of(documents: Iterable[Sequence[int]], block_length: int, most: int | None = None) -> Tensor:
     """Concatenate documents and cut them into blocks: -> [N, block_length] int64.
 
     Args:
         documents: token ids, each followed by EOS.
         block_length: tokens per block; an incomplete last block is dropped.
+        most: blocks; no more documents are read than they take.
 
     Raises:
         ValueError: the documents together are shorter than one block.
@@ -61,14 +63,18 @@ def blocks_of(documents: Iterable[Sequence[int]], block_length: int) -> Tensor:
         >>> blocks_of([[5, 1], [6, 7, 1]], block_length=2).tolist()
         [[5, 1], [6, 7]]
     """
-    flat = torch.tensor([token for document in documents for token in document], dtype=torch.long)
-    count = len(flat) // block_length
+    flat = array("i")  # four bytes per token
+    for document in documents:
+        flat.extend(document)
+        if most is not None and len(flat) >= most * block_length:
+            break
+    count = min(len(flat) // block_length, len(flat) if most is None else most)
     if count == 0:
         raise ValueError(
             f"the corpus has {len(flat)} tokens, fewer than one block of {block_length}; "
             "add text or lower --base.block-length"
         )
-    return flat[: count * block_length].view(count, block_length)
+    return torch.frombuffer(flat, dtype=torch.int32)[: count * block_length].view(count, block_length).long()
 
 
 def language_model_loss(model: PreTrainedModel, blocks: Tensor, count: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ instead of K(K-1), and no answer is seen in more than one update per epoch (shuf
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from minirlhf.data import Comparison, Demonstration
 from minirlhf.errors import UserError
 from minirlhf.language.forward import context_of
 from minirlhf.language.models import clone, pad, scalar_model_from, sequence_scores, share
-from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.language.tokenization import encode_prompts, encode_responses, in_chunks
 from minirlhf.losses import count_ranked_prompts, pairwise_accuracy, ranking_loss
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
 from minirlhf.training import (
@@ -136,10 +137,6 @@ def train_reward_model(
     else:
         reward_model = clone(model).requires_grad_(True)
     encoded = encode_comparisons(tokenizer, comparisons)
-    # A prompt takes K rows of its longest answer.
-    sizes = [len(rows) * max(map(len, rows)) for rows in encoded]
-    # 1 for each prompt that states a preference, else 0. The others add nothing to the loss or its denominator.
-    ranked = [int(count_ranked_prompts(torch.tensor([row.scores]))) for row in comparisons]
 
     parallel.shard(reward_model)
     optimizer = adamw(reward_model, config.lr, weight_decay=config.weight_decay)
@@ -149,10 +146,12 @@ def train_reward_model(
     for step in recorder.steps(total):
         batch = epoch_batch(len(comparisons), config.batch_size, step, seed, "reward_model")
         optimizer.zero_grad()
-        counted = max(1, sum(ranked[row] for row in batch))
+        # The prompts that state a preference. The others add nothing to the loss or its denominator.
+        counted = max(1, sum(int(count_ranked_prompts(torch.tensor([comparisons[row].scores]))) for row in batch))
         totals = torch.zeros(3, dtype=torch.float64)  # loss, pairs ordered as the labeler did, pairs
         mine = parallel.my_rows(batch)
-        groups = micro_batches([sizes[row] for row in mine], config.micro_batch_tokens)
+        sizes = [len(encoded[row]) * max(map(len, encoded[row])) for row in mine]  # K rows of the longest answer
+        groups = micro_batches(sizes, config.micro_batch_tokens)
         for chosen, weight in parallel.even([[mine[i] for i in group] for group in groups], batch[:1]):
             rewards, scores, mask = _score_group(
                 reward_model,
@@ -194,16 +193,16 @@ def train_reward_model(
     return reward_model
 
 
-def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
+def encode_comparisons(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> list[list[array[int]]]:
     """Token ids of prompt + answer + EOS, for each answer of each comparison."""
-    prompts = encode_prompts(tokenizer, [row.prompt for row in comparisons])
-    responses = iter(encode_responses(tokenizer, [text for row in comparisons for text in row.responses]))
+    prompts = in_chunks(encode_prompts, tokenizer, (row.prompt for row in comparisons))
+    responses = in_chunks(encode_responses, tokenizer, (text for row in comparisons for text in row.responses))
     return [[prompt + next(responses) for _ in row.responses] for prompt, row in zip(prompts, comparisons, strict=True)]
 
 
 def _score_group(
     model: PreTrainedModel,
-    encoded: Sequence[list[list[int]]],
+    encoded: Sequence[Sequence[Sequence[int]]],
     comparisons: Sequence[Comparison],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +217,7 @@ def _score_group(
     return rewards, labels, valid
 
 
-def _score_rows(model: PreTrainedModel, rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _score_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """One score per row: -> [N]."""
     tokens, mask = (part.to(model.device) for part in pad(rows, tokenizer.pad_token_id))
     return sequence_scores(model, tokens, mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ from minirlhf.language.models import response_logprobs, share
 from minirlhf.language.pretraining import language_model_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer, scores_tensor
 from minirlhf.language.samplers import Sampler, sample_elsewhere
-from minirlhf.language.tokenization import decode, encode_prompts
+from minirlhf.language.tokenization import decode, encode_prompts, in_chunks
 from minirlhf.settings import Count, CountOrZero, Fraction, NotNegative, Positive, PositiveOrInf, Settings, Temperature
 from minirlhf.training import (
     Metrics,
@@ -129,7 +130,7 @@ class Rollouts:
     importance_cap: float | None = None
     answers_per_prompt: int = 1
     """They stand next to each other in the batch."""
-    encoded: list[list[int]] = field(init=False)
+    encoded: list[array[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.config.ptx_coef > 0 and self.corpus_blocks is None:
@@ -138,7 +139,7 @@ class Rollouts:
             raise UserError("importance_cap weights what another sampler does differently: give sampler too")
         if self.sampler is not None and parallel.size() > 1:
             raise UserError("a sampler of your own is for one process: the processes would each ask it for all answers")
-        self.encoded = encode_prompts(self.tokenizer, self.prompts)
+        self.encoded = list(in_chunks(encode_prompts, self.tokenizer, self.prompts))
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
@@ -156,7 +157,7 @@ class Rollouts:
         count = config.batch_size // self.answers_per_prompt
         rows = epoch_batch(len(self.prompts), count, step, self.seed, f"{name}/prompts")
         rows = [row for row in rows for _ in range(self.answers_per_prompt)]
-        asked, texts = [self.encoded[row] for row in rows], [self.prompts[row] for row in rows]
+        asked, texts = [list(self.encoded[row]) for row in rows], [self.prompts[row] for row in rows]
         weights, mismatch = None, Metrics()
         if self.sampler is None:
             samples = sample_by_rank(

@@ -15,7 +15,7 @@ import torch
 from minirlhf import parallel
 from minirlhf.data import Demonstration
 from minirlhf.language.models import pad_answers, response_logprobs
-from minirlhf.language.tokenization import encode_prompts, encode_responses
+from minirlhf.language.tokenization import encode_prompts, encode_responses, in_chunks
 from minirlhf.losses import sft_loss
 from minirlhf.settings import Count, CountOrZero, NotNegative, Positive, Settings
 from minirlhf.training import (
@@ -77,8 +77,8 @@ def train_sft(
         TrainingError: the loss became NaN or infinite.
     """
     recorder = recorder or Recorder("sft")
-    prompts = encode_prompts(tokenizer, [row.prompt for row in demonstrations])
-    completions = encode_responses(tokenizer, [row.completion for row in demonstrations])
+    prompts = list(in_chunks(encode_prompts, tokenizer, (row.prompt for row in demonstrations)))
+    completions = list(in_chunks(encode_responses, tokenizer, (row.completion for row in demonstrations)))
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     pad_id = tokenizer.pad_token_id
 

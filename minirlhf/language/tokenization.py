@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 PLACE = "THE-PROMPT-STANDS-HERE"  # in a template, to find what is written around a prompt
+CHUNK = 4096  # texts that are encoded at a time
 NUMBERED = re.compile(rf"{PLACE}-(\d+)-")  # and around each of several messages
 # The prompt ends in a line break, followed by the answer. This is stored as the tokenizer's chat template, so that a
 # pretrained chat model uses its own and every saved checkpoint records how its prompts were written.
@@ -125,12 +128,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     odd = {chat for chat in unique if any(special in content for _, content in chat for special in specials)}
     done = {messages_of(prompt) for prompt in templated(tokenizer, prompts)}
     texts = [chat[0][1] if chat in done else _in_template(tokenizer, chat) for chat in unique]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = _ids(tokenizer, texts)
     ids = dict(zip(unique, rows, strict=True))
     for chat in odd - done:
         marked = [(role, f"{PLACE}-{i}-") for i, (role, _) in enumerate(chat)]
         parts = NUMBERED.split(_in_template(tokenizer, marked))  # template, number, template, number ... template
-        written = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
+        written = _ids(tokenizer, parts[::2])
         plain = _encode_plain(tokenizer, [chat[int(number)][1] for number in parts[1::2]])
         ids[chat] = sum(([*said, *part] for said, part in zip(plain, written[1:], strict=True)), list(written[0]))
     bos = _bos(tokenizer)
@@ -178,11 +181,23 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         raise UserError(f"the tokenizer's chat template {does} messages of {roles} ({said_shortly(error)})") from None
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts in which "<eos>" is plain text, not a token: only this module ends an answer."""
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: bool = False) -> list[list[int]]:
+    """Token ids of each text, with nothing added; if ``plain``, special tokens inside it are plain text."""
     if not texts:
         return []
-    rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    # As transformers calls it, but for the ids alone: masks and places in the text take as long as they do.
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = plain or tokenizer.split_special_tokens
+    return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts in which "<eos>" is plain text, not a token: only this module ends an answer."""
+    rows = _ids(tokenizer, texts, plain=True)
     ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in ends:
@@ -193,13 +208,28 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
     """Token ids of each response, followed by EOS; a special token inside the text is plain text."""
-    return [[*row, tokenizer.eos_token_id] for row in _encode_plain(tokenizer, responses)]
+    eos = tokenizer.eos_token_id  # looking it up takes longer than adding it
+    return [[*row, eos] for row in _encode_plain(tokenizer, responses)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each document of a corpus, followed by EOS, and after BOS if the tokenizer writes one."""
     bos = _bos(tokenizer)
     return [[*bos, *row] for row in encode_responses(tokenizer, texts)]
+
+
+def in_chunks(
+    encode: Callable[[PreTrainedTokenizerBase, list[str]], list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+) -> Iterator[array[int]]:
+    """What a function such as `encode_prompts` makes of any number of texts, in four bytes per token.
+
+    It is given a few thousand texts at a time: of all at once, its result would take up to 36 bytes per token.
+    """
+    texts = iter(texts)
+    while some := list(islice(texts, CHUNK)):
+        yield from (array("i", row) for row in encode(tokenizer, some))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:

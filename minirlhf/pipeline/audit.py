@@ -55,8 +55,9 @@ def audit(
 
 def _shared_rows(folder: DataFolder, allowed: bool) -> Iterator[str]:
     trained = {row.text for row in folder.prompts}
-    trained.update([row.prompt for row in folder.demonstrations], [row.prompt for row in folder.comparisons])
-    pairs = {(row.prompt, response) for row in folder.comparisons for response in row.responses}
+    trained.update(row.prompt for rows in (folder.demonstrations, folder.comparisons) for row in rows)
+    held = {row.prompt for row in folder.heldout_comparisons}
+    pairs = {(row.prompt, response) for row in folder.comparisons if row.prompt in held for response in row.responses}
     for name, rows in (
         ("prompts", [row.text in trained for row in folder.heldout_prompts]),
         ("comparisons", [all((row.prompt, x) in pairs for x in row.responses) for row in folder.heldout_comparisons]),

@@ -3,33 +3,33 @@
 Models of this size keep one core busy, but hardly two: on two cores, two trainings in parallel take little longer than
 one. The methods of step 3 all start from the SFT model and the reward model and don't need each other.
 
-The child reads its settings from the run's config.json. It exits when its parent does, for whatever reason: the parent
-holds the other end of its standard input.
+The child is handed its settings and its rows through its standard input, so the data is read and checked once. It exits
+when its parent does, for whatever reason: the parent holds the other end of that pipe.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import torch
 
 from minirlhf import PROCESSORS
-from minirlhf.config import COMMANDED, UNSAVED, RunConfig
+from minirlhf.config import RunConfig
 from minirlhf.errors import TrainingError
 from minirlhf.failures import say
-from minirlhf.pipeline.folder import hide_loading_bars, read_config
-from minirlhf.pipeline.inputs import find_data, load_inputs
+from minirlhf.pipeline.folder import hide_loading_bars
+from minirlhf.pipeline.inputs import Inputs
 from minirlhf.pipeline.steps import train_step
 
 COMMAND = """
@@ -41,16 +41,19 @@ child()
 
 
 @contextlib.contextmanager
-def step_beside(config: RunConfig, step: str, other: str, threads: int, progress: bool) -> Iterator[None]:
+def step_beside(
+    config: RunConfig, step: str, other: str, inputs: Inputs, threads: int, progress: bool
+) -> Iterator[None]:
     """Train one step of a run in another process while the ``with`` body runs, then wait for it.
 
     If the body fails or Ctrl-C is pressed, the child is terminated; its step resumes when the run does. If the child
     fails, the body is interrupted at once.
 
     Args:
-        config: of the run; its folder already has a config.json.
+        config: of the run.
         step: its name, such as "ppo".
         other: the step that the body trains.
+        inputs: the run's data.
         threads: for the child.
         progress: whether the child draws a bar.
 
@@ -58,12 +61,9 @@ def step_beside(config: RunConfig, step: str, other: str, threads: int, progress
         TrainingError: the child failed, and has printed its own message, or it was killed, and the signal is named. The
             command then exits with the child's code: 1 for a bug.
     """
-    # time.time is the clock that two processes share.
-    unsaved = {name: getattr(config, name) for name in (*UNSAVED, *COMMANDED)}
-    processors = sorted(PROCESSORS) if PROCESSORS is not None else None
-    settings = {"unsaved": unsaved, "progress": progress, "began": time.time(), "processors": processors}
-    settings["other"] = other
-    command = [sys.executable, "-c", COMMAND, str(config.out), step, str(threads), json.dumps(settings)]
+    work = _Work(config, step, other, _read_by(step, inputs), threads, progress, time.time(), PROCESSORS)
+    handed = pickle.dumps(work)
+    command = [sys.executable, "-c", COMMAND, str(config.out), step]  # these two for people who list the processes
     # A parent whose threads are bound would bind the child to the same core.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}
     with (
@@ -71,6 +71,9 @@ def step_beside(config: RunConfig, step: str, other: str, threads: int, progress
         _interruptible() as (interrupt, over),
     ):
         threading.Thread(target=lambda: interrupt() if process.wait() else None, daemon=True).start()
+        assert process.stdin is not None
+        stream = open(os.dup(process.stdin.fileno()), "wb")  # noqa: SIM115 (the thread closes it)
+        threading.Thread(target=_hand_over, args=(stream, handed), daemon=True).start()
         try:
             yield
             over()
@@ -92,6 +95,32 @@ def step_beside(config: RunConfig, step: str, other: str, threads: int, progress
         failed = TrainingError(f"{step} stopped with exit code {code}: see its message above")
         failed.exit_code = 2 if code == 2 else 1
         raise failed
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the child is handed."""
+
+    config: RunConfig
+    step: str
+    other: str
+    inputs: Inputs
+    threads: int
+    progress: bool
+    began: float
+    """By time.time, the clock that two processes share."""
+    processors: set[int] | None
+
+
+def _read_by(step: str, inputs: Inputs) -> Inputs:
+    """The inputs without what a method of step 3 doesn't read: of large data, most of it."""
+    folder = replace(inputs.folder, corpus=[], demonstrations=[], heldout_corpus=[])
+    return replace(inputs, folder=folder if step == "dpo" else replace(folder, comparisons=[]))
+
+
+def _hand_over(stream: BinaryIO, handed: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), stream:  # of a child that is gone
+        stream.write(handed)
 
 
 class _ChildFailedError(BaseException):
@@ -129,20 +158,21 @@ def _interruptible() -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
 
 def child() -> None:
     """Entry point of the child: it trains its step and saves it, as `run_pipeline` would."""
-    run, step, threads, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    # Loading counts as part of the step's time.
-    began = time.monotonic() - max(0.0, time.time() - settings["began"])
+    try:
+        work: _Work = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # cut short: the parent is gone
+        os._exit(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if settings["processors"] is not None:  # the parent's first thread may be bound to one of them, and so is its child
-        os.sched_setaffinity(0, settings["processors"])
-    torch.set_num_threads(threads)
+    # Loading counts as part of the step's time.
+    began = time.monotonic() - max(0.0, time.time() - work.began)
+    if work.processors is not None:  # the parent's first thread may be bound to one of them, and so is its child
+        os.sched_setaffinity(0, work.processors)
+    torch.set_num_threads(work.threads)
     hide_loading_bars()
     try:
-        config = replace(read_config(run), **settings["unsaved"])
-        inputs = load_inputs(config, find_data(config))
-        train_step(step, config, inputs, progress=settings["progress"], beside=settings["other"], began=began)
+        train_step(work.step, work.config, work.inputs, progress=work.progress, beside=work.other, began=began)
     except Exception as failure:  # as the command line does it: one sentence
-        sys.exit(say(failure, [step, "beside", str(run)]))
+        sys.exit(say(failure, [work.step, "beside", str(work.config.out)]))
 
 
 def _end_with_parent() -> None:

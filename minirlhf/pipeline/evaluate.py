@@ -25,7 +25,7 @@ from minirlhf.language.forward import context_of
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of, corpus_loss
 from minirlhf.language.reward_model import RewardFunction, RewardModelScorer
-from minirlhf.language.tokenization import encode_prompts, encode_texts, load_tokenizer
+from minirlhf.language.tokenization import encode_prompts, encode_texts, in_chunks, load_tokenizer
 from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.folder import (
     POLICIES,
@@ -80,8 +80,8 @@ class Evaluator:
         self.judge_name = "gold" if self.judge.is_gold else "reward_model"
         self.prompts = [row.text for row in self.data.heldout_prompts][: self.settings.prompts]
         self.best = self.judge.best(self.prompts)
-        corpus = encode_texts(self.tokenizer, [row.text for row in self.data.heldout_corpus])
-        self.blocks = blocks_of(corpus, self.block_length)[: self.settings.corpus_blocks]
+        corpus = in_chunks(encode_texts, self.tokenizer, (row.text for row in self.data.heldout_corpus))
+        self.blocks = blocks_of(corpus, self.block_length, self.settings.corpus_blocks)
         self.models = {name: self.load(name) for name in ("base", "sft")}
         self.answers: dict[str, Answers] = {}
         self.scores: dict[str, list[float]] = {}

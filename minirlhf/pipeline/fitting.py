@@ -10,7 +10,7 @@ from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.data import Comparison, DataFolder, Demonstration, Prompt, counted
 from minirlhf.errors import DataError, UserError
 from minirlhf.formats import Conversation
-from minirlhf.language.tokenization import encode_prompts, encode_responses, templated
+from minirlhf.language.tokenization import encode_prompts, encode_responses, in_chunks, templated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,9 +160,9 @@ def _sequences(
         ("prompt and response", [(row.where, row.prompt, text) for row in comparisons for text in row.responses]),
     ):
         wheres, prompts, answers = zip(*rows, strict=True) if rows else ((), (), ())
-        encoded = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers)
+        encoded = in_chunks(encode_prompts, tokenizer, prompts), in_chunks(encode_responses, tokenizer, answers)
         for where, prompt, answer in zip(wheres, *encoded, strict=True):
             yield what, where, len(prompt) + len(answer)
     asked = (*folder.prompts, *folder.heldout_prompts)
-    for row, ids in zip(asked, encode_prompts(tokenizer, [row.text for row in asked]), strict=True):
+    for row, ids in zip(asked, in_chunks(encode_prompts, tokenizer, (row.text for row in asked)), strict=True):
         yield f"prompt and an answer of {room} tokens (max-response-tokens)", row.where, len(ids) + room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minirlhf.config import RunConfig
+from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.data import DataFolder, read_folder, read_rankings
 from minirlhf.errors import CheckpointError, DataError, UserError
 from minirlhf.hub import fetch_rows, is_hub_name
@@ -19,7 +20,7 @@ from minirlhf.language.forward import context_of, recompute_layers
 from minirlhf.language.models import context_in, load_causal_model
 from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model, check_scalar_model
-from minirlhf.language.tokenization import encode_texts, load_tokenizer, tokenizer_from_file, train_tokenizer
+from minirlhf.language.tokenization import encode_texts, in_chunks, load_tokenizer, tokenizer_from_file, train_tokenizer
 from minirlhf.pipeline.audit import audit
 from minirlhf.pipeline.fitting import answer_room, fit
 from minirlhf.pipeline.given import load_given_reward_model
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 MADE_WORLD = "world"
 FROM_HUB = "hub"
+LEARNT_FROM = 2**24
+"""Characters of a corpus that are enough to train a tokenizer on."""
+FEWEST_BLOCKS = 2**16
+"""Blocks of a corpus that are made if it has them, even for a run that reads fewer."""
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data" / "small_world"
 
 
@@ -89,7 +94,9 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     elif folder.tokenizer_file is not None:
         tokenizer = _from_file(folder.tokenizer_file)
     else:
-        tokenizer = train_tokenizer((row.text for row in folder.corpus), config.model_size.vocab_size)
+        characters = sum(len(row.text) for row in folder.corpus)
+        texts = (row.text for row in folder.corpus[:: max(1, characters // LEARNT_FROM)])
+        tokenizer = train_tokenizer(texts, config.model_size.vocab_size)
 
     block_length, room = config.base.block_length, answer_room(config)
     longest = max(block_length, fit(folder, tokenizer, limit, room, skip))
@@ -101,13 +108,35 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
     folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows, used=used)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
+    every = _every(config, folder, tokenizer)
     blocks = {}
-    for name, rows in (("corpus", folder.corpus), ("held-out corpus", folder.heldout_corpus)):
+    for name, rows, most in (("corpus", folder.corpus[::every], None), ("held-out corpus", folder.heldout_corpus, 1)):
         try:
-            blocks[name] = blocks_of(encode_texts(tokenizer, [row.text for row in rows]), block_length)
+            documents = in_chunks(encode_texts, tokenizer, (row.text for row in rows))
+            blocks[name] = blocks_of(documents, block_length, most)
         except ValueError as error:
             raise DataError(f"{path}: {name}: {error}") from None
     return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
+
+
+def _every(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> int:
+    """One in how many rows of the corpus holds all that the run's steps read: 1 unless the corpus is large."""
+    updates, read = 0, config.base.steps * config.base.batch_size  # in blocks
+    for group in {SETTINGS[method] for method in config.methods if method != "dpo"}:
+        settings = getattr(config, group)
+        if settings.ptx_coef > 0:
+            updates = settings.steps * settings.epochs * math.ceil(settings.batch_size / settings.minibatch_size)
+            read = max(read, updates * settings.ptx_batch_size)
+    wanted = max(FEWEST_BLOCKS, read) * config.base.block_length
+    some = [row.text for row in folder.corpus[:: max(1, len(folder.corpus) // 1000)]]
+    tokens = sum(map(len, encode_texts(tokenizer, some))) / len(some) * len(folder.corpus)
+    every = max(1, int(tokens / wanted))
+    if every > 1:
+        folder.notes.append(
+            f"{folder.path}: one in {every} rows of the corpus is used; with {wanted:,} tokens, they are as many as "
+            "the steps of this run need"
+        )
+    return every
 
 
 def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False) -> None:

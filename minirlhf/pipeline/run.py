@@ -127,7 +127,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     while methods:
         if apart and len(methods) > 1:
             child, step, *methods = methods
-            with step_beside(config, child, step, threads // 2, progress):
+            with step_beside(config, child, step, inputs, threads // 2, progress):
                 train_step(step, config, inputs, progress=progress)
         else:
             step, *methods = methods

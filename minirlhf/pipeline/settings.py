@@ -118,7 +118,10 @@ def changed_machine(out: Path, now: dict[str, Any]) -> list[str]:
 
 
 def _sha256(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def data_sums(folder: Path) -> dict[str, str]:
