@@ -147,6 +147,8 @@ class RoundConfig(Settings, option=""):
     """With several processes (torchrun), split every model that is trained over them (FSDP2)."""
     allow_shared_rows: bool = False
     """Train although more than 5 % of the held-out rows are in the training files too."""
+    allow_oversize: bool = False
+    """Start although the round would take more memory than is free, by the estimate made before training."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,7 +273,7 @@ def _round(arguments: list[str]) -> None:
 
     following = next_round(config.run, config.comparisons, config.out)
     seconds = preset(following.preset).save_seconds if config.save_seconds is None else config.save_seconds
-    kept = {name: getattr(config, name) for name in ("device", "shard", "allow_shared_rows")}
+    kept = {name: getattr(config, name) for name in ("device", "shard", "allow_shared_rows", "allow_oversize")}
     following = replace(following, save_seconds=seconds, **kept)
     _run_to_report(following, "minirlhf round " + shlex.join(arguments), began)
 

@@ -27,7 +27,7 @@ Method = Literal["ppo", "ppo_ptx", "rloo", "grpo", "dpo"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SETTINGS = {"ppo": "rlhf", "ppo_ptx": "rlhf", "rloo": "rloo", "grpo": "grpo", "dpo": "dpo"}
 """The field of `RunConfig` with the settings of each method."""
-UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows")
+UNSAVED = ("save_seconds", "tensorboard", "shard", "allow_shared_rows", "allow_oversize")
 """Settings that affect no weight: a run may resume with other values, so config.json does not store them."""
 COMMANDED = ("reward",)
 """What runs the user's code: config.json only says what it was, so that no folder of a run can name code to run."""
@@ -86,6 +86,8 @@ class RunConfig(Settings, option=""):
     """Also write TensorBoard events; needs the extra `tensorboard`."""
     allow_shared_rows: bool = False
     """Train although more than 5 % of the held-out rows are in the training files too."""
+    allow_oversize: bool = False
+    """Start although the run would take more memory than is free, by the estimate made before training."""
     side_by_side: bool = True
     """On a CPU with at least two threads, train the methods two at a time, with half of the threads each."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -1,6 +1,6 @@
-"""How much memory step 3 takes, from a model's shape: ``python -m minirlhf.memory`` prints the table of docs/memory.md.
+"""How much memory training takes, by a model's shape. ``python -m minirlhf.memory`` prints the table of docs/memory.md.
 
-Four models, of P weights each, are in memory at once:
+PPO has four models of P weights each in memory at once; other steps have fewer:
 
     trained in full     16 P bytes   weights, gradients and Adam's two moments in float32
     not trained         4 P or 2 P   weights in float32 or bfloat16
@@ -8,7 +8,7 @@ Four models, of P weights each, are in memory at once:
 
 To that come, one after the other, the KV cache of the answers that are sampled at a time, and the activations and
 logits of one micro-batch of the update. What is counted is what PyTorch allocates; a process has a few hundred MiB of
-its own.
+its own. `minirlhf.pipeline.estimate` asks this module for every step of a run.
 """
 
 from __future__ import annotations
@@ -72,6 +72,22 @@ class Shape:
         return self.layers * sum(rank * (a + b) for a, b in self.matrices)
 
 
+class Models(NamedTuple):
+    """How many models there are of each kind."""
+
+    causal: int = 0
+    scalar: int = 0
+    """Value networks and reward models: a body and a head of one number."""
+
+    def weights(self, shape: Shape) -> int:
+        """Of all together."""
+        return self.causal * shape.weights + self.scalar * (shape.body + shape.width)
+
+
+ONE_EACH = Models(1, 1)
+"""PPO's policy and value network, and also its reference and reward model."""
+
+
 def ppo_step(
     shape: Shape,
     *,
@@ -102,12 +118,44 @@ def ppo_step(
         >>> sum(small.values()) < sum(full.values()) / 3
         True
     """
+    options: Any = {"rank": rank, "precision": precision, "checkpointing": checkpointing}
+    return update(shape, ONE_EACH, ONE_EACH, tokens=rows * (prompt + answer), targets=rows * answer, **options)
+
+
+def update(
+    shape: Shape,
+    trained: Models,
+    frozen: Models,
+    *,
+    rank: int | None = None,
+    precision: str = "float32",
+    checkpointing: bool = False,
+    tokens: int,
+    targets: int,
+) -> dict[str, int]:
+    """Bytes that the backward pass of a micro-batch holds, by what they are for: `ppo_step` for any step.
+
+    Args:
+        shape: of the models.
+        trained: those whose losses go through backward.
+        frozen: those that are in memory too.
+        rank: of the adapters; None for full fine-tuning.
+        precision: float32 or bfloat16, as ``--precision``.
+        checkpointing: as ``--gradient-checkpointing``.
+        tokens: of the micro-batch.
+        targets: those of them whose log-probs are computed.
+
+    Example:
+        >>> shape = Shape(layers=6, width=512, intermediate=1408, vocabulary=32000)
+        >>> update(shape, Models(scalar=1), Models(causal=1), tokens=4096, targets=0)["logits"]
+        0
+    """
     low = _bytes_computed(precision)
-    held = _models(shape, rank, low)
+    held = _models(shape, rank, low, trained, frozen)
     if rank is None and low == 2 and not checkpointing:
-        held["weights"] += low * (shape.weights + shape.body + shape.width)  # autocast's copies, kept for backward
-    logits = _logits(shape, low, checkpointing, rows * answer)
-    kept, layer = _activations(shape, rank, low, checkpointing, rows * (prompt + answer))
+        held["weights"] += low * trained.weights(shape)  # autocast's copies, kept for backward
+    logits = _logits(shape, low, checkpointing, targets) if trained.causal else 0
+    kept, layer = _activations(shape, rank, low, checkpointing, tokens, sum(trained))
     if checkpointing:  # a layer is computed again when the logits are gone
         layer = max(0, layer - logits)
     return held | {"activations": kept + layer, "logits": logits}
@@ -121,6 +169,8 @@ def sampling(
     rows: int = 16,
     prompt: int = 64,
     answer: int = 64,
+    trained: Models = ONE_EACH,
+    frozen: Models = ONE_EACH,
 ) -> dict[str, int]:
     """Bytes that sampling some answers holds at most, from the second step on.
 
@@ -131,6 +181,8 @@ def sampling(
         rows: answers at a time: ``--rlhf.batch-size``, or as many as fit into ``--rlhf.cache-tokens``.
         prompt: tokens of a prompt.
         answer: tokens of an answer.
+        trained: the models that training has in memory; PPO's by default.
+        frozen: those that are in memory too.
 
     Returns:
         weights, gradients, moments, cache, and what is computed beside it: a forward over the prompts, or a draw.
@@ -141,7 +193,7 @@ def sampling(
         786432
     """
     low = _bytes_computed(precision)
-    held = _models(shape, rank, low)
+    held = _models(shape, rank, low, trained, frozen)
     keys, forward = low, rows * prompt * (16 * shape.intermediate + 12 * shape.width)
     if rank is None and low == 2:  # under autocast
         keys = 4  # the rotation's sines are float32
@@ -156,19 +208,21 @@ def _bytes_computed(precision: str) -> int:
     return 2 if precision == "bfloat16" else 4
 
 
-def _models(shape: Shape, rank: int | None, low: int) -> dict[str, int]:
-    """What the four models hold all the time."""
-    causal, scalar = shape.weights, shape.body + shape.width
+def _models(shape: Shape, rank: int | None, low: int, trained: Models, frozen: Models) -> dict[str, int]:
+    """What the models hold all the time."""
     if rank is None:
-        weights, trained = 4 * (causal + scalar) + low * (causal + scalar), causal + scalar
+        learning = trained.weights(shape)
+        weights = 4 * learning + low * frozen.weights(shape)
     else:
-        weights, trained = low * causal + 4 * 2 * (shape.adapter(rank) + shape.width), 2 * shape.adapter(rank)
-        weights += 4 * trained
-    return {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained}
+        learning = sum(trained) * shape.adapter(rank)
+        weights = 4 * learning + low * shape.weights + 4 * sum(frozen) * (shape.adapter(rank) + shape.width)
+    return {"weights": weights, "gradients": 4 * learning, "moments": 8 * learning}
 
 
-def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int) -> tuple[int, int]:
-    """Of the policy and the value network, whose losses go through backward together: all that is kept, and a layer."""
+def _activations(
+    shape: Shape, rank: int | None, low: int, checkpointing: bool, tokens: int, trained: int
+) -> tuple[int, int]:
+    """Of the models that are trained, whose losses go through backward together: all that is kept, and a layer."""
     d, f, k = shape.width, shape.intermediate, shape.keys
     residual = 4 if rank is None else low  # under autocast the sums stay in float32
     norms = 2 * (4 + residual) * d  # each keeps its input in float32, and its output before the scale
@@ -178,9 +232,9 @@ def _activations(shape: Shape, rank: int | None, low: int, checkpointing: bool, 
     between = low * (2 * d + 2 * k + 3 * f)  # queries, keys, values, attention; gate, its activation, up
     layer = norms + inputs + between
     flowing = 2 * 4 * f  # gradients on their way through the widest part of a layer
-    if checkpointing:  # the inputs of all layers of both, and one layer that is computed again
-        return tokens * 2 * shape.layers * residual * d, tokens * (layer + flowing)
-    return tokens * 2 * shape.layers * layer, tokens * flowing
+    if checkpointing:  # the inputs of all layers of each, and one layer that is computed again
+        return tokens * trained * shape.layers * residual * d, tokens * (layer + flowing)
+    return tokens * trained * shape.layers * layer, tokens * flowing
 
 
 def _logits(shape: Shape, low: int, checkpointing: bool, targets: int) -> int:

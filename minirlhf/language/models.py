@@ -145,10 +145,15 @@ def context_in(path: str | Path) -> int | None:
     Raises:
         CheckpointError: its configuration can't be loaded.
     """
-    return getattr(_configuration(path), "max_position_embeddings", None)
+    return getattr(configuration(path), "max_position_embeddings", None)
 
 
-def _configuration(path: str | Path) -> Any:
+def configuration(path: str | Path) -> Any:
+    """What transformers calls the configuration of a saved model; of an adapter, its base model's.
+
+    Raises:
+        CheckpointError: it can't be loaded.
+    """
     from transformers import AutoConfig
 
     with _said(path):
@@ -157,11 +162,24 @@ def _configuration(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
+def count_weights(path: str | Path) -> int:
+    """Of a saved causal model, which is not loaded.
+
+    Raises:
+        CheckpointError: its configuration can't be loaded, or is not a causal model's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found = configuration(path)
+    with _said(path), torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(found).parameters())
+
+
 def _load(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, list[str]]:
     """``kind.from_pretrained``, and the names of weights that are missing in the files."""
     if (Path(path) / ADAPTER).is_file():
         return _merged(kind, Path(path), dtype)
-    config = _configuration(path)
+    config = configuration(path)
     if getattr(config, "surprise", None) is not None:
         raise CheckpointError(
             f"{path}: a reward model of minirlhf 0.1 whose score is more than a scalar head (config.surprise); "
@@ -200,7 +218,7 @@ def _merged(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedMode
     from peft import PeftModel
 
     check_weights(folder)
-    config = _configuration(folder)
+    config = configuration(folder)
     with _said(folder, "the adapter or its base model"):
         base = _base_of(folder)
         if "SequenceClassification" in kind.__name__:

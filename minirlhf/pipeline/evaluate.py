@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Row = dict[str, Any]
+SEEN_AT_ONCE = 1024
+"""Tokens of the corpus whose logits are computed at a time: of a large vocabulary they are GBs."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Evaluator:
         measured["mean_length"] = mean_and_error([float(n) for n in said.lengths])[0]
         measured["ended_fraction"] = mean_and_error([float(e) for e in said.ended])[0]
         measured["proxy_mean"] = float(torch.as_tensor(self.proxy(self.prompts, said.responses)).mean())
-        rows = min(64, max(1, 4096 // self.block_length))  # long blocks have many logits
+        rows = max(1, SEEN_AT_ONCE // self.block_length)
         measured["corpus_loss"] = corpus_loss(self.models[name], self.blocks, rows)
         return measured
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,9 @@ from minirlhf.language.pretraining import blocks_of
 from minirlhf.language.supported import check_model, check_scalar_model
 from minirlhf.language.tokenization import encode_texts, in_chunks, load_tokenizer, tokenizer_from_file, train_tokenizer
 from minirlhf.pipeline.audit import audit
+from minirlhf.pipeline.estimate import Size, check_memory, size_of
 from minirlhf.pipeline.fitting import answer_room, fit
+from minirlhf.pipeline.folder import find_device
 from minirlhf.pipeline.given import load_given_reward_model
 from minirlhf.pipeline.judges import gold_judge
 from minirlhf.worlds import DEFAULT_WORLD, find_world
@@ -47,6 +50,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     corpus_blocks: Tensor
+    size: Size
+    """Of models and data: how much work the run is."""
 
 
 def find_data(config: RunConfig) -> Path:
@@ -75,11 +80,12 @@ def find_data(config: RunConfig) -> Path:
 
 
 def load_inputs(config: RunConfig, path: Path) -> Inputs:
-    """Read, check and tokenize a data folder.
+    """Read, check and tokenize a data folder, and test the models that are given.
 
     Raises:
         DataError: a row is malformed or too long for the context, named by file and line.
-        CheckpointError: the pretrained model can't be loaded.
+        UserError: the models would take more memory than there is.
+        CheckpointError: a model that is given can't be loaded.
     """
     skip = config.data_errors == "skip"
     folder = read_folder(path, config.seed, config.data_errors)
@@ -100,12 +106,6 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
     block_length, room = config.base.block_length, answer_room(config)
     longest = max(block_length, fit(folder, tokenizer, limit, room, skip))
-    if (named := config.given_reward_model) is not None:
-        kept = config.out / "reward_model"
-        reader, reads = _given_reward_model(named) if not kept.is_dir() else (load_tokenizer(kept), context_in(kept))
-        fit(folder, reader, reads, room, skip, reward_model=named)
-    used = (config.out, *config.comparisons)
-    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows, used=used)
     if limit is not None and block_length > limit:
         raise UserError(f"--base.block-length {block_length} is longer than the context of {limit}")
     every = _every(config, folder, tokenizer)
@@ -116,7 +116,16 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
             blocks[name] = blocks_of(documents, block_length, most)
         except ValueError as error:
             raise DataError(f"{path}: {name}: {error}") from None
-    return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"])
+    size = size_of(config, folder, tokenizer, longest)
+    check_memory(config, size, find_device(config.device))
+    _test_given(config)
+    if (named := config.given_reward_model) is not None:
+        kept = config.out / "reward_model"
+        reader, reads = _given_reward_model(named) if not kept.is_dir() else (load_tokenizer(kept), context_in(kept))
+        fit(folder, reader, reads, room, skip, reward_model=named)
+    used = (config.out, *config.comparisons)
+    folder.notes += audit(folder, tokenizer, allow_shared=config.allow_shared_rows, used=used)
+    return Inputs(folder, tokenizer, limit or -(-longest // 64) * 64, blocks["corpus"], size)
 
 
 def _every(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -158,28 +167,46 @@ def _add_rankings(folder: DataFolder, files: Sequence[Path], skip: bool = False)
 
 
 def _pretrained(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Tokenizer and context of the models that are given; those that the run still needs are loaded once and tested."""
+    """Tokenizer and context of the models that are given."""
     found: dict[str, tuple[PreTrainedTokenizerBase, int | None]] = {}
-    for option, name, step in (("--model", config.model, "base"), ("--sft", config.given_sft, "sft")):
-        if name is None:
-            continue
-        try:
-            tokenizer = load_tokenizer(name)
-            if not (config.out / step).is_dir():
-                model = load_causal_model(name, tokenizer)
-                check_model(model)
-                if config.gradient_checkpointing:
-                    recompute_layers(model)
-                if config.lora.rank is not None:
-                    adapted = add_lora(model, config.lora, config.seed, name)
-                    lora_scalar_from(adapted, config.lora, config.seed, name)
-            found[option] = tokenizer, context_in(name)
-        except CheckpointError as error:
-            raise CheckpointError(f"{option} {str(error) if name in str(error) else f'{name}: {error}'}") from None
+    for option, name, _ in _given(config):
+        with _named(option, name):
+            found[option] = load_tokenizer(name), context_in(name)
     if len(found) == 2 and found["--model"][0].get_vocab() != found["--sft"][0].get_vocab():
         raise CheckpointError(f"--sft {config.given_sft}: its vocabulary differs from that of --model {config.model}")
     limits = [limit for _, limit in found.values() if limit is not None]
     return next(iter(found.values()))[0], min(limits, default=None)
+
+
+def _test_given(config: RunConfig) -> None:
+    """Load the models that are given and that the run still needs, and test them."""
+    for option, name, step in _given(config):
+        if (config.out / step).is_dir():
+            continue
+        with _named(option, name):
+            model = load_causal_model(name, load_tokenizer(name))
+            check_model(model)
+            if config.gradient_checkpointing:
+                recompute_layers(model)
+            if config.lora.rank is not None:
+                adapted = add_lora(model, config.lora, config.seed, name)
+                lora_scalar_from(adapted, config.lora, config.seed, name)
+
+
+def _given(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """The option, the name and the step of each model that is given."""
+    for option, name, step in (("--model", config.model, "base"), ("--sft", config.given_sft, "sft")):
+        if name is not None:
+            yield option, name, step
+
+
+@contextlib.contextmanager
+def _named(option: str, name: str) -> Iterator[None]:
+    """Errors name the option and the model."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{option} {str(error) if name in str(error) else f'{name}: {error}'}") from None
 
 
 def _given_reward_model(named: str) -> tuple[PreTrainedTokenizerBase, int | None]:

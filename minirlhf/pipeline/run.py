@@ -7,6 +7,7 @@ folder with the final name is finished, and a finished step is never repeated.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import platform
@@ -21,6 +22,7 @@ from minirlhf.checkpoints import STATE, SUMMARY, made_with, remove_partial, seal
 from minirlhf.config import RunConfig
 from minirlhf.errors import CheckpointError, visible
 from minirlhf.pipeline.beside import step_beside
+from minirlhf.pipeline.estimate import apart, models_held, said
 from minirlhf.pipeline.evaluate import Evaluator, evaluate_run
 from minirlhf.pipeline.fitting import answer_options
 from minirlhf.pipeline.folder import find_device, hide_loading_bars, locked, read_report, steps_of_run
@@ -33,7 +35,7 @@ from minirlhf.pipeline.settings import (
     check_previous,
     settings_of,
 )
-from minirlhf.pipeline.steps import models_held, train_step
+from minirlhf.pipeline.steps import train_step
 
 UNFIT = (
     "note: the learning rates, batches and steps of this preset are made for a model of 0.5 million parameters and are "
@@ -106,6 +108,8 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         print(visible(note), file=sys.stderr)
     if "base" not in left:
         check_context(out, inputs.context_length, answer_options(config))
+    if parallel.rank() == 0:
+        print(said(config, inputs.size, left, device), file=sys.stderr)
     # Only now does the folder belong to this run, so a mistake in the data leaves nothing behind. An older report is
     # removed: if this run were killed now, it would be taken for this run's.
     parallel.barrier()  # until all have read the folder
@@ -117,15 +121,14 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
     # Two small models at a time use two cores far better than one model with two threads. A step left over from a
     # killed run gets half of the threads too: the number of threads decides the last bits of a sum.
     threads = torch.get_num_threads()
-    alone = len(config.methods) == 1 or device.type != "cpu" or parallel.size() > 1
-    apart = config.side_by_side and threads > 1 and not alone
+    paired = apart(config, device)
     prepared = time.monotonic() - began
     for step in [step for step in left if step not in config.methods]:
         train_step(step, config, inputs, progress=progress)
-    torch.set_num_threads(threads // 2 if apart else threads)
+    torch.set_num_threads(threads // 2 if paired else threads)
     methods = [step for step in left if step in config.methods]
     while methods:
-        if apart and len(methods) > 1:
+        if paired and len(methods) > 1:
             child, step, *methods = methods
             with step_beside(config, child, step, inputs, threads // 2, progress):
                 train_step(step, config, inputs, progress=progress)
@@ -137,6 +140,7 @@ def _run(config: RunConfig, command: str, progress: bool, began: float) -> dict[
         return {}
 
     began = time.monotonic()
+    gc.collect()  # as before each step, see `train_step`
     evaluator = Evaluator(
         out,
         inputs.folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,14 +46,6 @@ SHOWN = {
 }
 
 
-def models_held(config: RunConfig) -> dict[str, list[str]]:
-    """The models in memory while each method of a run trains. A reward that is a function is none."""
-    scored = ["policy", "reference", *(["reward model"] if config.reward is None else [])]
-    with_value = ["policy", "value network", *scored[1:]]
-    held = {"ppo": with_value, "ppo_ptx": with_value, "rloo": scored, "grpo": scored, "dpo": ["policy", "reference"]}
-    return {method: held[method] for method in config.methods}
-
-
 def train_step(
     step: str,
     config: RunConfig,
@@ -85,6 +78,7 @@ def train_step(
         began=began,
         tensorboard=config.tensorboard,
     )
+    gc.collect()  # the last step's gradients and moments are in cycles of references, and this one needs their memory
     model = _train(step, config, inputs, recorder)
     parameters = sum(p.numel() for p in model.parameters())
     *before, now = recorder.machines or [{}]  # of several processes, rank 0 alone has them, and writes
