@@ -4,7 +4,7 @@
     python benchmarks/large_data.py --table comparisons     # one of them
     python benchmarks/large_data.py --rows 20000            # smaller
 
-Makes a data folder in a temporary folder: 2 million rows of corpus (314 MB) or 250,000 comparisons (152 MB), of the
+Makes a data folder in a temporary folder: 2 million rows of corpus (302 MB) or 250,000 comparisons (154 MB), of the
 small world's sentences in an order that a seed chooses, and the small world's other tables. Then a process of its own
 runs the whole pipeline with a few steps of each training, and prints when each one begins: the seconds since the
 process began to load the data, those of all its threads' work (on a busy machine the better figure), and its peak of

@@ -84,17 +84,17 @@ def test_as_many_rows_of_the_corpus_are_encoded_as_the_steps_read(
         assert f"{8 * enough:,} tokens" in notes[0]
 
 
-@pytest.mark.parametrize(("step", "read"), [("ppo", False), ("grpo", False), ("dpo", True)])
+@pytest.mark.parametrize(("step", "read"), [("ppo", False), ("ppo_ptx", False), ("dpo", True)])
 def test_the_step_beside_is_handed_what_it_reads(tiny_folder: Path, tmp_path: Path, step: str, read: bool) -> None:
     config = RunConfig(data=tiny_folder, out=tmp_path)
     found = load_inputs(replace(config, base=replace(config.base, block_length=8)), tiny_folder)
     prompts = [*found.folder.prompts[1:], Prompt(CHAT, "p.jsonl:1")]
     found.folder.prompts = prompts
-    handed = pickle.loads(pickle.dumps(beside._read_by(step, found)))
+    handed = pickle.loads(pickle.dumps(beside._read_by(step, config, found)))
     assert handed.folder.prompts == prompts and handed.folder.prompts[-1].text.messages == CHAT.messages
     assert bool(handed.folder.comparisons) == read and not handed.folder.demonstrations and not handed.folder.corpus
     assert handed.folder.heldout_prompts == found.folder.heldout_prompts
-    assert torch.equal(handed.corpus_blocks, found.corpus_blocks)
+    assert torch.equal(handed.corpus_blocks, found.corpus_blocks[: None if step == "ppo_ptx" else 0])
     assert encode_prompts(handed.tokenizer, ["Hi <eos>", CHAT]) == encode_prompts(found.tokenizer, ["Hi <eos>", CHAT])
     assert found.folder.demonstrations, "the run's own are untouched"
 
@@ -164,6 +164,6 @@ def test_a_step_costs_the_same_with_a_hundred_times_the_rows(
     assert max(calls for calls, _ in found) <= 1.02 * min(calls for calls, _ in found), found
 
 
-def test_rows_are_all_the_kinds_there_are() -> None:
+def test_rows_have_no_dictionary_and_go_through_a_pipe() -> None:
     for row in (Text("a"), Demonstration("a", "b"), Comparison("a", ("b", "c"), (1.0, 0.0)), Prompt(CHAT)):
         assert not hasattr(row, "__dict__") and pickle.loads(pickle.dumps(row)) == row

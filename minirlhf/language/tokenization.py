@@ -185,13 +185,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: bool =
     """Token ids of each text, with nothing added; if ``plain``, special tokens inside it are plain text."""
     if not texts:
         return []
+    plain = plain or tokenizer.split_special_tokens
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
     # As transformers calls it, but for the ids alone: masks and places in the text take as long as they do.
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = plain or tokenizer.split_special_tokens
+    backend.encode_special_tokens = plain
     return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 
 from minirlhf import PROCESSORS
-from minirlhf.config import RunConfig
+from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.errors import TrainingError
 from minirlhf.failures import say
 from minirlhf.pipeline.folder import hide_loading_bars
@@ -61,7 +61,7 @@ def step_beside(
         TrainingError: the child failed, and has printed its own message, or it was killed, and the signal is named. The
             command then exits with the child's code: 1 for a bug.
     """
-    work = _Work(config, step, other, _read_by(step, inputs), threads, progress, time.time(), PROCESSORS)
+    work = _Work(config, step, other, _read_by(step, config, inputs), threads, progress, time.time(), PROCESSORS)
     handed = pickle.dumps(work)
     command = [sys.executable, "-c", COMMAND, str(config.out), step]  # these two for people who list the processes
     # A parent whose threads are bound would bind the child to the same core.
@@ -74,6 +74,7 @@ def step_beside(
         assert process.stdin is not None
         stream = open(os.dup(process.stdin.fileno()), "wb")  # noqa: SIM115 (the thread closes it)
         threading.Thread(target=_hand_over, args=(stream, handed), daemon=True).start()
+        del handed, work  # the thread has them
         try:
             yield
             over()
@@ -112,10 +113,13 @@ class _Work:
     processors: set[int] | None
 
 
-def _read_by(step: str, inputs: Inputs) -> Inputs:
+def _read_by(step: str, config: RunConfig, inputs: Inputs) -> Inputs:
     """The inputs without what a method of step 3 doesn't read: of large data, most of it."""
     folder = replace(inputs.folder, corpus=[], demonstrations=[], heldout_corpus=[])
-    return replace(inputs, folder=folder if step == "dpo" else replace(folder, comparisons=[]))
+    if step != "dpo":
+        folder = replace(folder, comparisons=[])
+    mixes = step not in ("ppo", "dpo") and getattr(config, SETTINGS[step]).ptx_coef > 0
+    return replace(inputs, folder=folder, corpus_blocks=inputs.corpus_blocks[: None if mixes else 0].clone())
 
 
 def _hand_over(stream: BinaryIO, handed: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +18,8 @@ import torch
 from minirlhf import parallel
 from minirlhf.config import SETTINGS, RunConfig
 from minirlhf.data import DataFolder
-from minirlhf.errors import UserError
-from minirlhf.language.models import configuration, count_weights
+from minirlhf.errors import CheckpointError, UserError
+from minirlhf.language.models import LOGITS_ARE_DEAR, configuration, count_weights
 from minirlhf.language.tokenization import encode_prompts, encode_responses
 from minirlhf.memory import Models, Shape, sampling, update
 
@@ -63,6 +64,8 @@ class Size(NamedTuple):
     """How many."""
     heldout_comparisons: int
     """How many."""
+    heldout_prompts: int
+    """How many."""
     answers: int
     """K of the largest of them."""
 
@@ -89,12 +92,18 @@ def shape_of(config: RunConfig, vocabulary: int) -> Shape:
         size = config.model_size
         return Shape(size.layers, size.hidden_size, size.intermediate_size, vocabulary)
     text, weights = configuration(named).get_text_config(), count_weights(named)
-    width, layers, heads = text.hidden_size, text.num_hidden_layers, getattr(text, "num_attention_heads", 1)
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or width // heads)
-    tied = bool(text.tie_word_embeddings)
+    heads = getattr(text, "num_attention_heads", 1)
+    try:
+        width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+        keys = (getattr(text, "num_key_value_heads", None) or heads) * (
+            getattr(text, "head_dim", None) or width // heads
+        )
+        tied = bool(text.tie_word_embeddings)
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{named}: config.json doesn't say how large the model is ({error})") from None
     # As wide in the middle as makes a Llama of so many weights.
-    per_layer = (weights - (1 if tied else 2) * text.vocab_size * width) / layers - 2 * width * (width + keys)
-    return Shape(layers, width, max(1, round(per_layer / (3 * width))), text.vocab_size, keys, tied)
+    per_layer = (weights - (1 if tied else 2) * vocabulary * width) / layers - 2 * width * (width + keys)
+    return Shape(layers, width, max(1, round(per_layer / (3 * width))), vocabulary, keys, tied)
 
 
 def size_of(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenizerBase, longest: int) -> Size:
@@ -111,19 +120,20 @@ def size_of(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenize
         demonstrations=len(shown),
         comparisons=len(ranked),
         heldout_comparisons=len(folder.heldout_comparisons),
+        heldout_prompts=len(folder.heldout_prompts),
         answers=max(len(row.responses) for row in ranked),
     )
 
 
-def memory_of(config: RunConfig, size: Size) -> list[Need]:
-    """What each step of a run takes at its peak, in the order of the steps; those that train nothing are left out."""
+def memory_of(config: RunConfig, size: Size, device: torch.device) -> list[Need]:
+    """What each step of a run that is left to do takes at its peak, of one process, in the order of the steps."""
     learners = {step: (Models(1), Models()) for step in ("base", "sft")}
     learners["reward_model"] = Models(0, 1), Models(1)
     for method, held in models_held(config).items():
         learners[method] = Models(1, int("value network" in held)), Models(1, int("reward model" in held))
     learners["evaluation"] = Models(), Models(2 + len(config.methods), int(config.reward is None))
-    given = _given(config)
-    return [_need(step, config, size, *models) for step, models in learners.items() if step not in given]
+    done = _given(config) | {step for step in learners if (config.out / step).is_dir()}
+    return [_need(step, config, size, device, *models) for step, models in learners.items() if step not in done]
 
 
 def _given(config: RunConfig) -> set[str]:
@@ -134,31 +144,36 @@ def _given(config: RunConfig) -> set[str]:
     return steps | ({"reward_model"} if config.reward is not None or config.given_reward_model is not None else set())
 
 
-def _need(step: str, config: RunConfig, size: Size, trained: Models, frozen: Models) -> Need:
-    """The larger of a step's phases: an update, and sampling."""
+def _need(step: str, config: RunConfig, size: Size, device: torch.device, trained: Models, frozen: Models) -> Need:
+    """The larger of a step's phases: an update, and sampling. Each process has its share of a batch."""
     settings, shape, longest = getattr(config, SETTINGS.get(step, step)), size.shape, size.longest
     answered = size.answer / (size.prompt + size.answer)
     computed: Any = {"rank": config.lora.rank, "precision": config.precision}
     updated: Any = computed | {"checkpointing": config.gradient_checkpointing}
     phases = []
+
+    def add(tokens: int, targets: float) -> None:
+        on_gpu = device.type in LOGITS_ARE_DEAR  # where logits are never in memory
+        phases.append(
+            update(shape, trained, frozen, tokens=tokens, targets=0 if on_gpu else math.ceil(targets), **updated)
+        )
+
     if step == "base":
-        tokens = settings.batch_size * settings.block_length
-        phases.append(update(shape, trained, frozen, tokens=tokens, targets=tokens, **updated))
+        tokens = _share(settings.batch_size) * settings.block_length
+        add(tokens, tokens)
     elif step == "sft":
         tokens = _micro_batch(settings.batch_size, longest, settings.micro_batch_tokens)
-        phases.append(update(shape, trained, frozen, tokens=tokens, targets=round(tokens * answered), **updated))
+        add(tokens, tokens * answered)
     elif step in ("reward_model", "dpo"):  # the answers to a prompt stay together
         tokens = _micro_batch(settings.batch_size, size.answers * longest, settings.micro_batch_tokens)
-        phases.append(update(shape, trained, frozen, tokens=tokens, targets=round(tokens * answered), **updated))
+        add(tokens, tokens * answered)
     elif step != "evaluation":
         tokens = _micro_batch(settings.minibatch_size, longest, settings.micro_batch_tokens)
-        targets = max(1, tokens // longest) * settings.max_response_tokens
-        phases.append(update(shape, trained, frozen, tokens=tokens, targets=targets, **updated))
+        add(tokens, max(1, tokens // longest) * settings.max_response_tokens)
         if step != "ppo" and settings.ptx_coef > 0:
-            block = config.base.block_length
-            tokens = _micro_batch(settings.ptx_batch_size, block, settings.micro_batch_tokens)
-            phases.append(update(shape, trained, frozen, tokens=tokens, targets=tokens, **updated))
-    if (rows := _sampled_at_a_time(step, settings, longest)) > 0:
+            tokens = _micro_batch(settings.ptx_batch_size, config.base.block_length, settings.micro_batch_tokens)
+            add(tokens, tokens)
+    if (rows := _sampled_at_a_time(step, settings, size)) > 0:
         room = settings.max_response_tokens
         asked = {"rows": rows, "prompt": max(1, longest - room), "answer": room}
         phases.append(sampling(shape, trained=trained, frozen=frozen, **asked, **computed))
@@ -172,19 +187,26 @@ def _need(step: str, config: RunConfig, size: Size, trained: Models, frozen: Mod
     return max(needs, key=lambda need: need.total)
 
 
+def _share(rows: int) -> int:
+    """Of a batch, for each of several processes."""
+    return math.ceil(rows / parallel.size())
+
+
 def _micro_batch(rows: int, longest: int, most: int) -> int:
     """Tokens of the largest micro-batch: of so many rows, with at most so many tokens unless one row has more."""
-    return min(rows * longest, max(most, longest))
+    return min(_share(rows) * longest, max(most, longest))
 
 
-def _sampled_at_a_time(step: str, settings: Any, longest: int) -> int:
+def _sampled_at_a_time(step: str, settings: Any, size: Size) -> int:
+    """Answers that a process samples together."""
     if step == "evaluation":
-        return min(settings.prompts, settings.batch_size)
+        return max(1, min(settings.prompts, size.heldout_prompts, settings.batch_size))
     if step == "dpo":
-        return settings.measured_prompts
-    most = getattr(settings, "cache_tokens", None)
-    rows = settings.batch_size if hasattr(settings, "cache_tokens") else 0
-    return rows if most is None else min(rows, max(1, most // longest))
+        return _share(settings.measured_prompts)
+    if not hasattr(settings, "cache_tokens"):
+        return 0
+    rows, most = _share(settings.batch_size), settings.cache_tokens
+    return rows if most is None else min(rows, max(1, most // size.longest))
 
 
 def apart(config: RunConfig, device: torch.device) -> bool:
@@ -228,7 +250,7 @@ def _cached(stat: Path) -> int:
     """Bytes of a container's memory that hold files, and are given back when they are needed."""
     lines = (line.split() for line in stat.read_text().splitlines()) if stat.is_file() else ()
     found = {line[0]: int(line[1]) for line in lines}
-    return found.get("total_inactive_file", found.get("inactive_file", 0))
+    return sum(found.get(f"total_{kind}_file", found.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def check_memory(config: RunConfig, size: Size, device: torch.device) -> Need:
@@ -245,34 +267,43 @@ def check_memory(config: RunConfig, size: Size, device: torch.device) -> Need:
     Raises:
         UserError: says how much, how much there is, and what would help.
     """
-    need = at_most(config, memory_of(config, size), device)
+    need = at_most(config, memory_of(config, size, device), device)
     free = free_memory(device)
     if free is None or need.total <= free or config.allow_oversize:
         return need
+    ways = ", ".join([*_ways(config, size, need, device), "a smaller model"])
     raise UserError(
         f"{need.step} would take about {_gib(need.total)} of memory ({_gib(need.models)} for the models, "
         f"{_gib(need.rest)} for a micro-batch or the answers that are sampled), and {_gib(free)} are free on {device}; "
-        f"take a smaller model{''.join(f', {way}' for way in _ways(config, need, device))}, or start all the same with "
-        "--allow-oversize"
+        f"try {ways}, or start all the same with --allow-oversize"
     )
 
 
-def _ways(config: RunConfig, need: Need, device: torch.device) -> list[str]:
-    """Options that would lower it."""
-    first = need.step.split()[0]
-    group = SETTINGS.get(first, first)
-    has = vars(getattr(config, group))
-    ways = {
-        "--no-side-by-side": " beside " in need.step,
-        "--lora.rank 16": config.lora.rank is None and config.pretrained is not None and not config.shard,
-        "--precision bfloat16": config.precision == "float32" and config.pretrained is not None,
-        "--gradient-checkpointing": not config.gradient_checkpointing,
-        f"a smaller --{group}.micro-batch-tokens": "micro_batch_tokens" in has,
-        f"a smaller --{group}.cache-tokens": "cache_tokens" in has,
-        f"a smaller --{group}.batch-size": "micro_batch_tokens" not in has,
-        "--shard": parallel.size() > 1 and not config.shard and config.lora.rank is None,
+def _ways(config: RunConfig, size: Size, need: Need, device: torch.device) -> list[str]:
+    """Options that lower it; a round takes its settings from the run before it."""
+    if config.previous is not None:
+        return []
+    group = SETTINGS.get(need.step.split()[0], need.step.split()[0])
+    settings = getattr(config, group)
+    ways: dict[str, dict[str, Any]] = {
+        "--no-side-by-side": {"side_by_side": False},
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
     }
-    return [way.replace("_", "-") for way, helps in ways.items() if helps]
+    if config.pretrained is not None:
+        ways["--precision bfloat16"] = {"precision": "bfloat16"}
+        if not config.shard:
+            ways["--lora.rank 16"] = {"lora": replace(config.lora, rank=16)}
+    sampling_group = hasattr(settings, "cache_tokens")  # whose batch size is a matter of learning
+    for name in ("micro_batch_tokens", "cache_tokens" if sampling_group else "batch_size"):
+        least = size.longest if name == "cache_tokens" else 1
+        if hasattr(settings, name):
+            ways[f"a smaller --{group}.{name}".replace("_", "-")] = {group: replace(settings, **{name: least})}
+    lower = []
+    for way, change in ways.items():
+        changed = replace(config, **change)
+        if at_most(changed, memory_of(changed, size, device), device).total < need.total:
+            lower.append(way)
+    return lower
 
 
 def _gib(count: float) -> str:
@@ -306,9 +337,9 @@ def work_of(step: str, config: RunConfig, size: Size) -> Work:
     room = settings.max_response_tokens if step != "reward_model" else 0
     both = size.prompt + min(size.answer, room)
     if step == "evaluation":
-        models = 2 + len(config.methods)
-        rows = models * settings.prompts
-        batches = models * math.ceil(settings.prompts / settings.batch_size)
+        models, prompts = 2 + len(config.methods), min(settings.prompts, size.heldout_prompts)
+        rows = models * prompts
+        batches = models * math.ceil(prompts / settings.batch_size)
         ranked = size.heldout_comparisons * size.answers * (size.prompt + size.answer)
         return Work(0, rows * 3 * both + ranked, rows * 2 * room, batches * room)
     if step in ("reward_model", "dpo"):
@@ -321,7 +352,7 @@ def work_of(step: str, config: RunConfig, size: Size) -> Work:
     answers = settings.steps * settings.batch_size
     held = models_held(config)[step]
     learners = 1 + ("value network" in held)
-    batches = settings.steps * math.ceil(settings.batch_size / _sampled_at_a_time(step, settings, size.longest))
+    batches = settings.steps * math.ceil(_share(settings.batch_size) / _sampled_at_a_time(step, settings, size))
     trained = answers * settings.epochs * both * learners
     targets = answers * (settings.epochs + 2) * min(size.answer, room)
     if step != "ppo" and settings.ptx_coef > 0:
@@ -357,8 +388,8 @@ def trial(config: RunConfig, size: Size, rows: int, device: torch.device) -> Spe
 
     shape = size.shape
     weights = sum(a * b for a, b in shape.matrices)
-    heads = max(1, shape.width // 64)
-    while shape.width % heads or (heads * shape.keys) % shape.width:
+    heads = max(1, round(shape.width / shape.keys))  # each as wide as all keys, which makes no difference to the work
+    while shape.width % heads:
         heads -= 1
     layer = LlamaConfig(
         vocab_size=2,
@@ -366,7 +397,8 @@ def trial(config: RunConfig, size: Size, rows: int, device: torch.device) -> Spe
         intermediate_size=shape.intermediate,
         num_hidden_layers=1,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads * shape.keys // shape.width),
+        num_key_value_heads=1,
+        head_dim=shape.keys + shape.keys % 2,  # rotation takes pairs
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -428,11 +460,11 @@ def seconds_of(config: RunConfig, size: Size, steps: Sequence[str], device: torc
         work = work_of(step, config, size)
         layers, again = size.shape.layers, int(config.gradient_checkpointing)
         both = work.trained * (speed.update + again * speed.forward) + work.seen * speed.forward
-        rows = _sampled_at_a_time(step, getattr(config, SETTINGS.get(step, step)), size.longest)
+        rows = _sampled_at_a_time(step, getattr(config, SETTINGS.get(step, step)), size)
         drawn = work.drawn * (layers * speed.draw + rows * speed.head / 3)
         return (layers * both + work.targets * speed.head) / parallel.size() + drawn
 
-    rows = _sampled_at_a_time(config.methods[0], getattr(config, SETTINGS[config.methods[0]]), size.longest)
+    rows = _sampled_at_a_time(config.methods[0], getattr(config, SETTINGS[config.methods[0]]), size)
     whole = trial(config, size, rows, device)
     total = sum(one(step, whole) for step in steps if step not in config.methods)
     methods = [step for step in steps if step in config.methods]
@@ -449,9 +481,9 @@ def seconds_of(config: RunConfig, size: Size, steps: Sequence[str], device: torc
 
 def said(config: RunConfig, size: Size, steps: Sequence[str], device: torch.device) -> str:
     """The estimate in one line."""
-    need = at_most(config, memory_of(config, size), device)
+    need = at_most(config, memory_of(config, size, device), device)
     seconds = seconds_of(config, size, [*steps, "evaluation"], device)
-    return f"estimate: {_gib(need.total)} of memory ({need.step}), {_about(seconds)} from here"
+    return f"estimate: {_gib(need.total)} of memory ({need.step}), {_about(seconds)} left"
 
 
 def _about(seconds: float) -> str:

@@ -116,7 +116,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
             blocks[name] = blocks_of(documents, block_length, most)
         except ValueError as error:
             raise DataError(f"{path}: {name}: {error}") from None
-    size = size_of(config, folder, tokenizer, longest)
+    with _named("--model" if config.model is not None else "--sft", config.pretrained or ""):
+        size = size_of(config, folder, tokenizer, longest)
     check_memory(config, size, find_device(config.device))
     _test_given(config)
     if (named := config.given_reward_model) is not None:
@@ -130,8 +131,8 @@ def load_inputs(config: RunConfig, path: Path) -> Inputs:
 
 def _every(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenizerBase) -> int:
     """One in how many rows of the corpus holds all that the run's steps read: 1 unless the corpus is large."""
-    updates, read = 0, config.base.steps * config.base.batch_size  # in blocks
-    for group in {SETTINGS[method] for method in config.methods if method != "dpo"}:
+    read = config.base.steps * config.base.batch_size  # in blocks
+    for group in {SETTINGS[method] for method in config.methods if method not in ("ppo", "dpo")}:
         settings = getattr(config, group)
         if settings.ptx_coef > 0:
             updates = settings.steps * settings.epochs * math.ceil(settings.batch_size / settings.minibatch_size)
@@ -142,8 +143,8 @@ def _every(config: RunConfig, folder: DataFolder, tokenizer: PreTrainedTokenizer
     every = max(1, int(tokens / wanted))
     if every > 1:
         folder.notes.append(
-            f"{folder.path}: one in {every} rows of the corpus is used; with {wanted:,} tokens, they are as many as "
-            "the steps of this run need"
+            f"{folder.path}: one in {every} rows of the corpus is used: {wanted:,} tokens or more, which is enough "
+            "for the steps of this run"
         )
     return every
 

@@ -3,6 +3,7 @@
     python tests/crash/every_point.py                      every operation, ended as SIGKILL would end it
     python tests/crash/every_point.py --how full           the disk is full from that operation on
     python tests/crash/every_point.py --points 20          20 of them, evenly spaced
+    python tests/crash/every_point.py --world              of a run that writes its own data first, as without data/
 
 `operations.c`, loaded with LD_PRELOAD, counts the operations and fails the chosen one. It needs Linux and a C compiler.
 Each trial is a fork of one process that has imported everything: a run in a fork takes a second, a new process ten.
@@ -37,9 +38,9 @@ SMALL = (
 )
 
 
-def command(out: Path, data: Path) -> list[str]:
+def command(out: Path, data: Path | None) -> list[str]:
     """A run of all five steps in about a second."""
-    return ["run", "--data", str(data), "--out", str(out), *SMALL]
+    return ["run", *(["--data", str(data)] if data is not None else []), "--out", str(out), *SMALL]
 
 
 def in_fork(work: Callable[[], int]) -> tuple[int, str]:
@@ -86,7 +87,7 @@ def leftovers(out: Path) -> list[str]:
 class Harness:
     """Trials of one command: ended somewhere, then run again, and compared with a run that was never ended."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, folder: Path, data: Path | None) -> None:
         self.folder, self.data = folder, data
         self.library = ctypes.CDLL(os.environ[LIBRARY])
         self.library.arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
@@ -157,6 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--points", type=int, help="how many operations to try, evenly spaced; default: all")
     parser.add_argument("--at", type=int, nargs="*", help="these operations only")
+    parser.add_argument("--world", action="store_true", help="no data is given, and none is shipped")
     parser.add_argument("--data", type=Path, default=HERE.parent / "data" / "tiny_folder", help="folder of data")
     options = parser.parse_args()
     if LIBRARY not in os.environ:
@@ -169,12 +171,14 @@ def main() -> int:
     import torch
 
     import minirlhf.cli
-    import minirlhf.pipeline
-    import minirlhf.report  # noqa: F401 (imported before the forks, which then need not)
+    import minirlhf.pipeline.inputs
+    import minirlhf.report  # imported before the forks, which then need not
 
     torch.set_num_threads(1)
+    if options.world:
+        minirlhf.pipeline.inputs.DEFAULT_DATA = Path(os.devnull)
     with tempfile.TemporaryDirectory() as folder:
-        harness = Harness(Path(folder).resolve(), options.data)
+        harness = Harness(Path(folder).resolve(), None if options.world else options.data)
         count = harness.operations
         tried = options.at or sorted(
             {round(1 + i * (count - 1) / (options.points - 1)) for i in range(options.points)}
